@@ -1,0 +1,78 @@
+"""Scaled dot-product attention and rotary position embedding."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from rewrite.plugins.activations import Array, wide
+from rewrite.registry import plugin
+
+
+def sample_mask(rng: Any, name: str, shape: tuple[int, ...], dtype: Any) -> Array | None:
+    """Masks that hide about a third of the keys, and every key of the last query of the first batch row."""
+    if name != "mask" or not shape:
+        return None
+    keep = rng.random(shape) < 0.67
+    keep[..., 0] = True
+    if dtype == np.bool_:
+        keep.reshape(-1, shape[-1])[-1] = False
+        return np.asarray(keep)
+    lowest = np.finfo(np.float32).min if np.dtype(dtype).itemsize > 2 else np.finfo(np.float16).min
+    return np.where(keep, 0, lowest).astype(dtype)
+
+
+@plugin
+class FusedAttention:
+    """y = softmax(softcap(scale * q @ k^T) + mask) @ v, head by head.
+
+    q [B, H, S, D], k [B, G, T, D], v [B, G, T, E] with H a multiple of G (each key head serves H / G query heads),
+    mask broadcast to [B, H, S, T]: boolean (True: attend; others get the score `fill`) or added to the scores,
+    y [B, H, S, E]. `drop` inverts a boolean mask. `zero_masked`: rows whose softmax is NaN give 0. `softcap` c > 0:
+    c * tanh(score / c). Softmax is computed in float32.
+    """
+
+    inputs = ("q", "k", "v", "mask?")
+    attributes = {"scale": 1.0, "softcap": 0.0, "fill": 0.0, "drop": 0, "zero_masked": 0}
+    tolerance = {"float64": (1e-9, 1e-9), "float32": (5e-5, 1e-5), "float16": (5e-3, 4e-3), "bfloat16": (4e-2, 3e-2)}
+    sample = sample_mask
+
+    def reference(
+        q: Array, k: Array, v: Array, mask: Array | None = None, *, scale: float, softcap: float, fill: float, drop: int, zero_masked: int
+    ) -> Array:
+        groups = q.shape[1] // k.shape[1]
+        keys, values = np.repeat(wide(k), groups, 1), np.repeat(wide(v), groups, 1)
+        scores = np.matmul(wide(q), keys.swapaxes(-1, -2)) * np.asarray(scale, wide(q).dtype)
+        if softcap:
+            scores = np.tanh(scores / softcap) * softcap
+        if mask is not None and mask.dtype == np.bool_:
+            scores = np.where(mask ^ bool(drop), scores, np.asarray(fill, scores.dtype))
+        elif mask is not None:
+            scores = scores + wide(mask)
+        weights = np.exp(scores - scores.max(-1, keepdims=True))
+        weights = weights / weights.sum(-1, keepdims=True)
+        if zero_masked:
+            weights = np.nan_to_num(weights, nan=0.0)
+        return np.matmul(weights, values).astype(q.dtype)
+
+
+@plugin
+class Rotary:
+    """Rotary position embedding: y = x * cos + rotate(x) * sin on the last axis.
+
+    x [B, H, S, D]; cos and sin broadcast to x. rotate(x) is (-second half, first half), or with `interleaved`
+    (-odd, even) in pairs.
+    """
+
+    inputs = ("x", "cos", "sin")
+    attributes = {"interleaved": 0}
+    tolerance = {"float64": (1e-12, 1e-12), "float32": (1e-6, 1e-6), "float16": (2e-3, 2e-3), "bfloat16": (1.6e-2, 1.6e-2)}
+
+    def reference(x: Array, cos: Array, sin: Array, *, interleaved: int) -> Array:
+        if interleaved:
+            turned = np.stack([-x[..., 1::2], x[..., 0::2]], -1).reshape(x.shape)
+        else:
+            half = x.shape[-1] // 2
+            turned = np.concatenate([-x[..., half:], x[..., :half]], -1)
+        return (wide(x) * wide(cos) + wide(turned) * wide(sin)).astype(x.dtype)

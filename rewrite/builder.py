@@ -1,0 +1,108 @@
+"""The `op` a rule's replacement is called with: it adds nodes to the graph in the notation that patterns use."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_graphsurgeon as gs
+
+from rewrite.errors import RewriteError
+from rewrite.graph import DOMAIN, Graph
+from rewrite.matcher import BoundValue
+from rewrite.registry import Plugin
+
+
+class GraphBuilder:
+    """`op.Name(inputs..., attribute=value)` makes a node. Operators of plugins newer than the graph's opset, or with
+    no counterpart in ONNX, are made in the domain `rewrite`."""
+
+    def __init__(self, graph: Graph, plugins: dict[str, Plugin], anchor: gs.Node, domain: str = ""):
+        self._graph, self._plugins, self._anchor, self._domain = graph, plugins, anchor, domain
+        self._made: list[gs.Node] = []
+
+    def domain(self, name: str) -> GraphBuilder:
+        other = GraphBuilder(self._graph, self._plugins, self._anchor, name)
+        other._made = self._made
+        return other
+
+    def constant(self, value: Any, dtype: Any = None) -> BoundValue:
+        array = np.asarray(value, dtype)
+        name = self._graph.fresh(f"{self._anchor.outputs[0].name}_const")
+        return BoundValue(self._graph, gs.Constant(name, np.ascontiguousarray(array).reshape(array.shape)))
+
+    @property
+    def opset(self) -> int:
+        return self._graph.opset
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        if name.startswith("_"):
+            raise AttributeError(name)
+
+        def build(*inputs: Any, outputs: int = 1, **attributes: Any) -> Any:
+            return self._build(name, inputs, outputs, attributes)
+
+        return build
+
+    def _tensor(self, x: Any) -> gs.Tensor:
+        if isinstance(x, BoundValue):
+            return x.tensor
+        if isinstance(x, gs.Tensor):
+            return x
+        if x is None:
+            return gs.Variable.empty()
+        if isinstance(x, (list, tuple)) or (isinstance(x, int) and not isinstance(x, bool)):
+            return self.constant(x, np.int64).tensor
+        if isinstance(x, np.ndarray):
+            return self.constant(x).tensor
+        raise RewriteError(f"operand {x!r}: a float constant needs its type; write op.constant(value, dtype)")
+
+    def _build(self, name: str, inputs: tuple[Any, ...], outputs: int, attributes: dict[str, Any]) -> Any:
+        plugin = None if self._domain else self._plugins.get(name)
+        domain: str | None = self._domain or None
+        if plugin is not None and (plugin.since is None or self._graph.opset < plugin.since):
+            domain = DOMAIN
+        operands = [self._tensor(x) for x in inputs]
+        while operands and operands[-1].is_empty():
+            operands.pop()
+        stem = self._anchor.outputs[0].name
+        results = [gs.Variable(self._graph.fresh(f"{stem}_{name}")) for _ in range(outputs)]
+        node = gs.Node(
+            op=name,
+            name=self._graph.fresh(f"{self._anchor.name or stem}_{name}"),
+            attrs={k: v for k, v in attributes.items() if v is not None},
+            inputs=operands,
+            outputs=results,
+            domain=domain,
+        )
+        self._graph.add(node, self._anchor)
+        self._made.append(node)
+        if domain is None:
+            infer_types(node, self._graph.opset)
+        bound = tuple(BoundValue(self._graph, r) for r in results)
+        return bound[0] if outputs == 1 else bound
+
+
+def infer_types(node: gs.Node, opset: int) -> None:
+    """Give a new standard node's outputs the types ONNX infers for them; unknown ones stay unknown."""
+    try:
+        schema = onnx.defs.get_schema(node.op, opset, "")
+        types, data = {}, {}
+        for tensor in node.inputs:
+            if tensor.is_empty():
+                continue
+            element = onnx.helper.np_dtype_to_tensor_dtype(np.dtype(tensor.dtype))
+            types[tensor.name] = onnx.helper.make_tensor_type_proto(element, tensor.shape)
+            if isinstance(tensor, gs.Constant) and tensor.values.size <= 64:
+                data[tensor.name] = onnx.numpy_helper.from_array(tensor.values, tensor.name)
+        proto = gs.exporters.onnx_exporter.OnnxExporter.export_node(node)
+        found = onnx.shape_inference.infer_node_outputs(schema, proto, types, data, opset_imports=[onnx.helper.make_opsetid("", opset)])
+    except Exception:  # inference is a convenience here: a type it cannot tell stays unknown
+        return
+    for tensor in node.outputs:
+        if tensor.name in found:
+            known = found[tensor.name].tensor_type
+            tensor.dtype = onnx.helper.tensor_dtype_to_np_dtype(known.elem_type)
+            tensor.shape = [d.dim_value if d.HasField("dim_value") else d.dim_param or None for d in known.shape.dim]

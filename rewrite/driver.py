@@ -1,0 +1,281 @@
+"""Applying rules to a graph until nothing changes, each change verified before it is made.
+
+Policy for overlaps: tiers in order (lift, fuse, transform); within a tier nodes are visited in topological order, and
+at each node rules are tried by priority, then in the order of their declaration; the first verified match wins and its
+nodes are gone for the others. Readers of what changed are visited again. A rule that keeps firing is a loop: it is
+stopped with an error that names it.
+"""
+
+from __future__ import annotations
+
+import heapq
+import time
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_graphsurgeon as gs
+
+from rewrite.builder import GraphBuilder
+from rewrite.errors import RewriteError
+from rewrite.functions import CaptureError, FunctionTable, capture, fingerprint
+from rewrite.graph import DOMAIN, Graph, canonical, describe
+from rewrite.matcher import BoundValue, Match, Matcher, Trace, interior_use
+from rewrite.registry import Library, Rule
+from rewrite.report import NearMiss, Report, Site
+from rewrite.verify import TOLERANCE, Spec, Verdict, check_site, reference_runner, run_function, spec_of
+
+
+class Driver:
+    """One run of a library of rules over one model's graphs."""
+
+    def __init__(self, library: Library, table: FunctionTable, report: Report, verify: bool, explain: bool):
+        self.library, self.table, self.report = library, table, report
+        self.verify, self.explain = verify, explain
+        self.metadata: dict[int, dict[str, str]] = {}
+        self.verdicts: dict[str, Verdict] = {}
+        self._keep: list[gs.Node] = []  # new nodes stay alive, so that their ids in `metadata` stay theirs
+
+    def run(self, graph: Graph, tier: str) -> None:
+        """Apply the rules of one tier to one graph until none matches."""
+        by_op: dict[str, list[Rule]] = {}
+        for rule in self.library.rules:
+            if rule.tier == tier:
+                for op in rule.roots:
+                    by_op.setdefault(op, []).append(rule)
+        queue = [(graph.position[i], n) for n, i in enumerate(graph.live)]
+        order = list(graph.live)
+        heapq.heapify(queue)
+        queued = set(order)
+        changes, limit = 0, 10 * len(order) + 1000
+        while queue:
+            _, slot = heapq.heappop(queue)
+            key = order[slot]
+            queued.discard(key)
+            node = graph.live.get(key)
+            if node is None:
+                continue
+            for rule in by_op.get(canonical(node), ()):
+                if any(graph.counts.get(op, 0) == 0 for op in rule.required):
+                    continue
+                touched = self._try(graph, rule, node)
+                if touched is None:
+                    continue
+                changes += 1
+                if changes > limit:
+                    raise RewriteError(f"rule '{rule.name}' keeps changing the graph at {describe(node)}: its replacement matches a pattern again; add a check that refuses it")
+                for other in touched:
+                    if id(other) in graph.live and id(other) not in queued:
+                        order.append(id(other))
+                        queued.add(id(other))
+                        heapq.heappush(queue, (graph.position[id(other)], len(order) - 1))
+                break
+
+    # --- one rule at one node ------------------------------------------------------------------------------------
+    def _try(self, graph: Graph, rule: Rule, node: gs.Node) -> list[gs.Node] | None:
+        started = time.perf_counter()
+        stats = self.report.rules[rule.name]
+        trace = Trace() if self.explain else None
+        refusal = ""
+        touched = None
+        for match in Matcher(graph, rule.pattern, trace).at(node):
+            refusal = self._refusal(rule, match)
+            if not refusal:
+                stats.matches += 1
+                outcome = self._apply(graph, rule, match, node)
+                if isinstance(outcome, list):
+                    touched = outcome
+                    break
+                refusal = outcome
+        if touched is None and refusal:
+            stats.refusals += 1
+            self.report.near_misses.append(NearMiss(rule.name, describe(node), "check", "", refusal, {}))
+        elif touched is None and trace is not None and trace.depth > 0:
+            self.report.near_misses.append(NearMiss(rule.name, describe(node), trace.part, trace.node, trace.reason, trace.bound, trace.depth))
+        stats.seconds += time.perf_counter() - started
+        return touched
+
+    def _refusal(self, rule: Rule, match: Match) -> str:
+        reason = interior_use(match)
+        if reason is None and rule.check is not None:
+            try:
+                reason = rule.call(rule.check, _bound(match))
+            except Exception as error:
+                raise RewriteError(f"rule '{rule.name}' ({rule.source}): its check fails at {describe(match.nodes[0])}: {type(error).__name__}: {error}") from error
+        return reason or ""
+
+    def _apply(self, graph: Graph, rule: Rule, match: Match, anchor: gs.Node) -> list[gs.Node] | str:
+        """Replace the match; returns the nodes to visit again, or the reason why the replacement was rejected."""
+        op = GraphBuilder(graph, self.library.plugins, anchor)
+        try:
+            result = rule.call(rule.replace, _bound(match), op)
+        except RewriteError as error:
+            self._discard(graph, op._made)
+            raise RewriteError(f"rule '{rule.name}' ({rule.source}): {error}") from error
+        except Exception as error:
+            self._discard(graph, op._made)
+            raise RewriteError(f"rule '{rule.name}' ({rule.source}): its replacement fails at {describe(anchor)}: {type(error).__name__}: {error}") from error
+        results = [r.tensor for r in (result if isinstance(result, tuple) else (result,))]
+        made = op._made
+        try:
+            site = self._site(graph, rule, match, made, results)
+        except CaptureError as error:
+            self._discard(graph, made)
+            return str(error)
+        except RewriteError as error:
+            self._discard(graph, made)
+            return f"not verified: {error}"
+        if isinstance(site, str):
+            self._discard(graph, made)
+            return site
+        self.report.add(site)
+        return self._commit(graph, match, made, results, rule)
+
+    def _discard(self, graph: Graph, made: list[gs.Node]) -> None:
+        for node in made:
+            graph.remove(node)
+            node.inputs.clear()
+
+    def _site(self, graph: Graph, rule: Rule, match: Match, made: list[gs.Node], results: list[gs.Tensor]) -> Site | str:
+        """Check the replacement; on success the new plugin node calls its function."""
+        if len(results) != len(match.outputs):
+            return f"the pattern has {len(match.outputs)} outputs, the replacement {len(results)}"
+        own = [n for n in made if n.domain == DOMAIN]
+        site = Site(rule.name, own[0].op if own else "", [t.name for t in match.outputs], [describe(n) for n in match.nodes])
+        if own:
+            reason = self._plugin_site(graph, rule, match, made, results, site)
+        else:
+            reason = self._plain_site(graph, match, made, results, site)
+        return reason or site
+
+    def _plugin_site(self, graph: Graph, rule: Rule, match: Match, made: list[gs.Node], results: list[gs.Tensor], site: Site) -> str:
+        node = made[0]
+        if len(made) != 1 or [id(t) for t in node.outputs] != [id(t) for t in results]:
+            raise RewriteError(f"rule '{rule.name}': a replacement is either one plugin node or standard nodes only, its results in order")
+        plugin = self.library.plugins[node.op]
+        inputs = {n.rstrip("?"): t for n, t in zip(plugin.inputs, node.inputs, strict=False) if not t.is_empty()}
+        unknown = set(node.attrs) - set(plugin.attributes)
+        if unknown or len(node.inputs) > len(plugin.inputs):
+            raise RewriteError(f"rule '{rule.name}': plugin {plugin.name} takes {list(plugin.inputs)} and attributes {list(plugin.attributes)}, not {sorted(unknown) or len(node.inputs)}")
+        outputs = dict(zip(plugin.outputs, match.outputs, strict=False))
+        attributes = sorted(node.attrs)
+        body = capture(graph, match.nodes, inputs, outputs, plugin.name, attributes)
+        # Inputs keep their places: one that this body does not read is still a parameter of the function.
+        names = [n.rstrip("?") for n in plugin.inputs[: len(node.inputs)]]
+        body.input[:] = names
+        values = dict(node.attrs)
+        key = f"{fingerprint(body)}|{values}|{[(n, str(t.dtype), t.shape) for n, t in inputs.items()]}"
+        run = reference_runner(plugin, values, names)
+        verdict = self._verdict(key, graph, body, inputs, run, plugin.tolerance, plugin.sample)
+        site.error = verdict.error
+        if not verdict.ok:
+            return f"plugin {plugin.name} differs from the subgraph it would replace: {verdict.reason}"
+        node.op = self.table.add(body)
+        return ""
+
+    def _plain_site(self, graph: Graph, match: Match, made: list[gs.Node], results: list[gs.Tensor], site: Site) -> str:
+        leaves = [v for v in match.bindings.values() if isinstance(v, gs.Tensor) and not v.is_empty() and graph.constant(v) is None]
+        inputs = {f"i{n}": t for n, t in enumerate({id(t): t for t in leaves}.values())}
+        outputs = {f"o{n}": t for n, t in enumerate(match.outputs)}
+        before = capture(graph, match.nodes, inputs, outputs, "Before", [])
+        passed = [results.index(r) for r in results if id(r) in {id(t) for t in inputs.values()}]
+        if passed and not made:
+            names = {id(t): n for n, t in inputs.items()}
+            nodes = [onnx.helper.make_node("Identity", [names[id(r)]], [f"o{n}"]) for n, r in enumerate(results)]
+            after = onnx.helper.make_function(DOMAIN, "After", list(inputs), list(outputs), nodes, before.opset_import)
+        else:
+            after = capture(graph, made, inputs, {f"o{n}": r for n, r in enumerate(results)}, "After", [])
+        needed = self.table.needed_by(after)
+        key = f"{fingerprint(before)}|{fingerprint(after)}|{[(str(t.dtype), t.shape) for t in inputs.values()]}"
+
+        def run(arrays: dict[str, np.ndarray]) -> list[Any]:
+            return run_function(after, needed, arrays)
+
+        verdict = self._verdict(key, graph, before, inputs, run, TOLERANCE, None, match)
+        site.error = verdict.error
+        return "" if verdict.ok else f"the replacement differs: {verdict.reason}"
+
+    def _verdict(self, key: str, graph: Graph, body: onnx.FunctionProto, inputs: dict[str, gs.Tensor], run: Callable[..., list[Any]],
+                 tolerance: Any, sample: Callable[..., Any] | None, match: Match | None = None) -> Verdict:  # fmt: skip
+        if not self.verify:
+            return Verdict(True, 0.0)
+        if key not in self.verdicts:
+            shapes = _target_shapes(match) if match is not None else {}
+            specs: list[Spec] = [spec_of(n, t, shapes.get(id(t))) for n, t in inputs.items()]
+            started = time.perf_counter()
+            self.verdicts[key] = check_site(body, self.table.needed_by(body), specs, run, tolerance, sample)
+            self.report.verify_seconds += time.perf_counter() - started
+        return self.verdicts[key]
+
+    def _commit(self, graph: Graph, match: Match, made: list[gs.Node], results: list[gs.Tensor], rule: Rule) -> list[gs.Node]:
+        touched: dict[int, gs.Node] = {id(n): n for n in made}
+        for node in made:
+            origin = " ".join(n.name or n.outputs[0].name for n in match.nodes)
+            self.metadata[id(node)] = {"rewrite.rule": rule.name, "rewrite.from": origin}
+            self._keep.append(node)
+        own = {id(t): (n, i) for n in made for i, t in enumerate(n.outputs)}
+        for old, new in zip(match.outputs, results, strict=True):
+            for user in graph.consumers(old):
+                touched[id(user)] = user
+            if id(new) in own:
+                node, index = own[id(new)]
+                self._take_over(graph, old, node, index)
+            else:
+                self._alias(graph, old, new, rule, touched)
+        graph.remove_dead(match.nodes)
+        return list(touched.values())
+
+    def _take_over(self, graph: Graph, old: gs.Tensor, node: gs.Node, index: int) -> None:
+        """The new node computes the old value under its old name."""
+        producer = graph.producer(old)
+        assert producer is not None
+        slot = next(i for i, t in enumerate(producer.outputs) if t is old)
+        producer.outputs[slot] = gs.Variable(graph.fresh(f"{old.name}_replaced"), old.dtype, old.shape)
+        stale = node.outputs[index]
+        node.outputs[index] = old
+        for user in list(stale.outputs):
+            if id(user) in graph.live:
+                graph.replace_uses(stale, old)
+
+    def _alias(self, graph: Graph, old: gs.Tensor, new: gs.Tensor, rule: Rule, touched: dict[int, gs.Node]) -> None:
+        """The old value is another existing value: its readers read that one."""
+        for user in graph.replace_uses(old, new):
+            touched[id(user)] = user
+        if id(old) in graph.outputs or id(old) in graph.captured:
+            producer = graph.producer(old)
+            assert producer is not None
+            node = gs.Node("Identity", graph.fresh(f"{old.name}_identity"), inputs=[new], outputs=[gs.Variable(graph.fresh(f"{old.name}_tmp"))])
+            graph.add(node, producer)
+            self.metadata[id(node)] = {"rewrite.rule": rule.name}
+            self._keep.append(node)
+            self._take_over(graph, old, node, 0)
+
+
+def _bound(match: Match) -> dict[str, Any]:
+    """Bindings as rules see them."""
+
+    def wrap(value: Any) -> Any:
+        if isinstance(value, gs.Tensor):
+            return BoundValue(match.graph, value)
+        return [wrap(v) for v in value] if isinstance(value, list) and value and isinstance(value[0], gs.Tensor) else value
+
+    bindings = {k: wrap(v) for k, v in match.bindings.items()}
+    bindings["output"] = BoundValue(match.graph, match.outputs[0])
+    return bindings
+
+
+def _target_shapes(match: Match) -> dict[int, tuple[Any, ...]]:
+    """Values of target-shape operands, as far as the shapes they lead to are known."""
+    shapes = {}
+    for node in match.nodes:
+        if canonical(node) in ("Reshape", "Expand") and node.outputs[0].shape is not None:
+            shapes[id(node.inputs[1])] = tuple(node.outputs[0].shape)
+    return shapes
+
+
+def all_graphs(graph: gs.Graph) -> Iterable[gs.Graph]:
+    """The graph and those inside its If, Loop and Scan nodes, innermost first."""
+    for inner in graph.subgraphs():
+        yield from all_graphs(inner)
+    yield graph

@@ -1,0 +1,378 @@
+"""Matching one pattern at one node, with backtracking over operand orders, bracketings and alternatives.
+
+The matcher walks from the node that produces the pattern's (first) output towards its inputs. It looks through nodes
+that change nothing: `Identity`, a `Cast` to the type a value already has, `Dropout` outside training, a `Reshape` to the shape a value already has.
+A `Trace` given to it records how far the best attempt came and why it stopped there; that is what `explain` prints.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from rewrite import pattern as P
+from rewrite.graph import Dim, Graph, canonical, describe
+
+# Never computed twice: an interior value of a match that others read keeps its node alive, and these cost too much.
+HEAVY = {"MatMul", "Gemm", "Conv", "Softmax", "Attention", "Einsum", "ConvTranspose", "LSTM", "GRU", "FusedAttention"}
+
+Operand = tuple[gs.Tensor, str]
+
+
+class BoundValue:
+    """A graph value bound to a pattern variable, as `check` sees it."""
+
+    def __init__(self, graph: Graph, tensor: gs.Tensor):
+        self.graph, self.tensor = graph, tensor
+
+    @property
+    def name(self) -> str:
+        return str(self.tensor.name)
+
+    @property
+    def shape(self) -> list[Dim] | None:
+        return None if self.tensor.shape is None else list(self.tensor.shape)
+
+    @property
+    def rank(self) -> int | None:
+        return None if self.tensor.shape is None else len(self.tensor.shape)
+
+    @property
+    def dtype(self) -> str | None:
+        return None if self.tensor.dtype is None else dtype_name(self.tensor.dtype)
+
+    @property
+    def is_constant(self) -> bool:
+        return self.graph.is_constant(self.tensor)
+
+    @property
+    def value(self) -> np.ndarray | None:
+        """The value of a small constant, else None."""
+        return self.graph.constant(self.tensor)
+
+    def __repr__(self) -> str:
+        return f"{self.name}: {self.dtype}{self.shape}"
+
+
+def dtype_name(dtype: Any) -> str:
+    if isinstance(dtype, int):  # a type NumPy lacks, by its ONNX number
+        import onnx
+
+        return onnx.TensorProto.DataType.Name(dtype).lower()
+    return str(np.dtype(dtype).name)
+
+
+@dataclass
+class Match:
+    """Where a pattern fits: variables bound to graph values, and the nodes they are computed by."""
+
+    graph: Graph
+    outputs: list[gs.Tensor]
+    bindings: dict[str, Any]
+    nodes: list[gs.Node]
+
+
+@dataclass
+class Trace:
+    """How far the best attempt of a rule came at one node."""
+
+    depth: int = -1
+    reason: str = ""
+    node: str = ""
+    part: str = ""
+    bound: dict[str, str] = field(default_factory=dict)
+
+    def stop(self, depth: int, part: str, node: str, reason: str, bound: dict[str, str]) -> None:
+        if depth > self.depth:
+            self.depth, self.part, self.node, self.reason, self.bound = depth, part, node, reason, bound
+
+
+class Matcher:
+    """One attempt to match `outputs` (the traced pattern) in `graph`."""
+
+    def __init__(self, graph: Graph, outputs: tuple[P.Value, ...], trace: Trace | None = None):
+        self.graph, self.pattern, self.trace = graph, outputs, trace
+        self.bindings: dict[str, Any] = {}
+        self.matched: dict[int, gs.Node] = {}  # id(pattern node) -> graph node
+        self.nodes: list[gs.Node] = []  # every node covered, no-ops looked through included
+        self.depth = 0
+
+    def at(self, node: gs.Node) -> Iterator[Match]:
+        """All ways in which the pattern matches with its first output computed by `node`."""
+        first = self.pattern[0]
+        index = first.index if isinstance(first, P.Output) else 0
+        if index >= len(node.outputs):
+            return
+        for _ in self._value(first, node.outputs[index]):
+            yield from self._others(1, [node.outputs[index]])
+
+    def _others(self, position: int, found: list[gs.Tensor]) -> Iterator[Match]:
+        if position == len(self.pattern):
+            yield Match(self.graph, list(found), dict(self.bindings), list({id(n): n for n in self.nodes}.values()))
+            return
+        value = self.pattern[position]
+        op = value.node if isinstance(value, P.Output) else value
+        index = value.index if isinstance(value, P.Output) else 0
+        known = self.matched.get(id(op))
+        for node in [known] if known is not None else self._siblings(value):
+            if index < len(node.outputs):
+                for _ in self._value(value, node.outputs[index]):
+                    yield from self._others(position + 1, [*found, node.outputs[index]])
+
+    def _siblings(self, value: P.Value) -> list[gs.Node]:
+        """Nodes that may produce a further output: readers of what is already bound."""
+        wanted = P.roots(value)
+        for inner in P.walk(value):
+            tensor = None
+            if isinstance(inner, P.Var):
+                tensor = self.bindings.get(inner.name)
+            elif isinstance(inner, P.Op) and inner is not value and id(inner) in self.matched:
+                tensor = self.matched[id(inner)].outputs[0]
+            if isinstance(tensor, gs.Tensor):
+                return [n for n in self.graph.consumers(tensor) if canonical(n) in wanted]
+        return []
+
+    # --- values ------------------------------------------------------------------------------------------------
+    def _value(self, value: P.Value, tensor: gs.Tensor) -> Iterator[None]:
+        if isinstance(value, P.Var):
+            yield from self._bind(value.name, tensor, tensor is self.bindings.get(value.name, tensor))
+        elif isinstance(value, (P.Const, P.Scalar, P.Ints)):
+            yield from self._constant(value, self.graph.constant(tensor), tensor)
+        elif isinstance(value, P.AnyOf):
+            for alternative in value.alternatives:
+                yield from self._value(alternative, tensor)
+        elif isinstance(value, P.Missing):
+            if tensor.is_empty():
+                yield
+        elif isinstance(value, P.Output):
+            yield from self._produced(value.node, tensor, value.index)
+        elif isinstance(value, P.Op):
+            yield from self._produced(value, tensor, 0)
+
+    def _bind(self, name: str, bound: Any, fits: bool) -> Iterator[None]:
+        if not fits:
+            other = self.bindings[name]
+            self._stop(f"variable {name}", None, f"'{getattr(bound, 'name', bound)}' is not '{getattr(other, 'name', other)}', which {name} stands for")
+            return
+        fresh = name not in self.bindings
+        if fresh:
+            self.bindings[name] = bound
+        yield
+        if fresh:
+            del self.bindings[name]
+
+    def _constant(self, value: P.Value, array: np.ndarray | None, tensor: gs.Tensor) -> Iterator[None]:
+        if array is None:
+            self._stop(P.text(value), self.graph.producer(tensor), f"'{tensor.name}' is not a small constant")
+        elif isinstance(value, P.Ints):
+            found = [int(i) for i in array.reshape(-1)] if array.dtype.kind in "iu" else None
+            if found is None or (value.value is not None and tuple(found) != value.value):
+                self._stop(P.text(value), None, f"'{tensor.name}' is {found}")
+            elif value.name is None:
+                yield
+            else:
+                yield from self._bind(value.name, found, self.bindings.get(value.name, found) == found)
+        elif array.size != 1 or array.dtype.kind not in "fiub":
+            self._stop(P.text(value), None, f"'{tensor.name}' has {array.size} elements, not one")
+        else:
+            yield from self._number(value, float(array.reshape(())), tensor.name)
+
+    def _number(self, value: P.Value, number: float, name: str) -> Iterator[None]:
+        if isinstance(value, P.Scalar):
+            yield from self._bind(value.name, number, self.bindings.get(value.name, number) == number)
+        elif isinstance(value, P.Const):
+            if abs(number - value.value) <= value.tolerance * abs(value.value):
+                yield
+            else:
+                self._stop(P.text(value), None, f"'{name}' is {number:.6g}, not {value.value:.6g}")
+
+    # --- nodes -------------------------------------------------------------------------------------------------
+    def _produced(self, op: P.Op, tensor: gs.Tensor, index: int) -> Iterator[None]:
+        """`tensor` is output `index` of a node that matches `op`, perhaps behind nodes that change nothing."""
+        node = self.graph.producer(tensor)
+        if node is None:
+            what = "a constant" if isinstance(tensor, gs.Constant) else "an input of the graph"
+            return self._stop(op.name, None, f"'{tensor.name}' is {what}, not the result of {op.name}")
+        if id(op) in self.matched:
+            if self.matched[id(op)] is node and node.outputs[index] is tensor:
+                yield
+            return
+        if canonical(node) in op.ops and node.outputs[index] is tensor:
+            yield from self._node(op, node)
+            return
+        through = look_through(self.graph, node)
+        if through is None:
+            self._stop(op.name, node, f"expected {op.name}, found {canonical(node)}")
+            return
+        self.nodes.append(node)
+        yield from self._produced(op, through, index)
+        self.nodes.pop()
+
+    def _node(self, op: P.Op, node: gs.Node) -> Iterator[None]:
+        captured = {}
+        for name, wanted in op.attributes.items():
+            actual = self.graph.attribute(node, name)
+            if isinstance(wanted, P.Attr):
+                captured[wanted.name] = actual
+            elif actual != wanted and not (callable(wanted) and wanted(actual)):
+                return self._stop(op.name, node, f"attribute {name} is {actual!r}, not {wanted!r}")
+        fresh = {k: v for k, v in captured.items() if k not in self.bindings}
+        self.bindings.update(fresh)
+        self.matched[id(op)] = node
+        self.nodes.append(node)
+        self.depth += 1
+        yield from self._operands(op, node)
+        self.depth -= 1
+        self.nodes.pop()
+        del self.matched[id(op)]
+        for name in fresh:
+            del self.bindings[name]
+
+    def _operands(self, op: P.Op, node: gs.Node) -> Iterator[None]:
+        if op.name in P.ASSOCIATIVE:
+            for operands, covered in self._decompositions(op, node):
+                self.nodes.extend(covered)
+                yield from self._assign(_specific_first(op.inputs), operands)
+                del self.nodes[len(self.nodes) - len(covered) :]
+            return
+        if op.name in P.COMMUTATIVE and len(op.inputs) == len(node.inputs) == 2:
+            yield from self._assign(_specific_first(op.inputs), [(t, "") for t in node.inputs])
+            return
+        yield from self._in_order(op, node, 0)
+
+    def _in_order(self, op: P.Op, node: gs.Node, index: int) -> Iterator[None]:
+        if index == len(op.inputs):
+            extra = [t for t in node.inputs[index:] if not t.is_empty()]
+            if extra:
+                return self._stop(op.name, node, f"it has {len(node.inputs)} inputs, the pattern has {index}")
+            yield
+            return
+        value = op.inputs[index]
+        if isinstance(value, P.Rest):
+            yield from self._bind(value.name, list(node.inputs[index:]), True)
+            return
+        tensor = node.inputs[index] if index < len(node.inputs) else gs.Variable.empty()
+        if tensor.is_empty() and not _may_be_missing(value):
+            return self._stop(op.name, node, f"input {index} is absent")
+        for _ in self._value(value, tensor):
+            yield from self._in_order(op, node, index + 1)
+
+    # --- commutative and associative operators -------------------------------------------------------------------
+    def _decompositions(self, op: P.Op, node: gs.Node) -> Iterator[tuple[list[Operand], list[gs.Node]]]:
+        """The operand lists of length len(op.inputs) that `node` has under re-association.
+
+        An operand is (value, how): how is "Div" or "Sub" for a constant that the graph divides by or subtracts.
+        """
+        start = self._split(op, node)
+        if start is None:
+            return
+        stack: list[tuple[list[Operand], list[gs.Node]]] = [(start, [])]
+        seen: set[tuple[int, ...]] = set()
+        while stack:
+            operands, covered = stack.pop()
+            if len(operands) == len(op.inputs):
+                key = tuple(sorted(id(t) for t, _ in operands))
+                if key not in seen:
+                    seen.add(key)
+                    yield operands, covered
+                continue
+            for i, (tensor, how) in enumerate(operands):
+                inner = self.graph.producer(tensor)
+                if how or inner is None or canonical(inner) not in op.ops:
+                    continue
+                parts = self._split(op, inner)
+                if parts is not None:
+                    stack.append(([*operands[:i], *parts, *operands[i + 1 :]], [*covered, inner]))
+
+    def _split(self, op: P.Op, node: gs.Node) -> list[Operand] | None:
+        if canonical(node) == op.name:
+            return [(t, "") for t in node.inputs]
+        if self.graph.constant(node.inputs[1]) is None:  # x / y and x - y only with constant y
+            self._stop(op.name, node, f"expected {op.name}, found {canonical(node)} by a value that is not a small constant")
+            return None
+        return [(node.inputs[0], ""), (node.inputs[1], canonical(node))]
+
+    def _assign(self, values: list[P.Value], operands: list[Operand]) -> Iterator[None]:
+        if not values:
+            yield
+            return
+        value, others = values[0], values[1:]
+        tried: set[int] = set()
+        for i, (tensor, how) in enumerate(operands):
+            if id(tensor) in tried:
+                continue
+            tried.add(id(tensor))
+            attempt = self._inverse(value, tensor, how) if how else self._value(value, tensor)
+            for _ in attempt:
+                yield from self._assign(others, operands[:i] + operands[i + 1 :])
+
+    def _inverse(self, value: P.Value, tensor: gs.Tensor, how: str) -> Iterator[None]:
+        """A divisor (or subtrahend) met where the pattern multiplies (or adds)."""
+        array = self.graph.constant(tensor)
+        if array is None or array.size != 1 or array.dtype.kind != "f" or not isinstance(value, (P.Const, P.Scalar)):
+            return
+        number = float(array.reshape(()))
+        if how == "Div" and number != 0:
+            yield from self._number(value, 1.0 / number, tensor.name)
+        elif how == "Sub":
+            yield from self._number(value, -number, tensor.name)
+
+    def _stop(self, part: str, node: gs.Node | None, reason: str) -> None:
+        if self.trace is not None:
+            bound = {k: getattr(v, "name", str(v)) for k, v in self.bindings.items()}
+            self.trace.stop(self.depth, part, describe(node) if node is not None else "", reason, bound)
+
+
+def _specific_first(values: tuple[P.Value, ...]) -> list[P.Value]:
+    def rank(value: P.Value) -> int:
+        if isinstance(value, P.Const):
+            return 0
+        if isinstance(value, (P.Op, P.Output)):
+            return 1
+        return 2 if isinstance(value, P.AnyOf) else 3 if isinstance(value, P.Scalar) else 4
+
+    return sorted(values, key=rank)
+
+
+def _may_be_missing(value: P.Value) -> bool:
+    if isinstance(value, P.AnyOf):
+        return any(_may_be_missing(a) for a in value.alternatives)
+    return isinstance(value, P.Missing)
+
+
+def look_through(graph: Graph, node: gs.Node) -> gs.Tensor | None:
+    """The input that `node` hands on unchanged, or None."""
+    op = canonical(node)
+    if op == "Identity" or (op == "Dropout" and len(node.outputs) == 1 and len(node.inputs) < 3):
+        return node.inputs[0]
+    source = node.inputs[0] if node.inputs else None
+    if op == "Cast" and source is not None and source.dtype is not None and source.dtype == node.outputs[0].dtype:
+        return source
+    if op in ("Reshape", "Expand") and source is not None and same_shape(source, node.outputs[0]):
+        return source
+    return None
+
+
+def same_shape(a: gs.Tensor, b: gs.Tensor) -> bool:
+    """The two shapes are known and equal, names of dynamic dimensions included."""
+    if a.shape is None or b.shape is None or None in a.shape or None in b.shape:
+        return False
+    return list(a.shape) == list(b.shape)
+
+
+def interior_use(match: Match) -> str | None:
+    """Why a match may not be fused although it fits: a costly interior value that others read, too."""
+    graph, inside = match.graph, {id(n) for n in match.nodes}
+    outputs = {id(t) for t in match.outputs}
+    for node in match.nodes:
+        for tensor in node.outputs:
+            if id(tensor) in outputs or canonical(node) not in HEAVY:
+                continue
+            use = graph.is_used_outside(tensor, inside)
+            if use is not None:
+                return f"the value '{tensor.name}' inside the match is needed elsewhere: {use}"
+    return None

@@ -1,0 +1,96 @@
+"""The main entry: load, rewrite, verify."""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import onnx
+
+from rewrite.driver import Driver, all_graphs
+from rewrite.errors import RewriteError
+from rewrite.functions import FunctionTable
+from rewrite.graph import Graph
+from rewrite.model import Model, close_graph, load, open_graph
+from rewrite.registry import TIERS, Library, Rule, library
+from rewrite.report import Report
+from rewrite.verify import check_models
+
+
+@dataclass
+class Result:
+    """A rewritten model and what was done to it."""
+
+    model: Model
+    report: Report
+
+
+def optimize(
+    model: str | os.PathLike[str] | onnx.ModelProto | Model,
+    *,
+    rules: list[Rule | ModuleType | str | Path] | None = None,
+    only: list[str] | None = None,
+    verify: bool = True,
+    explain: bool = False,
+    inputs: list[dict[str, np.ndarray[Any, Any]]] | None = None,
+    tolerance: float = 1e-4,
+) -> Result:
+    """Rewrite a model with all known rules.
+
+    Args:
+        model: a path, a protobuf, or what `load` returned.
+        rules: further rules: rule objects, modules, or paths of Python files.
+        only: names of the rules to use; all if None.
+        verify: check each distinct site, then the whole model against the original.
+        explain: record near misses (slower).
+        inputs: inputs for the check of the whole model, by input name; generated if None.
+        tolerance: largest difference of the whole model's outputs, relative to the largest value of each.
+
+    Returns:
+        Result with the new model (the argument is not changed) and the report.
+
+    Raises:
+        RewriteError: bad input or a faulty rule, in one line.
+        CheckFailed: the whole model differs from the original.
+    """
+    source = load(model)
+    chosen = _library(rules, only)
+    report = Report()
+    report.start(chosen.rules)
+    started = time.perf_counter()
+    imported = open_graph(source)
+    table = FunctionTable(list(source.proto.functions))
+    driver = Driver(chosen, table, report, verify, explain)
+    graphs = [Graph(g, source.opset) for g in all_graphs(imported.graph)]
+    for tier in TIERS:
+        for graph in graphs:
+            driver.run(graph, tier)
+    for graph in graphs:
+        graph.sort()
+    result = close_graph(imported, table.functions, driver.metadata)
+    report.seconds = time.perf_counter() - started
+    report.operators_before, report.operators_after = source.operators(), result.operators()
+    report.plugins = result.plugin_nodes()
+    if verify:
+        check_started = time.perf_counter()
+        report.model_error = check_models(source, result, inputs, tolerance)
+        report.verify_seconds += time.perf_counter() - check_started
+        report.verified = True
+    return Result(result, report)
+
+
+def _library(rules: list[Rule | ModuleType | str | Path] | None, only: list[str] | None) -> Library:
+    files: list[str | Path] = []
+    for item in rules or ():
+        if isinstance(item, (str, Path)):
+            files.append(item)
+        elif not isinstance(item, (Rule, ModuleType)):
+            raise RewriteError(f"rules: {item!r} is neither a rule, a module nor a path")
+    # Rule objects and modules registered themselves when they were declared.
+    found = library(files)
+    return found.select(only) if only is not None else found

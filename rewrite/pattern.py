@@ -1,0 +1,265 @@
+"""The pattern language: a Python function, traced once, becomes a small graph of `Value`s that reads like the maths.
+
+    def pattern(op, x):
+        return 0.5 * x * (1.0 + op.Erf(x / 2**0.5))
+
+Operators are written `op.Name(inputs..., attribute=value)` or with `+ - * / @`. `+` and `*` are commutative and
+associative in the matcher: one spelling covers every operand order and bracketing, and division by a constant counts
+as multiplication by its reciprocal. `op.domain("com.acme").Name(...)` reaches operators of other domains.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+ASSOCIATIVE = {"Add", "Mul", "And", "Or"}
+COMMUTATIVE = ASSOCIATIVE | {"Xor", "Equal", "Max", "Min", "Sum"}
+
+
+class Value:
+    """A value in a pattern. Arithmetic on values builds pattern nodes."""
+
+    def __add__(self, other: Any) -> Value:
+        return _node("Add", (self, other))
+
+    def __mul__(self, other: Any) -> Value:
+        return _node("Mul", (self, other))
+
+    def __sub__(self, other: Any) -> Value:
+        return _node("Sub", (self, other))
+
+    def __truediv__(self, other: Any) -> Value:
+        if isinstance(other, (int, float)):
+            return _node("Mul", (self, 1.0 / other))
+        return _node("Div", (self, other))
+
+    def __matmul__(self, other: Any) -> Value:
+        return _node("MatMul", (self, other))
+
+    def __neg__(self) -> Value:
+        return _node("Neg", (self,))
+
+    def __radd__(self, other: Any) -> Value:
+        return _node("Add", (other, self))
+
+    def __rmul__(self, other: Any) -> Value:
+        return _node("Mul", (other, self))
+
+    def __rsub__(self, other: Any) -> Value:
+        return _node("Sub", (other, self))
+
+    def __rtruediv__(self, other: Any) -> Value:
+        return _node("Div", (other, self))
+
+
+@dataclass(eq=False)
+class Var(Value):
+    """Any value; the same variable used twice must be the same value. Parameters of a pattern are variables."""
+
+    name: str
+
+
+@dataclass(eq=False)
+class Const(Value):
+    """A scalar constant equal to `value` within a relative `tolerance` (exporters store 2**0.5 in fp16, too)."""
+
+    value: float
+    tolerance: float = 2e-3
+
+
+@dataclass(eq=False)
+class Scalar(Value):
+    """Any scalar constant; bound as a Python number under `name`."""
+
+    name: str
+
+
+@dataclass(eq=False)
+class Ints(Value):
+    """A constant vector of integers; equal to `value` if one is given, bound as a list under `name` if one is given."""
+
+    value: tuple[int, ...] | None = None
+    name: str | None = None
+
+
+@dataclass(eq=False)
+class Missing(Value):
+    """An optional input that is absent."""
+
+
+@dataclass(eq=False)
+class Rest(Value):
+    """All remaining inputs of a node (of any number); bound as a list under `name`."""
+
+    name: str
+
+
+@dataclass(eq=False)
+class AnyOf(Value):
+    """The first alternative that matches."""
+
+    alternatives: tuple[Value, ...]
+
+
+@dataclass(eq=False)
+class Attr:
+    """In place of an attribute's value: bind whatever value the node has under `name`."""
+
+    name: str
+
+
+@dataclass(eq=False)
+class Op(Value):
+    """A node: operator name, operand patterns, attribute values. As a `Value` it stands for its first output."""
+
+    name: str
+    inputs: tuple[Value, ...]
+    attributes: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def ops(self) -> set[str]:
+        """The operators whose nodes this pattern can match."""
+        return {"Mul", "Div"} if self.name == "Mul" else {"Add", "Sub"} if self.name == "Add" else {self.name}
+
+
+@dataclass(eq=False)
+class Output(Value):
+    """One output of a node that has several."""
+
+    node: Op
+    index: int
+
+
+def _value(x: Any) -> Value:
+    if isinstance(x, Value):
+        return x
+    if isinstance(x, (int, float)) and not isinstance(x, bool):
+        return Const(float(x))
+    if isinstance(x, (list, tuple)):
+        return Ints(tuple(x))
+    if x is None:
+        return Missing()
+    raise TypeError(f"a pattern is made of values, numbers, lists of integers or None, not {x!r}")
+
+
+def _node(name: str, inputs: tuple[Any, ...], attributes: dict[str, Any] | None = None) -> Op:
+    values = [_value(x) for x in inputs]
+    if name in ASSOCIATIVE:
+        values = [w for v in values for w in (v.inputs if isinstance(v, Op) and v.name == name else (v,))]
+    return Op(name, tuple(values), attributes or {})
+
+
+class PatternBuilder:
+    """The `op` a pattern function is called with."""
+
+    def __init__(self, domain: str = ""):
+        self._domain = domain
+
+    def domain(self, name: str) -> PatternBuilder:
+        return PatternBuilder(name)
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        full = f"{self._domain}::{name}" if self._domain else name
+
+        def build(*inputs: Any, outputs: int = 1, **attributes: Any) -> Any:
+            node = _node(full, inputs, attributes)
+            return node if outputs == 1 else tuple(Output(node, i) for i in range(outputs))
+
+        return build
+
+
+def any_of(*alternatives: Any) -> Value:
+    """Matches the first of the alternatives that fits; variables of the others stay None."""
+    return AnyOf(tuple(_value(a) for a in alternatives))
+
+
+def maybe(operator: Callable[..., Value], x: Value, *inputs: Any, **attributes: Any) -> Value:
+    """An optional node: `maybe(op.Cast, x)` matches `Cast(x)` and plain `x`."""
+    return any_of(operator(x, *inputs, **attributes), x)
+
+
+def scalar(name: str) -> Value:
+    """Any scalar constant, handed to `check` and `replace` as a Python number called `name`."""
+    return Scalar(name)
+
+
+def ints(name: str) -> Value:
+    """Any constant vector of integers, handed on as a list called `name`."""
+    return Ints(None, name)
+
+
+def attr(name: str) -> Any:
+    """Any value of an attribute, handed on under `name`."""
+    return Attr(name)
+
+
+def rest(name: str) -> Value:
+    """The remaining inputs of a variadic node, handed on as a list called `name`."""
+    return Rest(name)
+
+
+def trace(function: Callable[..., Any]) -> tuple[tuple[Value, ...], tuple[str, ...]]:
+    """Run a pattern function on variables; returns its outputs and the names of its variables."""
+    names = tuple(inspect.signature(function).parameters)[1:]
+    result = function(PatternBuilder(), *(Var(n) for n in names))
+    outputs = result if isinstance(result, tuple) else (result,)
+    if not outputs or not all(isinstance(o, (Op, AnyOf, Output)) for o in outputs):
+        raise TypeError("a pattern returns one operator's output or a tuple of them")
+    return outputs, names
+
+
+def walk(value: Value) -> Iterator[Value]:
+    """`value` and everything below it."""
+    yield value
+    below = value.inputs if isinstance(value, Op) else value.alternatives if isinstance(value, AnyOf) else ()
+    if isinstance(value, Output):
+        below = (value.node,)
+    for inner in below:
+        yield from walk(inner)
+
+
+def roots(value: Value) -> set[str]:
+    """The operators a node may have to be this value's producer."""
+    if isinstance(value, Op):
+        return value.ops
+    if isinstance(value, Output):
+        return value.node.ops
+    if isinstance(value, AnyOf):
+        return set().union(*(roots(a) for a in value.alternatives))
+    return set()
+
+
+def required(value: Value) -> set[str]:
+    """Operators without which the pattern cannot match at all: a cheap test before any matching."""
+    if isinstance(value, Output):
+        value = value.node
+    if isinstance(value, AnyOf):
+        return set.intersection(*(required(a) for a in value.alternatives))
+    if isinstance(value, Op):
+        own = set() if len(value.ops) > 1 else {value.name}
+        return own.union(*(required(i) for i in value.inputs))
+    return set()
+
+
+def text(value: Value) -> str:
+    """The pattern as a person would write it, for reports."""
+    if isinstance(value, (Var, Scalar, Rest)):
+        return value.name
+    if isinstance(value, Const):
+        return f"{value.value:.6g}"
+    if isinstance(value, Ints):
+        return value.name or str(list(value.value or ()))
+    if isinstance(value, Missing):
+        return "None"
+    if isinstance(value, AnyOf):
+        return " | ".join(text(a) for a in value.alternatives)
+    if isinstance(value, Output):
+        return f"{text(value.node)}[{value.index}]"
+    assert isinstance(value, Op)
+    attributes = [f"{k}={v.name if isinstance(v, Attr) else v}" for k, v in value.attributes.items()]
+    return f"{value.name}({', '.join([text(i) for i in value.inputs] + attributes)})"

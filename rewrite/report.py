@@ -1,0 +1,73 @@
+"""What a run did: sites, counts, refusals, near misses and times; for people as tables, for programs as JSON."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from rewrite.registry import Rule
+
+
+@dataclass
+class RuleStats:
+    """Counts of one rule. `seconds` includes matching, checking and verification."""
+
+    tier: str
+    matches: int = 0
+    applied: int = 0
+    refusals: int = 0
+    seconds: float = 0.0
+
+
+@dataclass
+class Site:
+    """One replacement: the rule, the plugin (empty for plain rewrites), the values computed, the nodes replaced."""
+
+    rule: str
+    plugin: str
+    outputs: list[str]
+    nodes: list[str]
+    error: float = 0.0
+
+
+@dataclass
+class NearMiss:
+    """Where a rule almost matched: the pattern's part and the graph node at which it stopped, and why."""
+
+    rule: str
+    at: str
+    part: str
+    node: str
+    reason: str
+    bound: dict[str, str]
+    depth: int = 0
+
+    def __str__(self) -> str:
+        where = f" at {self.node}" if self.node and self.node != self.at else ""
+        return f"{self.rule} at {self.at}: {self.part}{where}: {self.reason}"
+
+
+@dataclass
+class Report:
+    """The outcome of `optimize`."""
+
+    rules: dict[str, RuleStats] = field(default_factory=dict)
+    sites: list[Site] = field(default_factory=list)
+    near_misses: list[NearMiss] = field(default_factory=list)
+    operators_before: dict[str, int] = field(default_factory=dict)
+    operators_after: dict[str, int] = field(default_factory=dict)
+    plugins: dict[str, int] = field(default_factory=dict)
+    verified: bool = False
+    model_error: float | None = None
+    seconds: float = 0.0
+    verify_seconds: float = 0.0
+
+    def start(self, rules: list[Rule]) -> None:
+        self.rules = {r.name: RuleStats(r.tier) for r in rules}
+
+    def add(self, site: Site) -> None:
+        self.sites.append(site)
+        self.rules[site.rule].applied += 1
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self)

@@ -1,0 +1,328 @@
+"""Checks by computing: a fused site against the subgraph it replaced, a whole model against another.
+
+A site is checked on inputs made from the shapes and dtypes of its values: ordinary magnitudes, large and small ones,
+and what the plugin's own `sample` makes (masks with fully masked rows, say). Non-finite results must be non-finite in
+the same places. The side that is computed by ONNX Runtime runs with graph optimizations off, so that it is what the
+file says.
+"""
+
+from __future__ import annotations
+
+import ast
+import operator
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_graphsurgeon as gs
+
+from rewrite.errors import CheckFailed, RewriteError
+from rewrite.graph import DOMAIN, Dim
+from rewrite.registry import Plugin
+
+# (relative, absolute), for plain rewrites: what another order of summation may change.
+TOLERANCE = {"float64": (1e-9, 1e-9), "float32": (2e-5, 2e-5), "float16": (4e-3, 4e-3), "bfloat16": (3e-2, 3e-2)}
+SIZES = ((2, 5, 7, 3, 4, 6), (1, 4, 4, 2, 3, 5), (3, 8, 8, 1, 2, 2))
+SCALES = (1.0, 8.0, 1e-3)
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What is known of one input of a site. `value` gives the content where it is not free (a target shape)."""
+
+    name: str
+    dtype: Any
+    shape: tuple[Dim, ...] | None
+    value: tuple[Dim, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The outcome of a check. `error` is the largest difference seen, absolute, over all outputs and inputs tried."""
+
+    ok: bool
+    error: float
+    reason: str = ""
+
+
+_BINARY = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.FloorDiv: operator.floordiv, ast.Div: operator.floordiv}
+
+
+def resolve(dim: Dim, sizes: dict[str, int], draw: Callable[[], int]) -> int:
+    """The size of a dimension: names are drawn once each; `2*seq + 1` is computed from its names."""
+    if isinstance(dim, int):
+        return dim
+    if dim is None:
+        return draw()
+    try:
+        tree = ast.parse(dim, mode="eval").body
+    except SyntaxError:
+        tree = ast.Name(dim)
+
+    def evaluate(node: ast.AST) -> int:
+        if isinstance(node, ast.Constant) and isinstance(node.value, int):
+            return node.value
+        if isinstance(node, ast.BinOp) and type(node.op) in _BINARY:
+            return int(_BINARY[type(node.op)](evaluate(node.left), evaluate(node.right)))
+        key = ast.unparse(node)
+        if key not in sizes:
+            sizes[key] = draw()
+        return sizes[key]
+
+    return evaluate(tree)
+
+
+def draw_sizes(pool: Iterable[int]) -> Callable[[], int]:
+    values = list(pool)
+    state = {"next": 0}
+
+    def draw() -> int:
+        state["next"] += 1
+        return values[(state["next"] - 1) % len(values)]
+
+    return draw
+
+
+def make_inputs(specs: list[Spec], attempt: int, sample: Callable[..., Any] | None) -> dict[str, np.ndarray]:
+    """Inputs for the `attempt`-th check of a site; the same arguments give the same numbers."""
+    rng = np.random.default_rng(attempt)
+    sizes: dict[str, int] = {}
+    draw = draw_sizes(SIZES[attempt % len(SIZES)])
+    scale = SCALES[attempt % len(SCALES)]
+    made = {}
+    for spec in specs:
+        if spec.shape is None:
+            raise RewriteError(f"the shape of '{spec.name}' is unknown")
+        shape = tuple(resolve(d, sizes, draw) for d in spec.shape)
+        if spec.value is not None:
+            made[spec.name] = np.array([resolve(d, sizes, draw) for d in spec.value], np.int64).reshape(shape)
+            continue
+        own = sample(rng, spec.name, shape, np.dtype(spec.dtype)) if sample is not None else None
+        made[spec.name] = own if own is not None else default_sample(rng, shape, np.dtype(spec.dtype), scale)
+    return made
+
+
+def default_sample(rng: np.random.Generator, shape: tuple[int, ...], dtype: np.dtype[Any], scale: float = 1.0) -> np.ndarray:
+    """Random data: normal for floats (matrices shrunk to keep products near 1), fair coins for bools, 0..2 for integers."""
+    if dtype == np.bool_:
+        return rng.random(shape) < 0.5
+    if dtype.kind in "iu":
+        return rng.integers(0, 3, shape).astype(dtype)
+    return np.asarray(rng.standard_normal(shape) * scale).astype(dtype)
+
+
+def session(model: onnx.ModelProto, optimize: bool = False) -> Any:
+    """An ONNX Runtime session on the CPU. Raises RewriteError if ONNX Runtime cannot load the model."""
+    import onnxruntime as ort
+
+    options = ort.SessionOptions()
+    options.log_severity_level = 4
+    options.intra_op_num_threads = 1 if not optimize else 0
+    if not optimize:
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    try:
+        return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    except Exception as error:
+        raise RewriteError(f"ONNX Runtime cannot load it: {str(error).strip().splitlines()[0][:300]}") from error
+
+
+def function_model(function: onnx.FunctionProto, needed: list[onnx.FunctionProto], inputs: Mapping[str, np.ndarray], ir_version: int) -> onnx.ModelProto:
+    """A model whose graph is the function's body, for inputs of these types."""
+    values = [
+        onnx.helper.make_tensor_value_info(n, onnx.helper.np_dtype_to_tensor_dtype(a.dtype), a.shape)
+        for n, a in inputs.items()
+        if n in set(function.input)
+    ]
+    outputs = [onnx.helper.make_empty_tensor_value_info(n) for n in function.output]
+    graph = onnx.helper.make_graph(list(function.node), "site", values, outputs)
+    opsets = list(function.opset_import)
+    if needed and DOMAIN not in {o.domain for o in opsets}:
+        opsets.append(onnx.helper.make_opsetid(DOMAIN, 1))
+    return onnx.helper.make_model(graph, opset_imports=opsets, functions=needed, ir_version=max(8, ir_version))
+
+
+def run_function(function: onnx.FunctionProto, needed: list[onnx.FunctionProto], inputs: Mapping[str, np.ndarray], ir_version: int = 8) -> list[np.ndarray]:
+    """Compute a function's outputs in ONNX Runtime. Raises RewriteError if it cannot run."""
+    model = function_model(function, needed, inputs, ir_version)
+    runner = session(model)
+    try:
+        return list(runner.run(None, {k: v for k, v in inputs.items() if k in set(function.input)}))
+    except Exception as error:
+        raise RewriteError(f"ONNX Runtime fails on it: {str(error).strip().splitlines()[0][:300]}") from error
+
+
+def compare(expected: list[np.ndarray], actual: list[Any], tolerance: Mapping[str, tuple[float, float]]) -> Verdict:
+    """Are two lists of arrays equal within the tolerance of their dtype? Shapes and dtypes must be equal."""
+    worst = 0.0
+    if len(expected) != len(actual):
+        return Verdict(False, np.inf, f"{len(actual)} outputs instead of {len(expected)}")
+    for index, (want, got) in enumerate(zip(expected, actual, strict=True)):
+        got = np.asarray(got)
+        where = f"output {index}"
+        if want.shape != got.shape:
+            return Verdict(False, np.inf, f"{where} has shape {list(got.shape)} instead of {list(want.shape)}")
+        if want.dtype != got.dtype:
+            return Verdict(False, np.inf, f"{where} is {got.dtype} instead of {want.dtype}")
+        if want.dtype.kind not in "fV" and want.dtype.name != "bfloat16":
+            if not np.array_equal(want, got):
+                return Verdict(False, np.inf, f"{where} differs in {int(np.sum(want != got))} of {want.size} elements")
+            continue
+        wide, found = want.astype(np.float64), got.astype(np.float64)
+        finite = np.isfinite(wide)
+        same = np.where(finite, np.isfinite(found), (np.isnan(wide) & np.isnan(found)) | (wide == found))
+        if not same.all():
+            return Verdict(False, np.inf, f"{where}: {int((~same).sum())} of {same.size} elements are NaN or infinite on one side only")
+        difference = np.abs(np.where(finite, found, 0) - np.where(finite, wide, 0))
+        size = np.where(finite, np.abs(wide), 0)
+        error = float(difference.max(initial=0.0))
+        worst = max(worst, error)
+        relative, absolute = tolerance.get(want.dtype.name, TOLERANCE["float32"])
+        # The absolute part is relative to the largest value: rounding in a sum is of its largest term.
+        bound = relative * size + absolute * max(1e-6, float(size.max(initial=0.0)))
+        if (difference > bound).any():
+            return Verdict(False, error, f"{where} differs by up to {error:.3g}, allowed {float(bound.max()):.3g}")
+    return Verdict(True, worst)
+
+
+def check_site(
+    body: onnx.FunctionProto,
+    needed: list[onnx.FunctionProto],
+    specs: list[Spec],
+    replacement: Callable[[dict[str, np.ndarray]], list[Any]],
+    tolerance: Mapping[str, tuple[float, float]],
+    sample: Callable[..., Any] | None,
+    attempts: int = 3,
+) -> Verdict:
+    """Compare `replacement` with `body` on several inputs. A site that cannot be computed is not verified, so refused."""
+    worst, done = 0.0, 0
+    last = ""
+    for attempt in range(attempts):
+        try:
+            inputs = make_inputs(specs, attempt, sample)
+            expected = run_function(body, needed, inputs)
+        except RewriteError as error:
+            last = str(error)
+            continue
+        try:
+            with np.errstate(all="ignore"):
+                actual = replacement(inputs)
+        except Exception as error:
+            return Verdict(False, np.inf, f"the replacement fails: {type(error).__name__}: {str(error)[:200]}")
+        verdict = compare(expected, actual, tolerance)
+        worst = max(worst, verdict.error)
+        if not verdict.ok:
+            return Verdict(False, worst, verdict.reason)
+        done += 1
+    if done == 0:
+        return Verdict(False, np.inf, f"the replaced subgraph cannot be computed on its own: {last}")
+    return Verdict(True, worst)
+
+
+def reference_runner(plugin: Plugin, attributes: Mapping[str, Any], names: list[str]) -> Callable[[dict[str, np.ndarray]], list[Any]]:
+    """The plugin's NumPy reference as a function of the site's inputs."""
+
+    def run(inputs: dict[str, np.ndarray]) -> list[Any]:
+        result = plugin.reference(*(inputs.get(n) if n else None for n in names), **{**plugin.attributes, **attributes})
+        return list(result) if isinstance(result, tuple) else [result]
+
+    return run
+
+
+# --- whole models -------------------------------------------------------------------------------------------------
+def model_inputs(proto: onnx.ModelProto, attempt: int, ranges: Mapping[str, int] | None = None) -> dict[str, np.ndarray]:
+    """Inputs for a whole model. Integer inputs are 0 or 1 where they look like masks, else small indices.
+
+    Named dimensions are drawn once and used everywhere; `ranges` gives the largest value of an integer input.
+    """
+    rng = np.random.default_rng(1000 + attempt)
+    sizes: dict[str, int] = {}
+    draw = draw_sizes(SIZES[attempt % len(SIZES)])
+    initial = {i.name for i in proto.graph.initializer}
+    made: dict[str, np.ndarray] = {}
+    for value in proto.graph.input:
+        if value.name in initial:
+            continue
+        if not value.type.HasField("tensor_type") or not value.type.tensor_type.HasField("shape"):
+            raise RewriteError(f"input '{value.name}' has no known tensor shape; give inputs with --inputs FILE.npz")
+        dims = [d.dim_value if d.HasField("dim_value") else d.dim_param or None for d in value.type.tensor_type.shape.dim]
+        shape = tuple(resolve(d, sizes, draw) for d in dims)
+        dtype = onnx.helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type)
+        low = value.name.lower()
+        if dtype.kind in "iu" and "mask" in low and len(shape) == 2:
+            lengths = rng.integers(1, shape[1] + 1, shape[0])
+            lengths[0] = shape[1]
+            made[value.name] = (np.arange(shape[1])[None] < lengths[:, None]).astype(dtype)
+        elif dtype.kind in "iu" and "position" in low:
+            made[value.name] = np.broadcast_to(np.arange(shape[-1]), shape).astype(dtype)
+        elif dtype.kind in "iu":
+            made[value.name] = rng.integers(0, (ranges or {}).get(value.name, 2), shape).astype(dtype)
+        elif dtype.kind in "fb" or dtype.name == "bfloat16":
+            made[value.name] = default_sample(rng, shape, dtype)
+        else:
+            raise RewriteError(f"input '{value.name}' is {dtype}; give inputs with --inputs FILE.npz")
+    return made
+
+
+def check_models(
+    before: Any,
+    after: Any,
+    inputs: list[dict[str, np.ndarray]] | None = None,
+    tolerance: float = 1e-4,
+    attempts: int = 2,
+) -> float:
+    """Compare two models on given or generated inputs; returns the largest difference relative to the largest value.
+
+    Raises CheckFailed, naming the output, if they differ by more than `tolerance`, RewriteError if one cannot run.
+    """
+    first, second = _file_session(before), _file_session(after)
+    names = [o.name for o in first.get_outputs()]
+    if names != [o.name for o in second.get_outputs()]:
+        raise CheckFailed(f"the outputs differ: {names} and {[o.name for o in second.get_outputs()]}")
+    worst = 0.0
+    for attempt in range(attempts if inputs is None else len(inputs)):
+        feeds = inputs[attempt] if inputs is not None else model_inputs(before.proto, attempt)
+        try:
+            expected = first.run(None, feeds)
+        except Exception as error:
+            if inputs is None and attempt + 1 < attempts:
+                continue
+            raise RewriteError(f"{before.name} fails on the inputs: {str(error).strip().splitlines()[0][:300]}; give inputs with --inputs FILE.npz") from error
+        try:
+            actual = second.run(None, feeds)
+        except Exception as error:
+            raise CheckFailed(f"the rewritten model fails on the inputs: {str(error).strip().splitlines()[0][:300]}") from error
+        for name, want, got in zip(names, expected, actual, strict=True):
+            verdict = compare([np.asarray(want)], [got], {k: (tolerance, tolerance) for k in TOLERANCE})
+            size = float(np.abs(np.asarray(want, np.float64)).max(initial=0.0)) if np.asarray(want).dtype.kind == "f" else 0.0
+            if not verdict.ok:
+                raise CheckFailed(f"output '{name}': {verdict.reason}")
+            worst = max(worst, verdict.error / max(size, 1e-6))
+    return worst
+
+
+def _file_session(model: Any) -> Any:
+    """A session of a model whose external weights lie in its folder."""
+    import onnxruntime as ort
+
+    if not model.external:
+        return session(model.proto)
+    options = ort.SessionOptions()
+    options.log_severity_level = 4
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(model.folder))
+    try:
+        return ort.InferenceSession(model.proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    except Exception as error:
+        raise RewriteError(f"ONNX Runtime cannot load {model.name}: {str(error).strip().splitlines()[0][:300]}") from error
+
+
+def spec_of(name: str, tensor: gs.Tensor, value: tuple[Dim, ...] | None = None) -> Spec:
+    shape = None if tensor.shape is None else tuple(tensor.shape)
+    dtype = tensor.dtype
+    if dtype is None:
+        raise RewriteError(f"the dtype of '{tensor.name}' is unknown")
+    if isinstance(dtype, int):
+        dtype = onnx.helper.tensor_dtype_to_np_dtype(dtype)
+    return Spec(name, np.dtype(dtype), shape, value)
