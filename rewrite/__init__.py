@@ -25,8 +25,6 @@ _HOME = {
     "ints": "rewrite.pattern",
     "attr": "rewrite.pattern",
     "rest": "rewrite.pattern",
-    "build": "rewrite.runtime.build",
-    "Plan": "rewrite.runtime.plan",
     "RewriteError": "rewrite.errors",
     "CheckFailed": "rewrite.errors",
 }
@@ -36,6 +34,7 @@ __all__ = [*sorted(_HOME), "__version__"]
 if TYPE_CHECKING:
     from rewrite.errors import CheckFailed as CheckFailed
     from rewrite.errors import RewriteError as RewriteError
+    from rewrite.functions import unfuse as unfuse
     from rewrite.model import Model as Model
     from rewrite.model import load as load
     from rewrite.optimizer import Result as Result
@@ -48,9 +47,6 @@ if TYPE_CHECKING:
     from rewrite.pattern import scalar as scalar
     from rewrite.registry import plugin as plugin
     from rewrite.registry import rule as rule
-    from rewrite.runtime.build import build as build
-    from rewrite.runtime.plan import Plan as Plan
-    from rewrite.functions import unfuse as unfuse
 
 
 def __getattr__(name: str) -> Any:

@@ -6,6 +6,7 @@ import hashlib
 
 import numpy as np
 import onnx
+import onnx.inliner
 import onnx_graphsurgeon as gs
 from onnx_graphsurgeon.exporters.onnx_exporter import OnnxExporter
 
@@ -134,3 +135,15 @@ class FunctionTable:
                     found[node.op_type] = self.functions[node.op_type]
                     pending.append(self.functions[node.op_type])
         return list(found.values())
+
+
+def unfuse(proto: onnx.ModelProto) -> onnx.ModelProto:
+    """The same model with every call of a plugin replaced by the subgraph it stands for."""
+    names = [(DOMAIN, f.name) for f in proto.functions if f.domain == DOMAIN]
+    if not names:
+        return proto
+    result = onnx.inliner.inline_selected_functions(proto, names)
+    kept = [o for o in result.opset_import if o.domain != DOMAIN]
+    del result.opset_import[:]
+    result.opset_import.extend(kept)
+    return result

@@ -222,7 +222,7 @@ def small_values(tensor: gs.Constant, limit: int = SMALL) -> np.ndarray | None:
         if cached is None:
             cached = onnx.numpy_helper.to_array(proto)
             tensor._rewrite_values = cached
-        return cached
+        return np.asarray(cached)
     if isinstance(lazy, np.ndarray) and lazy.size <= limit:
         return lazy
     return None

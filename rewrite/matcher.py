@@ -62,7 +62,7 @@ def dtype_name(dtype: Any) -> str:
     if isinstance(dtype, int):  # a type NumPy lacks, by its ONNX number
         import onnx
 
-        return onnx.TensorProto.DataType.Name(dtype).lower()
+        return str(onnx.TensorProto.DataType.Name(dtype)).lower()
     return str(np.dtype(dtype).name)
 
 

@@ -6,10 +6,12 @@ source: a node that no rule touched is written back as it came, and only new nod
 
 from __future__ import annotations
 
+import functools
 import os
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import BinaryIO
 
 import onnx
 import onnx_graphsurgeon as gs
@@ -49,7 +51,7 @@ class Model:
             target = path.parent / name
             if target.exists() and os.path.samefile(source, target):
                 continue
-            write_atomically(target, lambda f, source=source: shutil.copyfileobj(source.open("rb"), f))
+            write_atomically(target, functools.partial(_copy, source))
         if self.proto.ByteSize() > onnx.checker.MAXIMUM_PROTOBUF:
             raise RewriteError(f"{path}: the model is over 2 GiB; store its weights as external data")
         data = self.proto.SerializeToString(deterministic=True)
@@ -73,9 +75,15 @@ class Model:
         return counts
 
 
+def _copy(source: Path, target: BinaryIO) -> None:
+    with source.open("rb") as stream:
+        shutil.copyfileobj(stream, target)
+
+
 def base_name(node: onnx.NodeProto) -> str:
     """The plugin a node calls: `Attention` for the variants `Attention`, `Attention_2`, ..."""
-    return node.op_type.split("_", 1)[0] if node.domain == DOMAIN else node.op_type
+    name = str(node.op_type)
+    return name.split("_", 1)[0] if node.domain == DOMAIN else name
 
 
 def load(source: str | os.PathLike[str] | onnx.ModelProto | Model) -> Model:
@@ -283,9 +291,8 @@ def _export(graph: gs.Graph, source: onnx.GraphProto, imported: Imported, metada
     old = {i.name for i in source.initializer}
     result.initializer.extend(i for i in source.initializer if i.name in needed)
     for name, tensor in read.items():
-        if isinstance(tensor, gs.Constant) and name not in old and getattr(tensor, "_rewrite_new", True) and not tensor.inputs:
-            if not _is_outer(tensor):
-                result.initializer.append(OnnxExporter.export_tensor_proto(tensor))
+        if isinstance(tensor, gs.Constant) and name not in old and not tensor.inputs and not _is_outer(tensor):
+            result.initializer.append(OnnxExporter.export_tensor_proto(tensor))
     _export_types(result, graph, made)
     return result
 

@@ -294,7 +294,7 @@ def check_models(
         except Exception as error:
             raise CheckFailed(f"the rewritten model fails on the inputs: {str(error).strip().splitlines()[0][:300]}") from error
         for name, want, got in zip(names, expected, actual, strict=True):
-            verdict = compare([np.asarray(want)], [got], {k: (tolerance, tolerance) for k in TOLERANCE})
+            verdict = compare([np.asarray(want)], [got], dict.fromkeys(TOLERANCE, (tolerance, tolerance)))
             size = float(np.abs(np.asarray(want, np.float64)).max(initial=0.0)) if np.asarray(want).dtype.kind == "f" else 0.0
             if not verdict.ok:
                 raise CheckFailed(f"output '{name}': {verdict.reason}")

@@ -1,0 +1,255 @@
+"""The command `rewrite`. Exit codes: 0 done, 1 a check failed, 2 bad input (one line, nothing written)."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from typing import TYPE_CHECKING, Any
+
+import click
+
+import rewrite
+from rewrite.errors import CheckFailed, RewriteError
+
+if TYPE_CHECKING:
+    from rewrite.report import NearMiss, Report
+
+
+class Commands(click.Group):
+    """Turns our errors into one line on standard error and their exit code."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except RewriteError as error:
+            click.echo(f"rewrite: {error}", err=True)
+            ctx.exit(error.exit_code)
+        except BrokenPipeError:
+            sys.stderr.close()
+            ctx.exit(1)
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(rewrite.__version__, prog_name="rewrite")
+def main() -> None:
+    """Rewrite ONNX models for TensorRT: fuse by pattern, prove each fusion, compile, run."""
+
+
+rules_option = click.option("--rules", "files", multiple=True, metavar="FILE", help="Python file of further rules and plugins (repeatable).")
+only_option = click.option("--only", multiple=True, metavar="RULE", help="Use only this rule (repeatable).")
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON for programs.")
+
+
+def table(title: str, columns: list[str], rows: list[list[str]]) -> None:
+    """Print a table; numbers to the right. Piped output is not cut to a terminal's width."""
+    from rich.console import Console
+    from rich.table import Table
+
+    made = Table(title=title or None, title_justify="left", box=None, pad_edge=False, header_style="bold")
+    for i, column in enumerate(columns):
+        numeric = bool(rows) and all(re.fullmatch(r"[-+\d.,e%×]*( s| ms| MB| µs)?", r[i]) for r in rows)
+        made.add_column(column, justify="right" if numeric else "left", overflow="fold")
+    for row in rows:
+        made.add_row(*(r.replace("[", "\\[") for r in row))
+    Console(width=None if sys.stdout.isatty() else 160, highlight=False).print(made)
+
+
+def _load_inputs(files: tuple[str, ...]) -> list[dict[str, Any]] | None:
+    import numpy as np
+
+    loaded = []
+    for file in files:
+        try:
+            with np.load(file, allow_pickle=False) as data:
+                loaded.append({k: data[k] for k in data.files} if hasattr(data, "files") else {"": data})
+        except Exception as error:
+            raise RewriteError(f"{file}: not a readable .npz file of arrays ({error})") from error
+    return loaded or None
+
+
+# --- optimize -----------------------------------------------------------------------------------------------------
+def _plugin_key(name: str) -> str:
+    name = name.lower().replace("_", "")
+    return name.removeprefix("fused")
+
+
+def parse_expectation(text: str) -> tuple[str, str, int]:
+    """`attention=6`, `matmul_act>=12` as (name, comparison, count). Raises RewriteError for anything else."""
+    found = re.fullmatch(r"([A-Za-z_]\w*)(=|>=|<=)(\d+)", text)
+    if found is None:
+        raise RewriteError(f"--expect {text!r}: write NAME=COUNT, NAME>=COUNT or NAME<=COUNT, for example attention=6")
+    return found[1], found[2], int(found[3])
+
+
+def check_expectations(expectations: list[tuple[str, str, int]], report: Report, plugins: set[str]) -> list[str]:
+    """What does not hold, a line each. A name is a plugin (`attention` for FusedAttention) or a rule."""
+    counts = {_plugin_key(p): 0 for p in plugins}
+    for name, count in report.plugins.items():
+        counts[_plugin_key(name)] = count
+    failures = []
+    for name, comparison, wanted in expectations:
+        key = _plugin_key(name)
+        if key in counts:
+            found = counts[key]
+        elif name in report.rules:
+            found = report.rules[name].applied
+        else:
+            raise RewriteError(f"--expect {name}: neither a plugin nor a rule; `rewrite list` shows both")
+        holds = {"=": found == wanted, ">=": found >= wanted, "<=": found <= wanted}[comparison]
+        if not holds:
+            failures.append(f"expected {name}{comparison}{wanted}, found {found}")
+    return failures
+
+
+@main.command()
+@click.argument("model")
+@click.option("-o", "--output", metavar="FILE", help="Where to write the rewritten model.")
+@rules_option
+@only_option
+@click.option("--expect", multiple=True, metavar="NAME=N", help="Fail (exit code 1) unless so many nodes were fused; =, >= and <= (repeatable).")
+@click.option("--verify/--no-verify", default=True, show_default=True, help="Check each fused site and the whole model.")
+@click.option("--inputs", multiple=True, metavar="FILE", help=".npz with inputs for the check of the whole model (repeatable).")
+@click.option("--tolerance", default=1e-4, show_default=True, help="Largest relative difference of the whole model's outputs.")
+@click.option("--report", "report_file", metavar="FILE", help="Write a JSON report: rules, matches, refusals, sites, times.")
+@json_option
+def optimize(model: str, output: str | None, files: tuple[str, ...], only: tuple[str, ...], expect: tuple[str, ...], verify: bool,
+             inputs: tuple[str, ...], tolerance: float, report_file: str | None, as_json: bool) -> None:  # fmt: skip
+    """Rewrite MODEL with all rules, verify it, and write it to --output."""
+    from rewrite.optimizer import optimize as run
+    from rewrite.registry import library
+
+    expectations = [parse_expectation(e) for e in expect]
+    result = run(model, rules=list(files), only=list(only) or None, verify=verify, inputs=_load_inputs(inputs), tolerance=tolerance, explain=bool(expect))
+    report = result.report
+    failures = check_expectations(expectations, report, set(library().plugins))
+    if not failures and output:
+        result.model.save(output)
+    if report_file:
+        _write_json(report_file, report.as_json())
+    if as_json:
+        click.echo(json.dumps(report.as_json(), indent=1))
+    else:
+        print_report(report, model, output if not failures else None)
+    if failures:
+        lines = [*failures, *(f"  {m}" for m in best_near_misses(report)[:10])]
+        raise CheckFailed("\n".join(lines) + ("\nnothing was written" if output else ""))
+    if not report.sites and not as_json:
+        click.echo("\nNo rule matched; the model is unchanged. `rewrite explain` tells what came closest.")
+
+
+def _write_json(path: str, data: Any) -> None:
+    from rewrite.files import write_atomically
+
+    write_atomically(path, lambda f: f.write((json.dumps(data, indent=1) + "\n").encode()))
+
+
+def print_report(report: Report, model: str, output: str | None) -> None:
+    """The outcome for people: rules that fired, operators before and after, and what was verified."""
+    rows = []
+    for name, stats in report.rules.items():
+        if stats.applied:
+            sites = [s for s in report.sites if s.rule == name]
+            plugin = sites[0].plugin or "(plain)"
+            rows.append([stats.tier, name, plugin, str(stats.applied), f"{max(s.error for s in sites):.1e}" if report.verified else "-"])
+    if rows:
+        table("", ["tier", "rule", "becomes", "sites", "largest error"], rows)
+    before, after = sum(report.operators_before.values()), sum(report.operators_after.values())
+    click.echo(f"\n{model}: {before} operators -> {after}, in {report.seconds - report.verify_seconds:.1f} s" if rows else f"{model}: {before} operators")
+    if report.verified:
+        click.echo(f"verified against the original: largest relative difference {report.model_error:.1e}")
+    else:
+        click.echo("NOT verified (--no-verify)")
+    if output:
+        click.echo(f"written to {output}")
+
+
+def best_near_misses(report: Report) -> list[NearMiss]:
+    """The deepest partial match at each node, deepest first."""
+    best: dict[str, NearMiss] = {}
+    for miss in report.near_misses:
+        weight = (miss.part == "check", miss.depth)
+        old = best.get(miss.at)
+        if old is None or weight > (old.part == "check", old.depth):
+            best[miss.at] = miss
+    return sorted(best.values(), key=lambda m: (m.part != "check", -m.depth))
+
+
+@main.command()
+@click.argument("model")
+@click.option("--rule", "rule_name", metavar="RULE", help="Only this rule.")
+@click.option("--node", metavar="NAME", help="Only at this node.")
+@rules_option
+@json_option
+def explain(model: str, rule_name: str | None, node: str | None, files: tuple[str, ...], as_json: bool) -> None:
+    """Tell where rules almost matched in MODEL, and why they did not."""
+    from dataclasses import asdict
+
+    from rewrite.optimizer import optimize as run
+
+    report = run(model, rules=list(files), verify=False, explain=True).report
+    if rule_name is not None and rule_name not in report.rules:
+        raise RewriteError(f"rule '{rule_name}' is unknown; `rewrite list` shows the {len(report.rules)} known ones")
+    misses = [m for m in report.near_misses if rule_name in (None, m.rule) and (node is None or f"'{node}'" in m.at)]
+    if rule_name is None and node is None:
+        misses = best_near_misses(report)
+    if as_json:
+        click.echo(json.dumps([asdict(m) for m in misses], indent=1))
+        return
+    for name, stats in report.rules.items():
+        if stats.applied and rule_name in (None, name):
+            click.echo(f"{name}: matches at {stats.applied} sites")
+    if not misses:
+        click.echo("no near miss" + (f" at node '{node}'" if node else ""))
+    for miss in misses:
+        click.echo(str(miss))
+
+
+@main.command()
+@click.argument("model")
+@click.option("-o", "--output", required=True, metavar="FILE")
+def unfuse(model: str, output: str) -> None:
+    """Write MODEL without plugins: each is replaced by the subgraph it stands for."""
+    from rewrite.functions import unfuse as run
+    from rewrite.model import Model, load
+
+    source = load(model)
+    result = Model(run(source.proto), source.folder, source.name, source.external)
+    result.save(output)
+    click.echo(f"{model}: {sum(source.plugin_nodes().values())} plugin nodes unfused; written to {output}")
+
+
+@main.command("list")
+@rules_option
+@json_option
+def list_(files: tuple[str, ...], as_json: bool) -> None:
+    """List the rules, in the order in which they are tried, and the plugins."""
+    from rewrite.registry import library
+
+    found = library(list(files))
+    rules = [{"name": r.name, "tier": r.tier, "doc": r.doc.split("\n")[0], "source": r.source} for r in found.rules]
+    plugins = [{"name": p.name, "doc": p.doc.split("\n")[0], "source": p.source} for p in found.plugins.values()]
+    if as_json:
+        click.echo(json.dumps({"rules": rules, "plugins": plugins}, indent=1))
+        return
+    table("Rules", ["tier", "rule", "what"], [[r["tier"], r["name"], r["doc"]] for r in rules])
+    click.echo()
+    table("Plugins", ["plugin", "what"], [[p["name"], p["doc"]] for p in plugins])
+
+
+@main.command()
+@click.argument("first")
+@click.argument("second")
+@click.option("--inputs", multiple=True, metavar="FILE", help=".npz with inputs (repeatable); generated if absent.")
+@click.option("--tolerance", default=1e-4, show_default=True, help="Largest relative difference allowed.")
+def verify(first: str, second: str, inputs: tuple[str, ...], tolerance: float) -> None:
+    """Compare the outputs of two models on the same inputs."""
+    from rewrite.model import load
+    from rewrite.verify import check_models
+
+    error = check_models(load(first), load(second), _load_inputs(inputs), tolerance)
+    click.echo(f"equal: largest relative difference {error:.1e} (allowed {tolerance:.0e})")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,88 @@
+"""The command: exit codes, one-line errors, nothing half-written."""
+
+from __future__ import annotations
+
+import json
+
+import onnx
+import pytest
+from click.testing import CliRunner
+from conftest import nodes, parse
+
+from rewrite.cli import main
+
+
+@pytest.fixture
+def model(tmp_path):
+    path = tmp_path / "m.onnx"
+    onnx.save(parse("(float[n, 8] x) => (float[n, 8] y) { s = Sigmoid(x)\n y = Mul(x, s) }"), path)
+    return str(path)
+
+
+def run(*arguments):
+    return CliRunner().invoke(main, list(arguments))
+
+
+def test_optimize_writes_the_model_and_the_report(model, tmp_path):
+    out, report = str(tmp_path / "o.onnx"), tmp_path / "r.json"
+    done = run("optimize", model, "-o", out, "--report", str(report), "--expect", "swish=1")
+    assert done.exit_code == 0, done.output
+    assert nodes(onnx.load(out)) == ["rewrite.Swish"]
+    assert json.loads(report.read_text())["rules"]["swish_sigmoid"]["applied"] == 1
+
+
+def test_a_missing_fusion_is_exit_code_1_and_writes_nothing(model, tmp_path):
+    out = tmp_path / "o.onnx"
+    done = run("optimize", model, "-o", str(out), "--expect", "attention=6")
+    assert done.exit_code == 1
+    assert "expected attention=6, found 0" in done.output
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"not a model", b"\x08\x0a" * 7])
+def test_what_is_no_model_is_exit_code_2_in_one_line(tmp_path, content):
+    path = tmp_path / "bad.onnx"
+    path.write_bytes(content)
+    done = run("optimize", str(path))
+    assert done.exit_code == 2
+    assert len(done.output.strip().splitlines()) == 1
+    assert str(path) in done.output
+
+
+def test_a_truncated_model_is_exit_code_2(model, tmp_path):
+    data = open(model, "rb").read()
+    path = tmp_path / "cut.onnx"
+    path.write_bytes(data[: len(data) // 2])
+    done = run("optimize", str(path))
+    assert done.exit_code == 2
+    assert len(done.output.strip().splitlines()) == 1
+
+
+def test_unfuse_and_verify(model, tmp_path):
+    fused, plain = str(tmp_path / "f.onnx"), str(tmp_path / "p.onnx")
+    assert run("optimize", model, "-o", fused).exit_code == 0
+    assert run("unfuse", fused, "-o", plain).exit_code == 0
+    assert nodes(onnx.load(plain)) == ["Sigmoid", "Mul"]
+    assert run("verify", model, fused).exit_code == 0
+
+
+def test_verify_tells_models_apart(model, tmp_path):
+    other = tmp_path / "o.onnx"
+    onnx.save(parse("(float[n, 8] x) => (float[n, 8] y) { y = Sigmoid(x) }"), other)
+    done = run("verify", model, str(other))
+    assert done.exit_code == 1
+    assert "output 'y'" in done.output
+
+
+def test_list_names_every_rule_with_its_line():
+    found = json.loads(run("list", "--json").output)
+    assert {"attention", "gelu_erf"} <= {r["name"] for r in found["rules"]}
+    assert all(r["doc"] for r in found["rules"] + found["plugins"])
+
+
+def test_explain_names_the_stop(tmp_path):
+    path = tmp_path / "m.onnx"
+    onnx.save(parse("(float[n, 8] x, float[n, 8] z) => (float[n, 8] y) { s = Sigmoid(z)\n y = Mul(x, s) }"), path)
+    done = run("explain", str(path), "--rule", "swish_sigmoid")
+    assert done.exit_code == 0
+    assert "'z'" in done.output or "'x'" in done.output
