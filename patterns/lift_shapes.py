@@ -29,7 +29,7 @@ class StaticReshape:
         return op.Reshape(x, shape)
 
     def check(x, shape, output):
-        if shape.value is not None:
+        if shape.is_constant:
             return "the target shape is constant already"
         if _static_target(x.shape, output.shape) is None:
             return f"from {x.shape} to {output.shape} leaves more than one dimension open"
@@ -47,7 +47,7 @@ class StaticRepeat:
         return op.Reshape(op.Expand(op.Unsqueeze(k, [2]), expanded), shape)
 
     def check(k, expanded, shape, output):
-        if expanded.value is not None and shape.value is not None:
+        if expanded.is_constant and shape.is_constant:
             return "both shapes are constant already"
         if k.rank != 4 or output.shape is None or len(output.shape) != 4:
             return f"expected [B, G, T, D] -> [B, H, T, D], found {k.shape} -> {output.shape}"
@@ -94,16 +94,20 @@ class MergedKeyTranspose:
         return op.MatMul(q, op.Transpose(op.Transpose(k, perm=[0, 2, 1, 3]), perm=[0, 1, 3, 2]))
 
 
+def _gemm(op, *inputs):
+    return op.Gemm(*inputs, transA=0, transB=attr("trans"), alpha=1.0, beta=1.0)
+
+
 @rule(tier="lift", priority=10)
 class FlatGemm:
     """Reshape to two dimensions -> Gemm -> Reshape back (GPT-2's Conv1D), as a MatMul with bias."""
 
     def pattern(op, x, flat, w, b, shape):
-        return op.Reshape(any_of(op.Gemm(op.Reshape(x, flat), w, b, transA=0, transB=attr("trans"), alpha=1.0, beta=1.0)), shape)
+        return op.Reshape(any_of(_gemm(op, op.Reshape(x, flat), w, b), _gemm(op, op.Reshape(x, flat), w)), shape)
 
     def check(x, w, b, trans, output):
-        if trans or w.shape is None or b.rank != 1:
-            return f"the weight {w.shape} is transposed, or the bias has rank {b.rank}, not 1"
+        if trans or w.shape is None or (b is not None and b.rank != 1):
+            return f"the weight {w.shape} is transposed, or the bias {b} has not one dimension"
         if x.shape is None or output.shape is None or None in x.shape or list(output.shape[:-1]) != list(x.shape[:-1]):
             return f"the leading dimensions change, from {x.shape} to {output.shape}"
         if output.shape[-1] != w.shape[1] or x.shape[-1] != w.shape[0]:
@@ -111,4 +115,4 @@ class FlatGemm:
         return None
 
     def replace(op, x, w, b):
-        return op.Add(op.MatMul(x, w), b)
+        return op.MatMul(x, w) if b is None else op.Add(op.MatMul(x, w), b)

@@ -6,13 +6,13 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-import onnx
 import onnx_graphsurgeon as gs
 
 from rewrite.errors import RewriteError
 from rewrite.graph import DOMAIN, Graph
 from rewrite.matcher import BoundValue
 from rewrite.registry import Plugin
+from rewrite.shapes import infer
 
 
 class GraphBuilder:
@@ -80,29 +80,6 @@ class GraphBuilder:
         self._graph.add(node, self._anchor)
         self._made.append(node)
         if domain is None:
-            infer_types(node, self._graph.opset)
+            infer(node, self._graph)
         bound = tuple(BoundValue(self._graph, r) for r in results)
         return bound[0] if outputs == 1 else bound
-
-
-def infer_types(node: gs.Node, opset: int) -> None:
-    """Give a new standard node's outputs the types ONNX infers for them; unknown ones stay unknown."""
-    try:
-        schema = onnx.defs.get_schema(node.op, opset, "")
-        types, data = {}, {}
-        for tensor in node.inputs:
-            if tensor.is_empty():
-                continue
-            element = onnx.helper.np_dtype_to_tensor_dtype(np.dtype(tensor.dtype))
-            types[tensor.name] = onnx.helper.make_tensor_type_proto(element, tensor.shape)
-            if isinstance(tensor, gs.Constant) and tensor.values.size <= 64:
-                data[tensor.name] = onnx.numpy_helper.from_array(tensor.values, tensor.name)
-        proto = gs.exporters.onnx_exporter.OnnxExporter.export_node(node)
-        found = onnx.shape_inference.infer_node_outputs(schema, proto, types, data, opset_imports=[onnx.helper.make_opsetid("", opset)])
-    except Exception:  # inference is a convenience here: a type it cannot tell stays unknown
-        return
-    for tensor in node.outputs:
-        if tensor.name in found:
-            known = found[tensor.name].tensor_type
-            tensor.dtype = onnx.helper.tensor_dtype_to_np_dtype(known.elem_type)
-            tensor.shape = [d.dim_value if d.HasField("dim_value") else d.dim_param or None for d in known.shape.dim]

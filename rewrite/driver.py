@@ -1,8 +1,8 @@
 """Applying rules to a graph until nothing changes, each change verified before it is made.
 
-Policy for overlaps: tiers in order (lift, fuse, transform); within a tier nodes are visited in topological order, and
-at each node rules are tried by priority, then in the order of their declaration; the first verified match wins and its
-nodes are gone for the others. Readers of what changed are visited again. A rule that keeps firing is a loop: it is
+Policy for overlaps: tiers in order (lift, fuse, transform); within a tier rules of higher priority first, at every
+node; rules of one priority node by node in topological order, at one node in the order of their declaration. The first
+verified match wins, and its nodes are gone for the others. Readers of what changed are visited again. A rule that keeps firing is a loop: it is
 stopped with an error that names it.
 """
 
@@ -24,6 +24,7 @@ from rewrite.graph import DOMAIN, Graph, canonical, describe
 from rewrite.matcher import BoundValue, Match, Matcher, Trace, interior_use
 from rewrite.registry import Library, Rule
 from rewrite.report import NearMiss, Report, Site
+from rewrite.shapes import is_named
 from rewrite.verify import TOLERANCE, Spec, Verdict, check_site, reference_runner, run_function, spec_of
 
 
@@ -38,25 +39,39 @@ class Driver:
         self._keep: list[gs.Node] = []  # new nodes stay alive, so that their ids in `metadata` stay theirs
 
     def run(self, graph: Graph, tier: str) -> None:
-        """Apply the rules of one tier to one graph until none matches."""
-        by_op: dict[str, list[Rule]] = {}
+        """Apply the rules of one tier to one graph until none matches.
+
+        The worklist is ordered by priority, then by place: a rule sees every node before one of lower priority does.
+        """
+        groups: dict[tuple[int, str], list[Rule]] = {}
         for rule in self.library.rules:
             if rule.tier == tier:
                 for op in rule.roots:
-                    by_op.setdefault(op, []).append(rule)
-        queue = [(graph.position[i], n) for n, i in enumerate(graph.live)]
-        order = list(graph.live)
-        heapq.heapify(queue)
-        queued = set(order)
-        changes, limit = 0, 10 * len(order) + 1000
+                    groups.setdefault((-rule.priority, op), []).append(rule)
+        levels: dict[str, list[int]] = {}
+        for level, op in groups:
+            levels.setdefault(op, []).append(level)
+        queue: list[tuple[int, float, int, gs.Node]] = []
+        waiting: set[tuple[int, int]] = set()
+        ticket = 0
+
+        def enqueue(node: gs.Node) -> None:
+            nonlocal ticket
+            for level in levels.get(canonical(node), ()):
+                if (level, id(node)) not in waiting:
+                    waiting.add((level, id(node)))
+                    ticket += 1
+                    heapq.heappush(queue, (level, graph.position[id(node)], ticket, node))
+
+        for node in graph:
+            enqueue(node)
+        changes, limit = 0, 10 * len(graph.live) + 1000
         while queue:
-            _, slot = heapq.heappop(queue)
-            key = order[slot]
-            queued.discard(key)
-            node = graph.live.get(key)
-            if node is None:
+            level, _, _, node = heapq.heappop(queue)
+            waiting.discard((level, id(node)))
+            if graph.live.get(id(node)) is not node:
                 continue
-            for rule in by_op.get(canonical(node), ()):
+            for rule in groups.get((level, canonical(node)), ()):
                 if any(graph.counts.get(op, 0) == 0 for op in rule.required):
                     continue
                 touched = self._try(graph, rule, node)
@@ -66,10 +81,8 @@ class Driver:
                 if changes > limit:
                     raise RewriteError(f"rule '{rule.name}' keeps changing the graph at {describe(node)}: its replacement matches a pattern again; add a check that refuses it")
                 for other in touched:
-                    if id(other) in graph.live and id(other) not in queued:
-                        order.append(id(other))
-                        queued.add(id(other))
-                        heapq.heappush(queue, (graph.position[id(other)], len(order) - 1))
+                    if graph.live.get(id(other)) is other:
+                        enqueue(other)
                 break
 
     # --- one rule at one node ------------------------------------------------------------------------------------
@@ -270,7 +283,9 @@ def _target_shapes(match: Match) -> dict[int, tuple[Any, ...]]:
     shapes = {}
     for node in match.nodes:
         if canonical(node) in ("Reshape", "Expand") and node.outputs[0].shape is not None:
-            shapes[id(node.inputs[1])] = tuple(node.outputs[0].shape)
+            dims = [d if is_named(d) else -1 for d in node.outputs[0].shape]
+            if dims.count(-1) <= (canonical(node) == "Reshape"):
+                shapes[id(node.inputs[1])] = tuple(dims)
     return shapes
 
 

@@ -49,7 +49,7 @@ def capture(
         if id(tensor) in names:
             return names[id(tensor)]
         node = graph.producer(tensor)
-        if node is None:
+        if node is None or id(tensor) in graph.known:
             return constant(tensor)
         if id(node) not in inside and canonical(node) not in REDERIVED:
             raise CaptureError(f"the match reads '{tensor.name}', which {describe(node)} outside of it computes")

@@ -58,6 +58,9 @@ class Graph:
         self.names = {t.name for t in graph.inputs} | {t.name for t in graph.outputs}
         # Values an inner graph (If, Loop, Scan) reads from this one are used, though no node here lists them.
         self.captured: set[int] = set()
+        # Integers that are computed, but the same for every input, by tensor: `Shape(x)[3] // 2` is 8.
+        self.known: dict[int, np.ndarray] = {}
+        self.scalars: set[int] = set()
         for index, node in enumerate(graph.nodes):
             self._enter(node, float(index))
             self.names.update(t.name for t in (*node.inputs, *node.outputs))
@@ -109,6 +112,9 @@ class Graph:
 
     def constant(self, tensor: gs.Tensor, limit: int = SMALL) -> np.ndarray | None:
         """The value of a constant of at most `limit` elements: initializer, `Constant` node, or one moved by no-ops."""
+        if id(tensor) in self.known:
+            value = self.known[id(tensor)]
+            return value.reshape(()) if id(tensor) in self.scalars else value
         for _ in range(4):
             if isinstance(tensor, gs.Constant):
                 return small_values(tensor, limit)

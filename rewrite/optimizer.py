@@ -19,6 +19,7 @@ from rewrite.graph import Graph
 from rewrite.model import Model, close_graph, load, open_graph
 from rewrite.registry import TIERS, Library, Rule, library
 from rewrite.report import Report
+from rewrite.shapes import SymbolicShapes
 from rewrite.verify import check_models
 
 
@@ -67,6 +68,8 @@ def optimize(
     table = FunctionTable(list(source.proto.functions))
     driver = Driver(chosen, table, report, verify, explain)
     graphs = [Graph(g, source.opset) for g in all_graphs(imported.graph)]
+    for graph in reversed(graphs):  # outer graphs first: inner ones read their values
+        SymbolicShapes(graph).run()
     for tier in TIERS:
         for graph in graphs:
             driver.run(graph, tier)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import onnx
 import pytest
@@ -50,7 +51,7 @@ def test_what_is_no_model_is_exit_code_2_in_one_line(tmp_path, content):
 
 
 def test_a_truncated_model_is_exit_code_2(model, tmp_path):
-    data = open(model, "rb").read()
+    data = Path(model).read_bytes()
     path = tmp_path / "cut.onnx"
     path.write_bytes(data[: len(data) // 2])
     done = run("optimize", str(path))

@@ -1,0 +1,383 @@
+"""Symbolic shapes: dimensions as integers or expressions of named ones, and the values of small integer tensors.
+
+ONNX's shape inference gives up where a target shape is computed (`Reshape` by a `Concat` of `Shape`s), which is what
+TorchScript exports are made of. This pass follows the integers: it knows the value of `Shape(x)[1]` as "seq", of
+`seq // 1` as "seq", of `16 / 2` as 8, and from them the shapes that ONNX leaves open.
+
+One assumption is made, and checked only by running the model: a slice of a constant up to a dynamic size (a buffer of
+positions, a causal mask) lies within the constant.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import onnx_graphsurgeon as gs
+from onnx_graphsurgeon.exporters.onnx_exporter import OnnxExporter
+
+from rewrite.graph import Dim, Graph, canonical
+
+Values = list[Dim]
+LARGEST = 64  # elements: longer vectors are data, not shapes
+
+
+def times(a: Dim, b: Dim) -> Dim:
+    if a is None or b is None:
+        return None
+    if isinstance(a, int) and isinstance(b, int):
+        return a * b
+    if a == 1 or b == 1:
+        return b if a == 1 else a
+    factors = sorted([*_factors(a), *_factors(b)], key=lambda f: (not f.isdigit(), f))
+    number = int(np.prod([int(f) for f in factors if f.isdigit()], dtype=np.int64))
+    names = [f for f in factors if not f.isdigit()]
+    if number == 0:
+        return 0
+    return "*".join(([str(number)] if number != 1 else []) + names)
+
+
+def _factors(d: Dim) -> list[str]:
+    text = str(d)
+    return text.split("*") if not set(text) & set("+-/() ") else [f"({text})" if not text.startswith("(") else text]
+
+
+def divide(a: Dim, b: Dim) -> Dim:
+    """a // b where it comes out even, or is known; else an expression."""
+    if a is None or b is None or b == 0:
+        return None
+    if isinstance(a, int) and isinstance(b, int):
+        return a // b
+    if b == 1:
+        return a
+    above, below = _factors(a), _factors(b)
+    rest = list(above)
+    open_below = []
+    for factor in below:
+        if factor in rest:
+            rest.remove(factor)
+        else:
+            open_below.append(factor)
+    number = int(np.prod([int(f) for f in rest if f.isdigit()], dtype=np.int64))
+    divisor = int(np.prod([int(f) for f in open_below if f.isdigit()], dtype=np.int64))
+    if any(not f.isdigit() for f in open_below) or number % divisor:
+        return f"({a})//({b})"
+    names = [f for f in rest if not f.isdigit()]
+    result: Dim = number // divisor
+    for name in names:
+        result = times(result, name)
+    return result
+
+
+def plus(a: Dim, b: Dim) -> Dim:
+    if a is None or b is None:
+        return None
+    if isinstance(a, int) and isinstance(b, int):
+        return a + b
+    if a == 0 or b == 0:
+        return b if a == 0 else a
+    if isinstance(b, str) and str(a) == f"-({b})" or isinstance(a, str) and str(b) == f"-({a})":
+        return 0
+    return f"{a} + {b}" if not isinstance(b, int) or b >= 0 else f"{a} - {-b}"
+
+
+def minus(a: Dim, b: Dim) -> Dim:
+    if a is None or b is None:
+        return None
+    if a == b:
+        return 0
+    if isinstance(b, int):
+        return plus(a, -b)
+    if isinstance(a, str):
+        for left, right in ((f"{b} + ", ""), ("", f" + {b}")):
+            if a.startswith(left) and a.endswith(right) and left + right in (left, right):
+                rest = a[len(left) : len(a) - len(right)] if left or right else a
+                if rest and rest != a:
+                    return int(rest) if rest.lstrip("-").isdigit() else rest
+    return f"{a} - ({b})"
+
+
+def product(dims: list[Dim]) -> Dim:
+    result: Dim = 1
+    for dim in dims:
+        result = times(result, dim)
+    return result
+
+
+def broadcast(a: Dim, b: Dim) -> Dim:
+    if a == b or b == 1:
+        return a
+    if a == 1:
+        return b
+    if isinstance(a, int) and a > 1:
+        return a
+    if isinstance(b, int) and b > 1:
+        return b
+    return a if a is not None and is_named(a) and not (b is not None and is_named(b)) else b if b is not None and is_named(b) and not is_named(a) else None
+
+
+def is_named(d: Dim) -> bool:
+    """A dimension we can speak of: a number or an expression of real names, not ONNX's invented `unk__7`."""
+    return d is not None and not (isinstance(d, str) and "unk__" in d)
+
+
+class SymbolicShapes:
+    """Refines the shapes of a graph's tensors in place and collects the values of small integer tensors."""
+
+    def __init__(self, graph: Graph):
+        self.graph = graph
+        self.values: dict[int, Values] = {}
+
+    def run(self) -> None:
+        for node in self.graph:
+            handler = getattr(self, f"_{node.op.lower()}", None) if (node.domain or "") in ("", "ai.onnx") else None
+            if handler is not None:
+                handler(node)
+            if any(t.shape is None or not all(is_named(d) for d in t.shape) for t in node.outputs if not t.is_empty()):
+                self._shape(node)
+        self.graph.known = {i: np.array(v, np.int64) for i, v in self.values.items() if all(isinstance(d, int) for d in v)}
+        self.graph.scalars = {i for i in self.graph.known if i in self._rank0}
+
+    # --- values ------------------------------------------------------------------------------------------------
+    @property
+    def _rank0(self) -> set[int]:
+        return self.__dict__.setdefault("_rank0_set", set())  # type: ignore[no-any-return]
+
+    def value(self, tensor: gs.Tensor) -> Values | None:
+        if id(tensor) in self.values:
+            return self.values[id(tensor)]
+        array = self.graph.constant(tensor, LARGEST)
+        if array is None or array.dtype.kind not in "iub" or array.ndim > 1 or array.size > LARGEST:
+            return None
+        if array.ndim == 0:
+            self._rank0.add(id(tensor))
+        return [int(i) for i in array.reshape(-1)]
+
+    def _set(self, tensor: gs.Tensor, values: Values | None, scalar: bool = False) -> None:
+        if values is not None and len(values) <= LARGEST and all(is_named(v) for v in values):
+            self.values[id(tensor)] = values
+            if scalar:
+                self._rank0.add(id(tensor))
+
+    def _is_scalar(self, tensor: gs.Tensor) -> bool:
+        self.value(tensor)
+        return id(tensor) in self._rank0
+
+    def _shape_of(self, tensor: gs.Tensor) -> Values | None:
+        return None if tensor.shape is None else list(tensor.shape)
+
+    def _dims(self, node: gs.Node, dims: Values | None) -> None:
+        """Give the node's output a shape, where that says more than what is known."""
+        tensor = node.outputs[0]
+        if dims is None:
+            return
+        if tensor.shape is None or len(tensor.shape) != len(dims):
+            tensor.shape = dims
+        else:
+            tensor.shape = [new if not is_named(old) and is_named(new) else old for old, new in zip(tensor.shape, dims, strict=True)]
+
+    # --- operators that make or move integers ------------------------------------------------------------------
+    def _shape_op(self, node: gs.Node) -> None:
+        dims = self._shape_of(node.inputs[0])
+        if dims is not None:
+            start, end = node.attrs.get("start", 0), node.attrs.get("end", len(dims))
+            self._set(node.outputs[0], dims[start:end])
+
+    def _identity(self, node: gs.Node) -> None:
+        self._set(node.outputs[0], self.value(node.inputs[0]), self._is_scalar(node.inputs[0]))
+
+    def _cast(self, node: gs.Node) -> None:
+        dtype = node.outputs[0].dtype
+        if dtype is not None and not isinstance(dtype, int) and np.dtype(dtype).kind in "iub":
+            self._identity(node)
+
+    def _gather(self, node: gs.Node) -> None:
+        data, index = self.value(node.inputs[0]), self.value(node.inputs[1])
+        if data is None or index is None or self._is_scalar(node.inputs[0]) or not all(isinstance(i, int) and -len(data) <= i < len(data) for i in index):
+            return
+        self._set(node.outputs[0], [data[i] for i in index if isinstance(i, int)], self._is_scalar(node.inputs[1]))
+
+    def _concat(self, node: gs.Node) -> None:
+        parts = [self.value(t) for t in node.inputs]
+        if all(p is not None for p in parts):
+            self._set(node.outputs[0], [d for p in parts if p is not None for d in p])
+
+    def _unsqueeze(self, node: gs.Node) -> None:
+        if self._is_scalar(node.inputs[0]):
+            self._set(node.outputs[0], self.value(node.inputs[0]))
+
+    def _squeeze(self, node: gs.Node) -> None:
+        values = self.value(node.inputs[0])
+        if values is not None and len(values) == 1:
+            self._set(node.outputs[0], values, scalar=True)
+
+    def _binary(self, node: gs.Node, compute: object) -> None:
+        a, b = self.value(node.inputs[0]), self.value(node.inputs[1])
+        if a is None or b is None or (len(a) != len(b) and 1 not in (len(a), len(b))):
+            return
+        length = max(len(a), len(b))
+        a, b = a * (length // len(a)) if a else a, b * (length // len(b)) if b else b
+        scalar = self._is_scalar(node.inputs[0]) and self._is_scalar(node.inputs[1])
+        self._set(node.outputs[0], [compute(x, y) for x, y in zip(a, b, strict=True)], scalar)  # type: ignore[operator]
+
+    def _add(self, node: gs.Node) -> None:
+        self._binary(node, plus)
+
+    def _sub(self, node: gs.Node) -> None:
+        self._binary(node, minus)
+
+    def _mul(self, node: gs.Node) -> None:
+        self._binary(node, times)
+
+    def _div(self, node: gs.Node) -> None:
+        self._binary(node, divide)
+
+    def _equal(self, node: gs.Node) -> None:
+        # Names stand for sizes, which are never negative: `Equal(size, -1)` is false.
+        def equal(x: Dim, y: Dim) -> Dim:
+            if isinstance(x, int) and isinstance(y, int) or x == y:
+                return int(x == y)
+            return 0 if (isinstance(x, int) and x < 0) or (isinstance(y, int) and y < 0) else None
+
+        self._binary(node, equal)
+
+    def _where(self, node: gs.Node) -> None:
+        choice, a, b = (self.value(t) for t in node.inputs)
+        if choice is None or a is None or b is None or not all(isinstance(c, int) for c in choice):
+            return
+        length = max(len(choice), len(a), len(b))
+        if all(len(v) in (1, length) for v in (choice, a, b)):
+            choice, a, b = (v * (length // len(v)) for v in (choice, a, b))
+            self._set(node.outputs[0], [x if c else y for c, x, y in zip(choice, a, b, strict=True)], all(self._is_scalar(t) for t in node.inputs))
+
+    def _constantofshape(self, node: gs.Node) -> None:
+        dims = self.value(node.inputs[0])
+        self._dims(node, dims)
+        value = node.attrs.get("value")
+        if dims is None or len(dims) > 1 or not all(isinstance(d, int) for d in dims):
+            return
+        array = np.zeros(1, np.float32) if value is None else np.asarray(value.values)
+        if array.dtype.kind in "iub":
+            self._set(node.outputs[0], [int(array.reshape(-1)[0])] * int(np.prod([d for d in dims if isinstance(d, int)])), scalar=not dims)
+
+    def _slice(self, node: gs.Node) -> None:
+        bounds = [self.value(t) for t in node.inputs[1:] if not t.is_empty()]
+        data = self.value(node.inputs[0])
+        if any(b is None for b in bounds) or len(bounds) < 2 or len(node.inputs) != 1 + len(bounds):
+            return
+        starts, ends = bounds[0] or [], bounds[1] or []
+        steps = bounds[3] if len(bounds) > 3 and bounds[3] is not None else [1] * len(starts)
+        if data is not None and len(starts) == 1 and all(isinstance(x, int) for x in (starts[0], ends[0], steps[0])):
+            self._set(node.outputs[0], data[slice(starts[0], ends[0], steps[0])])  # type: ignore[misc]
+        source = self._shape_of(node.inputs[0])
+        axes = bounds[2] if len(bounds) > 2 else list(range(len(starts)))
+        if source is None or axes is None or not all(isinstance(a, int) for a in axes):
+            return
+        for axis, start, end, step in zip(axes, starts, ends, steps, strict=True):
+            assert isinstance(axis, int)
+            source[axis] = _sliced(source[axis], start, end, step)
+        self._dims(node, source)
+
+    def _range(self, node: gs.Node) -> None:
+        bounds = [self.value(t) for t in node.inputs]
+        if all(b is not None and len(b) == 1 for b in bounds):
+            start, limit, step = (b[0] for b in bounds if b is not None)
+            if step == 1:
+                self._dims(node, [minus(limit, start)])
+
+    def _reshape(self, node: gs.Node) -> None:
+        target, source = self.value(node.inputs[1]), self._shape_of(node.inputs[0])
+        data = self.value(node.inputs[0])
+        if target is None:
+            return
+        if data is not None and len(target) <= 1:
+            self._set(node.outputs[0], data, scalar=not target)
+        dims: Values = []
+        for i, dim in enumerate(target):
+            copied = dim == 0 and not node.attrs.get("allowzero")
+            dims.append((source[i] if source is not None and i < len(source) else None) if copied else dim)
+        if -1 in dims and source is not None:
+            total = product(source)
+            rest = divide(total, product([d for d in dims if d != -1]))
+            dims = [rest if d == -1 else d for d in dims]
+        self._dims(node, [None if d == -1 else d for d in dims])
+
+    def _expand(self, node: gs.Node) -> None:
+        target, source = self.value(node.inputs[1]), self._shape_of(node.inputs[0])
+        if target is None or source is None:
+            return
+        rank = max(len(target), len(source))
+        a: Values = [1] * (rank - len(source)) + source
+        b: Values = [1] * (rank - len(target)) + target
+        self._dims(node, [broadcast(x, y) for x, y in zip(a, b, strict=True)])
+
+    # --- any other operator: ONNX's own inference, with the shapes we know ----------------------------------------
+    def _shape(self, node: gs.Node) -> None:
+        if canonical(node) == "Shape":
+            self._shape_op(node)
+            return
+        if canonical(node) in BROADCASTING:
+            shapes = [self._shape_of(t) for t in node.inputs if not t.is_empty()]
+            if all(s is not None for s in shapes):
+                rank = max(len(s) for s in shapes if s is not None)
+                dims: Values = [1] * rank
+                for s in shapes:
+                    padded: Values = [1] * (rank - len(s or [])) + (s or [])
+                    dims = [broadcast(x, y) for x, y in zip(dims, padded, strict=True)]
+                self._dims(node, dims)
+            return
+        infer(node, self.graph, self)
+
+
+BROADCASTING = {"Add", "Sub", "Mul", "Div", "Pow", "And", "Or", "Xor", "Equal", "Less", "LessOrEqual", "Greater", "GreaterOrEqual", "Where", "Max", "Min", "Mod"}
+
+
+def _sliced(size: Dim, start: Dim, end: Dim, step: Dim) -> Dim:
+    if step != 1:
+        if isinstance(size, int) and all(isinstance(x, int) for x in (start, end, step)):
+            return len(range(*slice(start, end, step).indices(size)))  # type: ignore[misc]
+        return None
+    if isinstance(end, int) and end > 2**31:
+        end = size
+    if isinstance(size, int) and isinstance(start, int) and isinstance(end, int):
+        return len(range(*slice(start, end).indices(size)))
+    if isinstance(end, int) and end < 0:
+        end = plus(size, end)
+    if isinstance(start, int) and start < 0:
+        start = plus(size, start)
+    if isinstance(end, int) and isinstance(start, int) and isinstance(size, str):
+        return None  # the slice may pass the end
+    return minus(end, start)
+
+
+def infer(node: gs.Node, graph: Graph, known: SymbolicShapes | None = None) -> None:
+    """ONNX's inference of one node from the shapes its inputs have now; what it cannot tell stays unknown."""
+    if (node.domain or "") not in ("", "ai.onnx") or any(isinstance(a, gs.Graph) for a in node.attrs.values()):
+        return
+    try:
+        schema = onnx.defs.get_schema(node.op, graph.opset, "")
+        types, data = {}, {}
+        for tensor in node.inputs:
+            if tensor.is_empty() or tensor.dtype is None:
+                continue
+            element = onnx.helper.np_dtype_to_tensor_dtype(np.dtype(tensor.dtype)) if not isinstance(tensor.dtype, int) else tensor.dtype
+            shape = None if tensor.shape is None else [d if is_named(d) else None for d in tensor.shape]
+            types[tensor.name] = onnx.helper.make_tensor_type_proto(element, shape)
+            array = graph.constant(tensor, LARGEST)
+            if array is not None:
+                data[tensor.name] = onnx.numpy_helper.from_array(np.ascontiguousarray(array).reshape(array.shape), tensor.name)
+        opsets = [onnx.helper.make_opsetid("", graph.opset)]
+        found = onnx.shape_inference.infer_node_outputs(schema, OnnxExporter.export_node(node), types, data, opset_imports=opsets)
+    except Exception:  # inference is a convenience: a type it cannot tell stays unknown
+        return
+    for tensor in node.outputs:
+        if tensor.name not in found or not found[tensor.name].HasField("tensor_type"):
+            continue
+        proto = found[tensor.name].tensor_type
+        if tensor.dtype is None:
+            tensor.dtype = onnx.helper.tensor_dtype_to_np_dtype(proto.elem_type)
+        if proto.HasField("shape"):
+            dims: Values = [d.dim_value if d.HasField("dim_value") else d.dim_param or None for d in proto.shape.dim]
+            if tensor.shape is None or len(tensor.shape) != len(dims):
+                tensor.shape = dims
+            else:
+                tensor.shape = [new if not is_named(old) and is_named(new) else old for old, new in zip(tensor.shape, dims, strict=True)]
