@@ -1,20 +1,30 @@
-# The two commands of the README; both make the environment they need and are safe to repeat.
+# The two commands of the README. Both make the environment they need, build the wheel and install it; safe to repeat.
 PYTHON ?= python3
 VENV := .venv
-STAMP := $(VENV)/.installed
+PIP := $(VENV)/bin/python -m pip install -q --disable-pip-version-check
+SOURCES := $(wildcard rewrite/*.py patterns/*.py plugins/*.py export/*.py runtime/*.py) pyproject.toml README.md
 
 .PHONY: test demo clean
 
-$(STAMP): pyproject.toml constraints.txt
+$(VENV)/dependencies: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/python -m pip install -q --disable-pip-version-check "$$(grep '^torch==' constraints.txt)"
-	$(VENV)/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[export,test]'
+	$(PIP) "$$(grep '^torch==' constraints.txt)"
+	$(PIP) -c constraints.txt build setuptools wheel
+	$(PIP) -c constraints.txt "$$(pwd)[export,test]"
+	rm -rf build rewrite_onnx.egg-info
 	touch $@
 
-test: $(STAMP)
-	$(VENV)/bin/python -m pytest tests -n 2 --dist loadfile -m "not gpu"
+$(VENV)/wheel: $(VENV)/dependencies $(SOURCES)
+	rm -rf build dist rewrite_onnx.egg-info
+	$(VENV)/bin/python -m build --wheel --no-isolation --outdir dist . > $(VENV)/build.log 2>&1 || { cat $(VENV)/build.log; exit 1; }
+	rm -rf build rewrite_onnx.egg-info
+	$(PIP) --force-reinstall --no-deps dist/*.whl
+	touch $@
 
-demo: $(STAMP)
+test: $(VENV)/wheel
+	cd tests && ../$(VENV)/bin/python -m pytest . -n 2 --dist worksteal -m "not gpu"
+
+demo: $(VENV)/wheel
 	$(VENV)/bin/python examples/minilm.py
 
 clean:

@@ -84,14 +84,18 @@ class KeyTranspose:
 class MergedKeyTranspose:
     """Two transposes of the keys that the exporter merged, apart again: heads to the front, then keys transposed."""
 
-    def pattern(op, q, k):
-        return op.MatMul(q, op.Transpose(k, perm=[0, 2, 3, 1]))
+    def pattern(op, q, k, scale):
+        turned = op.Transpose(k, perm=[0, 2, 3, 1])
+        return op.MatMul(q, any_of(turned, turned * scale))
 
-    def check(q, k):
-        return None if k.rank == 4 and q.rank == 4 else f"expected four dimensions, found {q.shape} and {k.shape}"
+    def check(q, k, scale):
+        if k.rank != 4 or q.rank != 4:
+            return f"expected four dimensions, found {q.shape} and {k.shape}"
+        return None if scale is None or (scale.value is not None and scale.value.size == 1) else f"the keys are multiplied by {scale}, no scalar"
 
-    def replace(op, q, k):
-        return op.MatMul(q, op.Transpose(op.Transpose(k, perm=[0, 2, 1, 3]), perm=[0, 1, 3, 2]))
+    def replace(op, q, k, scale):
+        turned = op.Transpose(op.Transpose(k, perm=[0, 2, 1, 3]), perm=[0, 1, 3, 2])
+        return op.MatMul(q, turned if scale is None else op.Mul(turned, scale))
 
 
 def _gemm(op, *inputs):

@@ -10,6 +10,8 @@ positions, a causal mask) lies within the constant.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
@@ -75,7 +77,7 @@ def plus(a: Dim, b: Dim) -> Dim:
         return a + b
     if a == 0 or b == 0:
         return b if a == 0 else a
-    if isinstance(b, str) and str(a) == f"-({b})" or isinstance(a, str) and str(b) == f"-({a})":
+    if (isinstance(b, str) and str(a) == f"-({b})") or (isinstance(a, str) and str(b) == f"-({a})"):
         return 0
     return f"{a} + {b}" if not isinstance(b, int) or b >= 0 else f"{a} - {-b}"
 
@@ -115,6 +117,13 @@ def broadcast(a: Dim, b: Dim) -> Dim:
     return a if a is not None and is_named(a) and not (b is not None and is_named(b)) else b if b is not None and is_named(b) and not is_named(a) else None
 
 
+def broadcast_all(a: Values, b: Values) -> Values:
+    rank = max(len(a), len(b))
+    ones: Values = [1]
+    pairs = zip(ones * (rank - len(a)) + a, ones * (rank - len(b)) + b, strict=True)
+    return [broadcast(x, y) for x, y in pairs]
+
+
 def is_named(d: Dim) -> bool:
     """A dimension we can speak of: a number or an expression of real names, not ONNX's invented `unk__7`."""
     return d is not None and not (isinstance(d, str) and "unk__" in d)
@@ -126,22 +135,19 @@ class SymbolicShapes:
     def __init__(self, graph: Graph):
         self.graph = graph
         self.values: dict[int, Values] = {}
+        self.rank0: set[int] = set()  # tensors in `values` without dimensions
 
     def run(self) -> None:
         for node in self.graph:
-            handler = getattr(self, f"_{node.op.lower()}", None) if (node.domain or "") in ("", "ai.onnx") else None
+            handler = HANDLERS.get(canonical(node))
             if handler is not None:
-                handler(node)
+                handler(self, node)
             if any(t.shape is None or not all(is_named(d) for d in t.shape) for t in node.outputs if not t.is_empty()):
-                self._shape(node)
+                self._complete(node)
         self.graph.known = {i: np.array(v, np.int64) for i, v in self.values.items() if all(isinstance(d, int) for d in v)}
-        self.graph.scalars = {i for i in self.graph.known if i in self._rank0}
+        self.graph.scalars = self.rank0 & set(self.graph.known)
 
     # --- values ------------------------------------------------------------------------------------------------
-    @property
-    def _rank0(self) -> set[int]:
-        return self.__dict__.setdefault("_rank0_set", set())  # type: ignore[no-any-return]
-
     def value(self, tensor: gs.Tensor) -> Values | None:
         if id(tensor) in self.values:
             return self.values[id(tensor)]
@@ -149,18 +155,18 @@ class SymbolicShapes:
         if array is None or array.dtype.kind not in "iub" or array.ndim > 1 or array.size > LARGEST:
             return None
         if array.ndim == 0:
-            self._rank0.add(id(tensor))
+            self.rank0.add(id(tensor))
         return [int(i) for i in array.reshape(-1)]
 
     def _set(self, tensor: gs.Tensor, values: Values | None, scalar: bool = False) -> None:
         if values is not None and len(values) <= LARGEST and all(is_named(v) for v in values):
             self.values[id(tensor)] = values
             if scalar:
-                self._rank0.add(id(tensor))
+                self.rank0.add(id(tensor))
 
     def _is_scalar(self, tensor: gs.Tensor) -> bool:
         self.value(tensor)
-        return id(tensor) in self._rank0
+        return id(tensor) in self.rank0
 
     def _shape_of(self, tensor: gs.Tensor) -> Values | None:
         return None if tensor.shape is None else list(tensor.shape)
@@ -176,7 +182,7 @@ class SymbolicShapes:
             tensor.shape = [new if not is_named(old) and is_named(new) else old for old, new in zip(tensor.shape, dims, strict=True)]
 
     # --- operators that make or move integers ------------------------------------------------------------------
-    def _shape_op(self, node: gs.Node) -> None:
+    def _shape(self, node: gs.Node) -> None:
         dims = self._shape_of(node.inputs[0])
         if dims is not None:
             start, end = node.attrs.get("start", 0), node.attrs.get("end", len(dims))
@@ -210,14 +216,14 @@ class SymbolicShapes:
         if values is not None and len(values) == 1:
             self._set(node.outputs[0], values, scalar=True)
 
-    def _binary(self, node: gs.Node, compute: object) -> None:
+    def _binary(self, node: gs.Node, compute: Callable[[Dim, Dim], Dim]) -> None:
         a, b = self.value(node.inputs[0]), self.value(node.inputs[1])
         if a is None or b is None or (len(a) != len(b) and 1 not in (len(a), len(b))):
             return
         length = max(len(a), len(b))
         a, b = a * (length // len(a)) if a else a, b * (length // len(b)) if b else b
         scalar = self._is_scalar(node.inputs[0]) and self._is_scalar(node.inputs[1])
-        self._set(node.outputs[0], [compute(x, y) for x, y in zip(a, b, strict=True)], scalar)  # type: ignore[operator]
+        self._set(node.outputs[0], [compute(x, y) for x, y in zip(a, b, strict=True)], scalar)
 
     def _add(self, node: gs.Node) -> None:
         self._binary(node, plus)
@@ -234,7 +240,7 @@ class SymbolicShapes:
     def _equal(self, node: gs.Node) -> None:
         # Names stand for sizes, which are never negative: `Equal(size, -1)` is false.
         def equal(x: Dim, y: Dim) -> Dim:
-            if isinstance(x, int) and isinstance(y, int) or x == y:
+            if (isinstance(x, int) and isinstance(y, int)) or x == y:
                 return int(x == y)
             return 0 if (isinstance(x, int) and x < 0) or (isinstance(y, int) and y < 0) else None
 
@@ -267,7 +273,7 @@ class SymbolicShapes:
         starts, ends = bounds[0] or [], bounds[1] or []
         steps = bounds[3] if len(bounds) > 3 and bounds[3] is not None else [1] * len(starts)
         if data is not None and len(starts) == 1 and all(isinstance(x, int) for x in (starts[0], ends[0], steps[0])):
-            self._set(node.outputs[0], data[slice(starts[0], ends[0], steps[0])])  # type: ignore[misc]
+            self._set(node.outputs[0], data[slice(starts[0], ends[0], steps[0])])  # type: ignore[arg-type]
         source = self._shape_of(node.inputs[0])
         axes = bounds[2] if len(bounds) > 2 else list(range(len(starts)))
         if source is None or axes is None or not all(isinstance(a, int) for a in axes):
@@ -305,29 +311,29 @@ class SymbolicShapes:
         target, source = self.value(node.inputs[1]), self._shape_of(node.inputs[0])
         if target is None or source is None:
             return
-        rank = max(len(target), len(source))
-        a: Values = [1] * (rank - len(source)) + source
-        b: Values = [1] * (rank - len(target)) + target
-        self._dims(node, [broadcast(x, y) for x, y in zip(a, b, strict=True)])
+        self._dims(node, broadcast_all(source, target))
 
     # --- any other operator: ONNX's own inference, with the shapes we know ----------------------------------------
-    def _shape(self, node: gs.Node) -> None:
-        if canonical(node) == "Shape":
-            self._shape_op(node)
-            return
+    def _complete(self, node: gs.Node) -> None:
         if canonical(node) in BROADCASTING:
             shapes = [self._shape_of(t) for t in node.inputs if not t.is_empty()]
-            if all(s is not None for s in shapes):
-                rank = max(len(s) for s in shapes if s is not None)
-                dims: Values = [1] * rank
-                for s in shapes:
-                    padded: Values = [1] * (rank - len(s or [])) + (s or [])
-                    dims = [broadcast(x, y) for x, y in zip(dims, padded, strict=True)]
+            known = [s for s in shapes if s is not None]
+            if len(known) == len(shapes):
+                dims: Values = []
+                for shape in known:
+                    dims = broadcast_all(dims, shape)
                 self._dims(node, dims)
             return
-        infer(node, self.graph, self)
+        infer(node, self.graph)
 
 
+HANDLERS: dict[str, Callable[[SymbolicShapes, gs.Node], None]] = {
+    "Shape": SymbolicShapes._shape, "Identity": SymbolicShapes._identity, "Cast": SymbolicShapes._cast, "Gather": SymbolicShapes._gather,
+    "Concat": SymbolicShapes._concat, "Unsqueeze": SymbolicShapes._unsqueeze, "Squeeze": SymbolicShapes._squeeze, "Add": SymbolicShapes._add,
+    "Sub": SymbolicShapes._sub, "Mul": SymbolicShapes._mul, "Div": SymbolicShapes._div, "Equal": SymbolicShapes._equal,
+    "Where": SymbolicShapes._where, "ConstantOfShape": SymbolicShapes._constantofshape, "Slice": SymbolicShapes._slice,
+    "Range": SymbolicShapes._range, "Reshape": SymbolicShapes._reshape, "Expand": SymbolicShapes._expand,
+}  # fmt: skip
 BROADCASTING = {"Add", "Sub", "Mul", "Div", "Pow", "And", "Or", "Xor", "Equal", "Less", "LessOrEqual", "Greater", "GreaterOrEqual", "Where", "Max", "Min", "Mod"}
 
 
@@ -349,7 +355,7 @@ def _sliced(size: Dim, start: Dim, end: Dim, step: Dim) -> Dim:
     return minus(end, start)
 
 
-def infer(node: gs.Node, graph: Graph, known: SymbolicShapes | None = None) -> None:
+def infer(node: gs.Node, graph: Graph) -> None:
     """ONNX's inference of one node from the shapes its inputs have now; what it cannot tell stays unknown."""
     if (node.domain or "") not in ("", "ai.onnx") or any(isinstance(a, gs.Graph) for a in node.attrs.values()):
         return
