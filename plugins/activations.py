@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -16,11 +17,23 @@ def wide(x: Array) -> Array:
     return x if x.dtype == np.float64 else x.astype(np.float32)
 
 
-def erf(x: Array) -> Array:
-    """The error function, to 1e-7 for float32 and 1e-15 for float64 (by the C library)."""
-    import math
+# erf(x) = x P(x^2) / Q(x^2) on [-4, 4] in float32, as Eigen and ONNX Runtime compute it.
+_ERF_P = (-2.72614225801306e-10, 2.77068142495902e-08, -2.10102402082508e-06, -5.69250639462346e-05, -7.34990630326855e-04, -2.95459980854025e-03, -1.60960333262415e-02)
+_ERF_Q = (-1.45660718464996e-05, -2.13374055278905e-04, -1.68282697438203e-03, -7.37332916720468e-03, -1.42647390514189e-02)
 
-    return np.asarray(np.vectorize(math.erf, otypes=[np.float64])(x), x.dtype) if x.size else x
+
+def erf(x: Array) -> Array:
+    """The error function: to 5e-7 for float32, to 1e-15 for float64 (by the C library)."""
+    if x.dtype == np.float64:
+        return np.asarray(np.vectorize(math.erf, otypes=[np.float64])(x)) if x.size else x
+    clipped = np.clip(x, -4, 4)
+    square = clipped * clipped
+    above, below = np.full_like(square, _ERF_P[0]), np.full_like(square, _ERF_Q[0])
+    for factor in _ERF_P[1:]:
+        above = above * square + np.float32(factor)
+    for factor in _ERF_Q[1:]:
+        below = below * square + np.float32(factor)
+    return np.asarray(clipped * above / below)
 
 
 def gelu(x: Array, approximate: str = "none") -> Array:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import numpy as np
-from rewrite.plugins.activations import Array, wide
 
+from rewrite.plugins.activations import Array, wide
 from rewrite.registry import plugin
 
 TOLERANCE = {"float64": (1e-9, 1e-9), "float32": (2e-5, 5e-6), "float16": (3e-3, 2e-3), "bfloat16": (2e-2, 1.6e-2)}

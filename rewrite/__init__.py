@@ -17,6 +17,8 @@ _HOME = {
     "optimize": "rewrite.optimizer",
     "Result": "rewrite.optimizer",
     "unfuse": "rewrite.functions",
+    "build": "rewrite.runtime.build",
+    "Plan": "rewrite.runtime.plan",
     "rule": "rewrite.registry",
     "plugin": "rewrite.registry",
     "any_of": "rewrite.pattern",
@@ -47,6 +49,8 @@ if TYPE_CHECKING:
     from rewrite.pattern import scalar as scalar
     from rewrite.registry import plugin as plugin
     from rewrite.registry import rule as rule
+    from rewrite.runtime.build import build as build
+    from rewrite.runtime.plan import Plan as Plan
 
 
 def __getattr__(name: str) -> Any:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import sys
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -14,6 +16,7 @@ from rewrite.errors import CheckFailed, RewriteError
 
 if TYPE_CHECKING:
     from rewrite.report import NearMiss, Report
+    from rewrite.runtime.plan import Plan
 
 
 class Commands(click.Group):
@@ -249,6 +252,174 @@ def verify(first: str, second: str, inputs: tuple[str, ...], tolerance: float) -
 
     error = check_models(load(first), load(second), _load_inputs(inputs), tolerance)
     click.echo(f"equal: largest relative difference {error:.1e} (allowed {tolerance:.0e})")
+
+
+# --- plans --------------------------------------------------------------------------------------------------------
+@contextlib.contextmanager
+def progress() -> Iterator[Callable[[str], None]]:
+    """Say on standard error what is being done: in place on a terminal, a line each elsewhere."""
+    from rich.console import Console
+
+    console = Console(stderr=True, highlight=False)
+    if not console.is_terminal:
+        yield lambda line: click.echo(line, err=True)
+        return
+    with console.status("") as status:
+        yield lambda line: status.update(line)
+
+
+@main.command()
+@click.argument("model")
+@click.option("-o", "--output", required=True, metavar="DIR", help="Directory of the plan; an older plan there is replaced.")
+@click.option("--profile", metavar="SIZES", help="Sizes of the named dimensions: batch=1:8:32,seq=1:128:512 (smallest, best, largest).")
+@click.option("--engines/--no-engines", default=True, show_default=True, help="Compile with TensorRT; without, the plan runs on the CPU alone.")
+@click.option("--verify/--no-verify", default=True, show_default=True, help="Run the plan on the CPU and compare it with MODEL.")
+@click.option("--tolerance", default=1e-4, show_default=True, help="Largest relative difference of the plan's outputs.")
+@rules_option
+@json_option
+def build(model: str, output: str, profile: str | None, engines: bool, verify: bool, tolerance: float, files: tuple[str, ...], as_json: bool) -> None:
+    """Compile MODEL (rewritten or not) into a plan: TensorRT engines between plugin nodes, weights, a manifest."""
+    import time
+
+    from rewrite.registry import library
+    from rewrite.runtime.build import build as run
+
+    library(list(files))
+    started = time.perf_counter()
+    with progress() as say:
+        plan = run(model, output, profile=profile, engines=engines, verify=verify, tolerance=tolerance, progress=say)
+    if as_json:
+        click.echo(plan.manifest.to_json(), nl=False)
+        return
+    print_plan(plan, False)
+    click.echo(f"\n{'verified against the model' if verify else 'NOT verified (--no-verify)'}; built in {time.perf_counter() - started:.1f} s; written to {output}")
+
+
+def print_plan(plan: Plan, steps: bool) -> None:
+    """A plan for people: what built it, its inputs, its segments and plugins, and, if asked for, each step."""
+    manifest = plan.manifest
+    size = sum(size for size, _ in manifest.files.values()) / 1e6
+    click.echo(f"{plan.directory}: {manifest.model}, built {manifest.created} by {', '.join(f'{k} {v}' for k, v in manifest.versions.items())}")
+    click.echo(f"inputs: {', '.join(f'{n} {v.dtype}{list(v.shape)}' for n, v in manifest.inputs.items())}; sizes: {manifest.profile}; {size:.1f} MB\n".replace("'", ""))
+    rows = []
+    for key in dict.fromkeys(s.name for s in manifest.steps if s.kind == "segment"):
+        uses = [s for s in manifest.steps if s.name == key]
+        engine, nodes = manifest.files.get(f"engines/{key}.engine"), uses[0].nodes
+        place = nodes[0] if len(nodes) == 1 else f"{nodes[0]} ... {nodes[-1]}"
+        rows.append([key, place, str(len(nodes)), str(len(uses)), f"{engine[0] / 1e6:.2f}" if engine else "-"])
+    table("", ["segment", "first found at", "nodes", "used", "engine MB"], rows)
+    calls: dict[tuple[str, str], int] = {}
+    for step in manifest.steps:
+        if step.kind == "plugin":
+            key_ = (step.name, ", ".join(f"{k}={v:.6g}" if isinstance(v, float) else f"{k}={v}" for k, v in step.attributes.items()))
+            calls[key_] = calls.get(key_, 0) + 1
+    if calls:
+        click.echo()
+        table("", ["plugin", "attributes", "calls"], [[name, attributes, str(n)] for (name, attributes), n in calls.items()])
+    if steps:
+        click.echo()
+        table("", ["step", "calls", "inputs", "outputs"], [[str(i), s.name, " ".join(n or "-" for n in s.inputs), " ".join(s.outputs)] for i, s in enumerate(manifest.steps)])
+
+
+@main.command()
+@click.argument("path")
+@click.option("--steps", is_flag=True, help="Of a plan: each step. Of a model: each node, as Polygraphy shows layers.")
+@click.option("--attributes", is_flag=True, help="Show the attributes of nodes.")
+@click.option("--segment", metavar="KEY", help="Of a plan: the nodes of this segment.")
+@click.option("--check", is_flag=True, help="Of a plan: compare every file with its SHA-256, the weights included.")
+@json_option
+def inspect(path: str, steps: bool, attributes: bool, segment: str | None, check: bool, as_json: bool) -> None:
+    """Show what is in PATH, a plan or a model (by Polygraphy)."""
+    from pathlib import Path
+
+    import onnx
+
+    from rewrite.model import load
+
+    if not Path(path).is_dir():
+        model = load(path)
+        if as_json:
+            click.echo(json.dumps({"opset": model.opset, "operators": model.operators(), "plugins": model.plugin_nodes()}, indent=1))
+            return
+        click.echo(polygraphy_text(model.proto, steps or attributes, attributes))
+        if model.plugin_nodes():
+            click.echo("\nplugin nodes: " + ", ".join(f"{n} {c}" for n, c in model.plugin_nodes().items()))
+        return
+    from rewrite.runtime.plan import Plan
+
+    plan = Plan(path, check_weights=check)
+    if segment is not None:
+        if not plan.segment_file(segment).is_file():
+            raise RewriteError(f"{path}: it has no segment {segment!r}; `rewrite inspect {path}` lists them")
+        click.echo(polygraphy_text(onnx.load(plan.segment_file(segment)), True, attributes))
+    elif as_json:
+        click.echo(plan.manifest.to_json(), nl=False)
+    else:
+        print_plan(plan, steps)
+
+
+def polygraphy_text(proto: Any, layers: bool, attributes: bool) -> str:
+    from polygraphy.backend.onnx.util import str_from_onnx
+    from polygraphy.logger import G_LOGGER
+
+    G_LOGGER.module_severity = G_LOGGER.ERROR
+    return str(str_from_onnx(proto, show_layers=layers, show_attrs=attributes, show_weights=False))
+
+
+def load_feeds(file: str, names: list[str]) -> dict[str, Any]:
+    """Arrays by input name: of an .npz file, or the only input as an .npy file. Raises RewriteError if it is neither."""
+    import numpy as np
+
+    try:
+        data = np.load(file, allow_pickle=False)
+        if isinstance(data, np.ndarray):
+            if len(names) != 1:
+                raise RewriteError(f"{file}: an .npy file holds one array, but there are {len(names)} inputs ({', '.join(names)}); give an .npz file")
+            return {names[0]: data}
+        with data:
+            return {k: data[k] for k in data.files}
+    except (OSError, ValueError, EOFError) as error:
+        raise RewriteError(f"{file}: not a readable .npz or .npy file of arrays ({error})") from error
+
+
+@main.command()
+@click.argument("path")
+@click.option("--inputs", "file", required=True, metavar="FILE", help=".npz with the inputs by name, or .npy with the only one.")
+@click.option("-o", "--output", metavar="FILE", help="Where to write the outputs, as .npz.")
+@click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
+@rules_option
+def run(path: str, file: str, output: str | None, device: str, files: tuple[str, ...]) -> None:
+    """Run PATH, a plan or (on the CPU) a model, on the arrays of a file."""
+    from pathlib import Path
+
+    import numpy as np
+
+    from rewrite.files import write_atomically
+    from rewrite.model import load
+    from rewrite.registry import library
+    from rewrite.verify import run_model
+
+    library(list(files))
+    if Path(path).is_dir():
+        from rewrite.runtime.plan import Plan
+
+        plan = Plan(path, device=device)
+        results = plan.run(load_feeds(file, list(plan.inputs)))
+    elif device == "cuda":
+        raise RewriteError(f"{path}: a model runs on the CPU; `rewrite build` makes a plan of it that runs on a GPU")
+    else:
+        model = load(path)
+        initial = {i.name for i in model.proto.graph.initializer}
+        results = run_model(model, load_feeds(file, [i.name for i in model.proto.graph.input if i.name not in initial]))
+    if output:
+        write_atomically(output, lambda f: np.savez(f, allow_pickle=False, **results))
+    rows = []
+    for name, array in results.items():
+        numbers = array.size and array.dtype.kind in "fiu"
+        rows.append([name, str(array.dtype), str(list(array.shape)), *(f"{f(array.astype(np.float64)):.4g}" if numbers else "-" for f in (np.min, np.mean, np.max))])
+    table("", ["output", "dtype", "shape", "min", "mean", "max"], rows)
+    if output:
+        click.echo(f"written to {output}")
 
 
 if __name__ == "__main__":

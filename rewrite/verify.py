@@ -231,13 +231,13 @@ def reference_runner(plugin: Plugin, attributes: Mapping[str, Any], names: list[
 
 
 # --- whole models -------------------------------------------------------------------------------------------------
-def model_inputs(proto: onnx.ModelProto, attempt: int, ranges: Mapping[str, int] | None = None) -> dict[str, np.ndarray]:
+def model_inputs(proto: onnx.ModelProto, attempt: int, sizes: Mapping[str, int] | None = None) -> dict[str, np.ndarray]:
     """Inputs for a whole model. Integer inputs are 0 or 1 where they look like masks, else small indices.
 
-    Named dimensions are drawn once and used everywhere; `ranges` gives the largest value of an integer input.
+    Named dimensions are those of `sizes`; others are drawn once and used everywhere.
     """
     rng = np.random.default_rng(1000 + attempt)
-    sizes: dict[str, int] = {}
+    sizes = dict(sizes or {})
     draw = draw_sizes(SIZES[attempt % len(SIZES)])
     initial = {i.name for i in proto.graph.initializer}
     made: dict[str, np.ndarray] = {}
@@ -257,7 +257,7 @@ def model_inputs(proto: onnx.ModelProto, attempt: int, ranges: Mapping[str, int]
         elif dtype.kind in "iu" and "position" in low:
             made[value.name] = np.broadcast_to(np.arange(shape[-1]), shape).astype(dtype)
         elif dtype.kind in "iu":
-            made[value.name] = rng.integers(0, (ranges or {}).get(value.name, 2), shape).astype(dtype)
+            made[value.name] = rng.integers(0, 2, shape).astype(dtype)
         elif dtype.kind in "fb" or dtype.name == "bfloat16":
             made[value.name] = default_sample(rng, shape, dtype)
         else:
@@ -276,7 +276,7 @@ def check_models(
 
     Raises CheckFailed, naming the output, if they differ by more than `tolerance`, RewriteError if one cannot run.
     """
-    first, second = _file_session(before), _file_session(after)
+    first, second = file_session(before), file_session(after)
     names = [o.name for o in first.get_outputs()]
     if names != [o.name for o in second.get_outputs()]:
         raise CheckFailed(f"the outputs differ: {names} and {[o.name for o in second.get_outputs()]}")
@@ -302,7 +302,7 @@ def check_models(
     return worst
 
 
-def _file_session(model: Any) -> Any:
+def file_session(model: Any) -> Any:
     """A session of a model whose external weights lie in its folder."""
     import onnxruntime as ort
 
@@ -326,3 +326,13 @@ def spec_of(name: str, tensor: gs.Tensor, value: tuple[Dim, ...] | None = None) 
     if isinstance(dtype, int):
         dtype = onnx.helper.tensor_dtype_to_np_dtype(dtype)
     return Spec(name, np.dtype(dtype), shape, value)
+
+
+def run_model(model: Any, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The outputs of a model in ONNX Runtime, by name. Raises RewriteError if it cannot run on these inputs."""
+    runner = file_session(model)
+    names = [o.name for o in runner.get_outputs()]
+    try:
+        return dict(zip(names, runner.run(None, dict(inputs)), strict=True))
+    except Exception as error:
+        raise RewriteError(f"{model.name} fails on the inputs: {str(error).strip().splitlines()[0][:300]}") from error

@@ -1,0 +1,160 @@
+"""From a rewritten model to a plan: cut, compile each distinct segment, write the directory whole or not at all."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import numpy as np
+import onnx
+
+import rewrite
+from rewrite.errors import CheckFailed, RewriteError
+from rewrite.model import Model, load
+from rewrite.registry import library
+from rewrite.runtime import engine, weights
+from rewrite.runtime.partition import Partition, partition
+from rewrite.runtime.plan import MANIFEST, Manifest, Plan, digest
+from rewrite.runtime.profile import Profile
+from rewrite.verify import SIZES, TOLERANCE, compare, file_session, model_inputs
+
+Progress = Callable[[str], None]
+
+
+def build(
+    model: str | os.PathLike[str] | onnx.ModelProto | Model,
+    directory: str | os.PathLike[str],
+    *,
+    profile: str | None = None,
+    engines: bool = True,
+    verify: bool = True,
+    tolerance: float = 1e-4,
+    progress: Progress | None = None,
+) -> Plan:
+    """Compile a model, rewritten or not, into a plan.
+
+    Args:
+        model: a path, a protobuf, or what `load` or `optimize` returned.
+        directory: where the plan goes; an older plan there is replaced.
+        profile: sizes of the named dimensions, `batch=1:8:32,seq=1:128:512` (smallest, best, largest).
+        engines: compile the segments with TensorRT; without, the plan runs on the CPU alone.
+        verify: run the plan on the CPU and compare its outputs with the model's in ONNX Runtime.
+        tolerance: largest difference allowed, relative to each output's largest value.
+        progress: called with a line on each step that takes time.
+
+    Raises:
+        RewriteError: bad input, or a segment that TensorRT cannot compile; nothing is written.
+        CheckFailed: the plan's outputs are not the model's; nothing is written.
+    """
+    source, target = load(model), Path(directory)
+    say: Progress = progress or (lambda line: None)
+    if target.exists() and not (target / MANIFEST).is_file() and (not target.is_dir() or any(target.iterdir())):
+        raise RewriteError(f"{target}: exists and is not a plan; name another directory")
+    if not target.parent.is_dir():
+        raise RewriteError(f"{target}: the folder {target.parent} does not exist; make it first")
+    say("cutting the model at its plugin nodes")
+    cut = partition(source, library().plugins)
+    names = dict.fromkeys(d for v in cut.inputs.values() for d in v.shape if isinstance(d, str))
+    sizes = Profile.parse(profile, names)
+    compiled = _compile(cut, sizes, say) if engines else {}
+    work = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent))
+    try:
+        say("writing the plan")
+        _write(work, source, cut, sizes, compiled)
+        if verify:
+            say("comparing the plan's outputs with the model's")
+            check_plan(Plan(work), source, tolerance)
+        _move(work, target)
+    except OSError as error:
+        raise RewriteError(f"{target}: cannot be written: {error.strerror or error}; nothing was changed") from error
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    return Plan(target)
+
+
+def _compile(cut: Partition, profile: Profile, say: Progress) -> dict[str, bytes]:
+    """The engine of each segment, by its key."""
+    engines: dict[str, bytes] = {}
+    for index, (key, segment) in enumerate(cut.segments.items(), 1):
+        uses = sum(s.name == key for s in cut.steps)
+        say(f"TensorRT: segment {index} of {len(cut.segments)}, {len(segment.graph.node)} nodes, used {uses} times")
+        shapes = {i.name: tuple(d.dim_value if d.HasField("dim_value") else d.dim_param or None for d in i.type.tensor_type.shape.dim) for i in segment.graph.input}
+        engines[key] = engine.build_engine(segment, shapes, profile)
+    return engines
+
+
+def _write(work: Path, source: Model, cut: Partition, profile: Profile, engines: Mapping[str, bytes]) -> None:
+    os.chmod(work, 0o777 & ~_umask())
+    for folder in ("segments", "engines"):
+        (work / folder).mkdir()
+    for key, segment in cut.segments.items():
+        (work / "segments" / f"{key}.onnx").write_bytes(segment.SerializeToString(deterministic=True))
+    for key, data in engines.items():
+        (work / "engines" / f"{key}.engine").write_bytes(data)
+    with (work / "weights.safetensors").open("wb") as file:
+        weights.write(file, cut.weights, {"format": "np", "model": source.name})
+    import onnxruntime
+
+    versions = {"rewrite": rewrite.__version__, "onnx": onnx.__version__, "onnxruntime": onnxruntime.__version__, "numpy": np.__version__}
+    if engines:
+        versions["tensorrt"] = engine.version()
+    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    manifest = Manifest(source.name, source.opset, cut.inputs, cut.outputs, cut.values, cut.steps, profile, versions, now)
+    for file_path in sorted(p for p in work.rglob("*") if p.is_file()):
+        manifest.files[file_path.relative_to(work).as_posix()] = (file_path.stat().st_size, digest(file_path))
+    (work / MANIFEST).write_text(manifest.to_json())
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _move(work: Path, target: Path) -> None:
+    """Put the finished directory in its place; an older plan stays until the new one stands."""
+    old = None
+    if target.exists():
+        old = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".old", dir=target.parent))
+        os.rename(target, old / "plan")
+    try:
+        os.rename(work, target)
+    except OSError:
+        if old is not None:
+            os.rename(old / "plan", target)
+        raise
+    finally:
+        if old is not None:
+            shutil.rmtree(old, ignore_errors=True)
+
+
+def check_plan(plan: Plan, model: Model, tolerance: float, attempts: int = 2) -> float:
+    """Run a plan and its model on generated inputs; returns the largest difference relative to each output's largest value.
+
+    Raises CheckFailed, naming the output, if they differ by more than `tolerance`.
+    """
+    reference, worst, done = file_session(model), 0.0, 0
+    for attempt in range(attempts):
+        ranges = plan.manifest.profile.ranges if plan.has_engines else {}
+        sizes = {n: min(max(size, low), high) for size, (n, (low, _, high)) in zip(SIZES[attempt] * len(ranges), ranges.items(), strict=False)}
+        feeds = model_inputs(model.proto, attempt, sizes)
+        names = list(plan.manifest.outputs)
+        try:
+            expected = reference.run(names, feeds)
+        except Exception as error:
+            if attempt + 1 < attempts or done:
+                continue
+            raise RewriteError(f"{model.name} fails in ONNX Runtime on generated inputs: {str(error).strip().splitlines()[0][:300]}; build with --no-verify and compare yourself") from error
+        actual = plan.run(feeds)
+        done += 1
+        for name, want in zip(names, expected, strict=True):
+            verdict = compare([np.asarray(want)], [actual[name]], dict.fromkeys(TOLERANCE, (tolerance, tolerance)))
+            if not verdict.ok:
+                raise CheckFailed(f"the plan's output '{name}' is not the model's: {verdict.reason}")
+            largest = float(np.abs(np.asarray(want, np.float64)).max(initial=0.0)) if np.asarray(want).dtype.kind == "f" else 0.0
+            worst = max(worst, verdict.error / max(largest, 1e-6))
+    return worst
