@@ -149,14 +149,16 @@ def _write_json(path: str, data: Any) -> None:
 
 def print_report(report: Report, model: str, output: str | None) -> None:
     """The outcome for people: rules that fired, operators before and after, and what was verified."""
+    from rewrite.report import summarize_scopes
+
     rows = []
     for name, stats in report.rules.items():
         if stats.applied:
             sites = [s for s in report.sites if s.rule == name]
             plugin = sites[0].plugin or "(plain)"
-            rows.append([stats.tier, name, plugin, str(stats.applied), f"{max(s.error for s in sites):.1e}" if report.verified else "-"])
+            rows.append([stats.tier, name, plugin, str(stats.applied), f"{max(s.error for s in sites):.1e}" if report.verified else "-", summarize_scopes([s.where for s in sites])])
     if rows:
-        table("", ["tier", "rule", "becomes", "sites", "largest error"], rows)
+        table("", ["tier", "rule", "becomes", "sites", "largest error", "where"], rows)
     before, after = sum(report.operators_before.values()), sum(report.operators_after.values())
     click.echo(f"\n{model}: {before} operators -> {after}, in {report.seconds - report.verify_seconds:.1f} s" if rows else f"{model}: {before} operators")
     if report.verified:

@@ -23,7 +23,7 @@ from rewrite.functions import CaptureError, FunctionTable, capture, fingerprint
 from rewrite.graph import DOMAIN, Graph, canonical, describe
 from rewrite.matcher import BoundValue, Match, Matcher, Trace, interior_use
 from rewrite.registry import Library, Rule
-from rewrite.report import NearMiss, Report, Site
+from rewrite.report import NearMiss, Report, Site, common_scope
 from rewrite.shapes import is_named
 from rewrite.verify import TOLERANCE, Spec, Verdict, check_site, reference_runner, run_function, spec_of
 
@@ -35,6 +35,7 @@ class Driver:
         self.library, self.table, self.report = library, table, report
         self.verify, self.explain = verify, explain
         self.metadata: dict[int, dict[str, str]] = {}
+        self.scopes: dict[int, str] = {}  # the PyTorch module each node came from, where the exporter tells
         self.verdicts: dict[str, Verdict] = {}
         self._keep: list[gs.Node] = []  # new nodes stay alive, so that their ids in `metadata` stay theirs
 
@@ -156,6 +157,7 @@ class Driver:
             return f"the pattern has {len(match.outputs)} outputs, the replacement {len(results)}"
         own = [n for n in made if n.domain == DOMAIN]
         site = Site(rule.name, own[0].op if own else "", [t.name for t in match.outputs], [describe(n) for n in match.nodes])
+        site.where = common_scope([self.scopes.get(id(n), "") for n in match.nodes])
         if own:
             reason = self._plugin_site(graph, rule, match, made, results, site)
         else:
@@ -223,7 +225,9 @@ class Driver:
 
     def _commit(self, graph: Graph, match: Match, made: list[gs.Node], results: list[gs.Tensor], rule: Rule) -> list[gs.Node]:
         touched: dict[int, gs.Node] = {id(n): n for n in made}
+        scope = common_scope([self.scopes.get(id(n), "") for n in match.nodes])
         for node in made:
+            self.scopes[id(node)] = scope
             origin = " ".join(n.name or n.outputs[0].name for n in match.nodes)
             self.metadata[id(node)] = {"rewrite.rule": rule.name, "rewrite.from": origin}
             self._keep.append(node)

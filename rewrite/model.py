@@ -6,6 +6,7 @@ source: a node that no rule touched is written back as it came, and only new nod
 
 from __future__ import annotations
 
+import ast
 import functools
 import os
 import shutil
@@ -236,6 +237,16 @@ def _pair(graph: gs.Graph, proto: onnx.GraphProto, imported: Imported) -> None:
         for attribute in source.attribute:
             if attribute.type == onnx.AttributeProto.GRAPH:
                 _pair(node.attrs[attribute.name], attribute.g, imported)
+
+
+def module_scope(node: onnx.NodeProto) -> str:
+    """The PyTorch module a node came from, `encoder.layer.0.attention`: a hint that exporters leave, or ""."""
+    for entry in node.metadata_props:
+        if entry.key == "pkg.torch.onnx.name_scopes":
+            scopes = ast.literal_eval(entry.value) if entry.value.startswith("[") else []
+            return str(scopes[-2]) if len(scopes) > 1 else ""
+    name = str(node.name)
+    return name[1:].rpartition("/")[0].replace("/", ".") if name.startswith("/") else ""
 
 
 def close_graph(imported: Imported, functions: dict[str, onnx.FunctionProto], metadata: dict[int, dict[str, str]]) -> Model:

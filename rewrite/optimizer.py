@@ -16,7 +16,7 @@ from rewrite.driver import Driver, all_graphs
 from rewrite.errors import RewriteError
 from rewrite.functions import FunctionTable
 from rewrite.graph import Graph
-from rewrite.model import Model, close_graph, load, open_graph
+from rewrite.model import Model, close_graph, load, module_scope, open_graph
 from rewrite.registry import TIERS, Library, Rule, library
 from rewrite.report import Report
 from rewrite.shapes import SymbolicShapes
@@ -67,6 +67,7 @@ def optimize(
     imported = open_graph(source)
     table = FunctionTable(list(source.proto.functions))
     driver = Driver(chosen, table, report, verify, explain)
+    driver.scopes = {key: module_scope(node) for key, node in imported.sources.items()}
     graphs = [Graph(g, source.opset) for g in all_graphs(imported.graph)]
     for graph in reversed(graphs):  # outer graphs first: inner ones read their values
         SymbolicShapes(graph).run()

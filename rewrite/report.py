@@ -21,13 +21,52 @@ class RuleStats:
 
 @dataclass
 class Site:
-    """One replacement: the rule, the plugin (empty for plain rewrites), the values computed, the nodes replaced."""
+    """One replacement: the rule, the plugin (empty for plain rewrites), the values computed, the nodes replaced.
+
+    `where` is the PyTorch module they came from, if the exporter tells.
+    """
 
     rule: str
     plugin: str
     outputs: list[str]
     nodes: list[str]
     error: float = 0.0
+    where: str = ""
+
+
+def common_scope(scopes: list[str]) -> str:
+    """The innermost module that holds all of these (those unknown, "", left aside)."""
+    paths = [s.split(".") for s in scopes if s]
+    if not paths:
+        return ""
+    length = next((i for i, parts in enumerate(zip(*paths, strict=False)) if len(set(parts)) > 1), min(map(len, paths)))
+    return ".".join(paths[0][:length])
+
+
+def summarize_scopes(scopes: list[str]) -> str:
+    """Many modules in short: `encoder.layer.{0-5}.attention` for the six of them."""
+    groups: dict[str, list[tuple[int, ...]]] = {}
+    for scope in scopes:
+        parts = scope.split(".")
+        template = ".".join("{}" if p.isdigit() else p.replace("{", "").replace("}", "") for p in parts)
+        groups.setdefault(template, []).append(tuple(int(p) for p in parts if p.isdigit()))
+    texts = []
+    for template, numbers in groups.items():
+        columns = [sorted(set(column)) for column in zip(*numbers, strict=True)]
+        texts.append(template.format(*(_ranges(c) for c in columns)))
+    return ", ".join(t for t in texts if t)
+
+
+def _ranges(numbers: list[int]) -> str:
+    if len(numbers) == 1:
+        return str(numbers[0])
+    parts: list[list[int]] = []
+    for n in numbers:
+        if parts and parts[-1][-1] == n - 1:
+            parts[-1] = [parts[-1][0], n]
+        else:
+            parts.append([n])
+    return "{" + ",".join("-".join(map(str, p)) for p in parts) + "}"
 
 
 @dataclass

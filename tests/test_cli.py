@@ -87,3 +87,12 @@ def test_explain_names_the_stop(tmp_path):
     done = run("explain", str(path), "--rule", "swish_sigmoid")
     assert done.exit_code == 0
     assert "'z'" in done.output or "'x'" in done.output
+
+
+def test_modules_are_summed_up():
+    from rewrite.report import common_scope, summarize_scopes
+
+    assert common_scope(["a.b.0.c", "a.b.0.d", "", "a.b.0"]) == "a.b.0"
+    assert common_scope(["a.b", "a.b"]) == "a.b"
+    assert common_scope(["", ""]) == ""
+    assert summarize_scopes(["l.0.a", "l.1.a", "l.2.a", "l.5.a", "h.m", ""]) == "l.{0-2,5}.a, h.m"
