@@ -1,6 +1,4 @@
-"""A fusion of your own: relu(x @ w)^2, the activation of Primer and Nemotron, as one plugin node.
-Run as a program it shows all steps; `rewrite optimize m.onnx --rules examples/custom_fusion.py` applies it to any model.
-"""
+"""A fusion of your own: relu(x @ w)^2, the activation of Primer and Nemotron, as one plugin node.Run, this file shows every step; `rewrite optimize m.onnx --rules examples/custom_fusion.py` applies it to any model."""
 
 import numpy as np
 
@@ -38,6 +36,8 @@ def main():
 
     import torch
 
+    from rewrite.export.torch_export import as_source, export
+
     class Mlp(torch.nn.Module):
         def __init__(self):
             super().__init__()
@@ -49,10 +49,10 @@ def main():
     torch.manual_seed(0)
     model, x = Mlp(), torch.randn(4, 7, 64)
     with tempfile.TemporaryDirectory() as folder:
-        torch.onnx.export(model, (x,), f"{folder}/m.onnx", input_names=["x"], output_names=["y"], dynamic_shapes=({0: "batch", 1: "seq"},), verbose=False)
+        export(as_source(model, x, {"x": {0: "batch", 1: "seq"}}), f"{folder}/m.onnx")
         result = rewrite.optimize(f"{folder}/m.onnx")  # each fused site is checked against what it replaces
         plan = rewrite.build(result.model, f"{folder}/plan", profile="batch=1:8:64,seq=1:16:128")  # compiled by TensorRT
-        y = plan.run({"x": x.numpy()})["y"]  # on the CPU
+        y = plan.run({"x": x.numpy()})["output"]  # on the CPU
     print(f"fused: {result.report.plugins}; largest difference from PyTorch: {np.abs(y - model(x).detach().numpy()).max():.1e}")
 
 

@@ -71,6 +71,42 @@ def _load_inputs(files: tuple[str, ...]) -> list[dict[str, Any]] | None:
     return loaded or None
 
 
+# --- export -------------------------------------------------------------------------------------------------------
+@main.command()
+@click.argument("source")
+@click.option("-o", "--output", required=True, metavar="FILE", help="Where to write the ONNX model.")
+@click.option("--opset", default=20, show_default=True, help="ONNX opset; 20 is what PyTorch's exporters get right.")
+@click.option("--exporter", type=click.Choice(["dynamo", "torchscript"]), default="dynamo", show_default=True)
+@click.option("--attention", type=click.Choice(["eager", "sdpa"]), default="eager", show_default=True, help="Attention of a Hugging Face model.")
+@click.option("--verify/--no-verify", default=True, show_default=True, help="Compare with PyTorch at several shapes and paddings.")
+def export(source: str, output: str, opset: int, exporter: str, attention: str, verify: bool) -> None:
+    """Export SOURCE to ONNX with dynamic batch and sequence.
+
+    SOURCE is a local Hugging Face directory, or MODULE:CALLABLE, a function without arguments that returns
+    (torch.nn.Module, example inputs) or (torch.nn.Module, example inputs, dynamic shapes).
+    """
+    from pathlib import Path
+
+    with progress() as say:
+        say("loading PyTorch")
+        from rewrite.export.torch_export import export as run
+        from rewrite.export.torch_export import load_callable
+
+        if Path(source).is_dir():
+            say("loading the model")
+            from rewrite.export.huggingface import load_directory
+
+            loaded = load_directory(source, attention=attention)
+        else:
+            loaded = load_callable(source)
+        done = run(loaded, output, opset=opset, exporter=exporter, verify=verify, progress=say)
+    if done.error is None:
+        click.echo("NOT compared with PyTorch" + (" (--no-verify)" if not verify else ": ONNX Runtime has no bfloat16 on the CPU"))
+    else:
+        click.echo(f"equal to PyTorch: largest relative difference {done.error:.1e}, at {', '.join(str(s).strip('{}') for s in done.shapes)}".replace("'", ""))
+    click.echo(f"written to {output}")
+
+
 # --- optimize -----------------------------------------------------------------------------------------------------
 def _plugin_key(name: str) -> str:
     name = name.lower().replace("_", "")

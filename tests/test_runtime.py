@@ -195,7 +195,7 @@ def test_bad_profiles(text, reason):
 def test_a_profile_gives_derived_dimensions():
     profile = Profile.parse("batch=2:3:4,seq=5", ["batch", "seq"])
     assert profile.shapes("x", ("batch", "2*seq + 1", "batch*seq", 7)) == [(2, 11, 10, 7), (3, 11, 15, 7), (4, 11, 20, 7)]
-    with pytest.raises(rewrite.RewriteError, match="'x'.*does not follow"):
+    with pytest.raises(rewrite.RewriteError, match=r"'x'.*does not follow"):
         profile.shapes("x", (None,))
 
 

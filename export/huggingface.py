@@ -1,0 +1,99 @@
+"""A local Hugging Face directory as something to export: the model's class from its config, inputs from its kind."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rewrite.errors import RewriteError
+from rewrite.export.torch_export import Source, _line, _quiet
+
+try:
+    import torch
+    import transformers
+except ImportError as error:
+    raise RewriteError("reading a Hugging Face directory needs transformers; install the extra: pip install 'rewrite-onnx[export]'") from error
+
+EXAMPLE = (2, 8)  # batch, sequence
+
+
+class Flat(torch.nn.Module):  # type: ignore[misc]
+    """A transformers model that takes tensors by name, keeps no cache, and returns its main tensor."""
+
+    def __init__(self, model: Any, output: str):
+        super().__init__()
+        self.model, self.output = model, output
+
+
+class FlatEncoder(Flat):
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        return self.model(input_ids=input_ids, attention_mask=attention_mask)[self.output]  # type: ignore[no-any-return]
+
+
+class FlatDecoder(Flat):
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
+        return self.model(input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False)[self.output]  # type: ignore[no-any-return]
+
+
+class FlatVision(Flat):
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        return self.model(pixel_values=pixel_values)[self.output]  # type: ignore[no-any-return]
+
+
+def load_directory(path: str | os.PathLike[str], *, attention: str = "eager") -> Source:
+    """The model of a local directory (config.json and safetensors), without its cache, ready to export.
+
+    Text models take input_ids and attention_mask [batch, sequence], decoders position_ids too; vision models
+    pixel_values [batch, channels, height, width]. `attention` is transformers' implementation, eager or sdpa: eager
+    (the default) keeps even the rows that see nothing as PyTorch computes them.
+
+    Raises RewriteError for a directory that holds no such model. Nothing is downloaded and no code of it is run.
+    """
+    directory = Path(path)
+    if not (directory / "config.json").is_file():
+        raise RewriteError(f"{directory}: not a Hugging Face directory: it has no config.json")
+    try:
+        with _quiet():
+            config = transformers.AutoConfig.from_pretrained(directory, local_files_only=True)
+            names = config.architectures or []
+            kind = getattr(transformers, names[0], None) if names else transformers.AutoModel
+            if kind is None:
+                raise RewriteError(f"{directory}: architecture {names[0]} is unknown to transformers {transformers.__version__}; export it with MODULE:CALLABLE")
+            model = kind.from_pretrained(directory, local_files_only=True, attn_implementation=attention)
+    except RewriteError:
+        raise
+    except Exception as error:
+        raise RewriteError(f"{directory}: cannot be loaded: {_line(error)}") from error
+    return as_flat(model)
+
+
+def as_flat(model: Any) -> Source:
+    """A loaded transformers model as a Source. Raises RewriteError for encoder-decoder models and other inputs."""
+    config = model.config
+    if config.is_encoder_decoder:
+        raise RewriteError(f"{type(model).__name__} is an encoder-decoder model; export its parts with MODULE:CALLABLE")
+    if model.main_input_name == "pixel_values":
+        side = config.image_size if isinstance(config.image_size, int) else config.image_size[0]
+        inputs = {"pixel_values": torch.zeros(EXAMPLE[0], config.num_channels, side, side)}
+        return _source(FlatVision, model, inputs, {"pixel_values": {0: "batch"}}, {})
+    if model.main_input_name != "input_ids":
+        raise RewriteError(f"{type(model).__name__} takes {model.main_input_name}; only input_ids and pixel_values are known. Export it with MODULE:CALLABLE")
+    decoder = any(part in type(model).__name__ for part in ("CausalLM", "LMHead")) or getattr(config, "is_decoder", False)
+    vocabulary = config.get_text_config().vocab_size
+    ids = torch.randint(0, vocabulary, EXAMPLE, generator=torch.Generator().manual_seed(0))
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    if decoder:
+        inputs["position_ids"] = torch.arange(EXAMPLE[1]).expand(*EXAMPLE).clone()
+    dynamic = {n: {0: "batch", 1: "sequence"} for n in inputs}
+    return _source(FlatDecoder if decoder else FlatEncoder, model, inputs, dynamic, {"input_ids": vocabulary})
+
+
+def _source(kind: type[Flat], model: Any, inputs: dict[str, torch.Tensor], dynamic: dict[str, dict[int, str]], limits: dict[str, int]) -> Source:
+    with torch.no_grad():
+        result = model.eval()(**inputs)
+    if not isinstance(result, Mapping):
+        raise RewriteError(f"{type(model).__name__} returns {type(result).__name__}, not named outputs; export it with MODULE:CALLABLE")
+    output = next(n for n in ("logits", "last_hidden_state", *result) if n in result)
+    return Source(kind(model, output), inputs, dynamic, [output], limits)
