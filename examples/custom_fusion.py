@@ -1,4 +1,4 @@
-"""A fusion of your own: relu(x @ w)^2, the activation of Primer and Nemotron, as one plugin node.Run, this file shows every step; `rewrite optimize m.onnx --rules examples/custom_fusion.py` applies it to any model."""
+"""A fusion of your own: relu(x @ w)^2, the activation of Primer and Nemotron, as one plugin node, from rule to result."""
 
 import numpy as np
 
