@@ -18,7 +18,7 @@ from rewrite import pattern as P
 from rewrite.graph import Dim, Graph, canonical, describe
 
 # Never computed twice: an interior value of a match that others read keeps its node alive, and these cost too much.
-HEAVY = {"MatMul", "Gemm", "Conv", "Softmax", "Attention", "Einsum", "ConvTranspose", "LSTM", "GRU", "FusedAttention"}
+HEAVY = {"MatMul", "Gemm", "Conv", "Softmax", "Attention", "Einsum", "ConvTranspose", "LSTM", "GRU", "FusedAttention", "MatMulAct", "GatedMatMulAct"}
 
 Operand = tuple[gs.Tensor, str]
 
@@ -48,6 +48,11 @@ class BoundValue:
     @property
     def is_constant(self) -> bool:
         return self.graph.is_constant(self.tensor)
+
+    @property
+    def is_weight(self) -> bool:
+        """Whether it is a constant, or computed from constants alone (a tied weight, transposed)."""
+        return self.graph.is_weight(self.tensor)
 
     @property
     def value(self) -> np.ndarray | None:
@@ -145,6 +150,9 @@ class Matcher:
         elif isinstance(value, P.AnyOf):
             for alternative in value.alternatives:
                 yield from self._value(alternative, tensor)
+        elif isinstance(value, P.Tag):
+            for _ in self._bind(value.name, value.label, self.bindings.get(value.name, value.label) == value.label):
+                yield from self._value(value.value, tensor)
         elif isinstance(value, P.Missing):
             if tensor.is_empty():
                 yield
@@ -329,6 +337,8 @@ class Matcher:
 
 def _specific_first(values: tuple[P.Value, ...]) -> list[P.Value]:
     def rank(value: P.Value) -> int:
+        if isinstance(value, P.Tag):
+            return rank(value.value)
         if isinstance(value, P.Const):
             return 0
         if isinstance(value, (P.Op, P.Output)):
