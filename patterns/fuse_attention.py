@@ -1,4 +1,4 @@
-"""MatMul - scale - mask - Softmax - MatMul -> FusedAttention; rotate-half -> Rotary."""
+"""MatMul - scale - mask - Softmax - MatMul -> FusedAttention."""
 
 from __future__ import annotations
 
@@ -85,23 +85,3 @@ class NativeAttention:
         return op.FusedAttention(
             q, k, v, mask, scale=scale or float(q.shape[-1]) ** -0.5, softcap=softcap or None, fill=float("-inf") if boolean else None, zero_masked=1 if boolean else None
         )
-
-
-@rule(priority=8)
-class RotaryHalves:
-    """x * cos + concat(-x[half:], x[:half]) * sin."""
-
-    def pattern(op, x, cos, sin):
-        first = any_of(op.Slice(x, [0], scalar("half_end"), [3], [1]), op.Slice(x, [0], scalar("half_end"), [-1], [1]))
-        second = any_of(op.Slice(x, scalar("half"), scalar("end"), [3], [1]), op.Slice(x, scalar("half"), scalar("end"), [-1], [1]))
-        return x * cos + op.Concat(op.Neg(second), first, axis=_last) * sin
-
-    def check(x, half, half_end, end):
-        if x.rank != 4 or not isinstance(x.shape[-1], int):
-            return f"x has shape {x.shape}, expected [batch, heads, positions, size]"
-        if 2 * half != x.shape[-1] or half_end != half or end < x.shape[-1]:
-            return f"the parts of the last dimension ({x.shape[-1]}) are [{half}:{end}] and [0:{half_end}], not its halves"
-        return None
-
-    def replace(op, x, cos, sin):
-        return op.Rotary(x, cos, sin)

@@ -1,4 +1,4 @@
-"""Scaled dot-product attention and rotary position embedding."""
+"""Scaled dot-product attention."""
 
 from __future__ import annotations
 
@@ -55,24 +55,3 @@ class FusedAttention:
         if zero_masked:
             weights = np.nan_to_num(weights, nan=0.0)
         return np.matmul(weights, values).astype(q.dtype)
-
-
-@plugin
-class Rotary:
-    """Rotary position embedding: y = x * cos + rotate(x) * sin on the last axis.
-
-    x [B, H, S, D]; cos and sin broadcast to x. rotate(x) is (-second half, first half), or with `interleaved`
-    (-odd, even) in pairs.
-    """
-
-    inputs = ("x", "cos", "sin")
-    attributes = {"interleaved": 0}
-    tolerance = {"float64": (1e-12, 1e-12), "float32": (1e-6, 1e-6), "float16": (2e-3, 2e-3), "bfloat16": (1.6e-2, 1.6e-2)}
-
-    def reference(x: Array, cos: Array, sin: Array, *, interleaved: int) -> Array:
-        if interleaved:
-            turned = np.stack([-x[..., 1::2], x[..., 0::2]], -1).reshape(x.shape)
-        else:
-            half = x.shape[-1] // 2
-            turned = np.concatenate([-x[..., half:], x[..., :half]], -1)
-        return (wide(x) * wide(cos) + wide(turned) * wide(sin)).astype(x.dtype)

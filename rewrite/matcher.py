@@ -19,6 +19,7 @@ from rewrite.graph import Dim, Graph, canonical, describe
 
 # Never computed twice: an interior value of a match that others read keeps its node alive, and these cost too much.
 HEAVY = {"MatMul", "Gemm", "Conv", "Softmax", "Attention", "Einsum", "ConvTranspose", "LSTM", "GRU", "FusedAttention", "MatMulAct", "GatedMatMulAct"}
+SHAPE_ARITHMETIC = {"Shape", "Gather", "Slice", "Concat", "Squeeze", "Unsqueeze", "Cast", "Add", "Sub", "Mul", "Div"}
 
 Operand = tuple[gs.Tensor, str]
 
@@ -382,7 +383,17 @@ def interior_use(match: Match) -> str | None:
         for tensor in node.outputs:
             if id(tensor) in outputs or canonical(node) not in HEAVY:
                 continue
-            use = graph.is_used_outside(tensor, inside)
+            serving = {id(u) for u in graph.consumers(tensor) if id(u) not in inside and _serves(graph, u, inside)}
+            use = graph.is_used_outside(tensor, inside | serving)
             if use is not None:
                 return f"the value '{tensor.name}' inside the match is needed elsewhere: {use}"
     return None
+
+
+def _serves(graph: Graph, node: gs.Node, inside: set[int], depth: int = 0) -> bool:
+    """Whether shape arithmetic that starts at `node` (`Shape(product)`, to cut the product in two) ends inside the match."""
+    if canonical(node) not in (SHAPE_ARITHMETIC if depth else {"Shape"}) or depth > len(SHAPE_ARITHMETIC):
+        return False
+    if any(id(t) in graph.outputs or id(t) in graph.captured for t in node.outputs):
+        return False
+    return all(id(u) in inside or _serves(graph, u, inside, depth + 1) for t in node.outputs for u in graph.consumers(t))

@@ -30,12 +30,14 @@ SCALES = (1.0, 8.0, 1e-3)
 
 @dataclass(frozen=True)
 class Spec:
-    """What is known of one input of a site. `value` gives the content where it is not free (a target shape)."""
+    """What is known of one input of a site. Where its content is not free: `value` gives dimensions (a target shape),
+    `content` the array itself (a constant that the replacement brings along)."""
 
     name: str
     dtype: Any
     shape: tuple[Dim, ...] | None
     value: tuple[Dim, ...] | None = None
+    content: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -93,6 +95,9 @@ def make_inputs(specs: list[Spec], attempt: int, sample: Callable[..., Any] | No
     scale = SCALES[attempt % len(SCALES)]
     made = {}
     for spec in specs:
+        if spec.content is not None:
+            made[spec.name] = spec.content
+            continue
         if spec.shape is None:
             raise RewriteError(f"the shape of '{spec.name}' is unknown")
         shape = tuple(resolve(d, sizes, draw) for d in spec.shape)
@@ -318,11 +323,11 @@ def _file_session(model: Any) -> Any:
         raise RewriteError(f"ONNX Runtime cannot load {model.name}: {str(error).strip().splitlines()[0][:300]}") from error
 
 
-def spec_of(name: str, tensor: gs.Tensor, value: tuple[Dim, ...] | None = None) -> Spec:
+def spec_of(name: str, tensor: gs.Tensor, value: tuple[Dim, ...] | None = None, content: np.ndarray | None = None) -> Spec:
     shape = None if tensor.shape is None else tuple(tensor.shape)
     dtype = tensor.dtype
     if dtype is None:
         raise RewriteError(f"the dtype of '{tensor.name}' is unknown")
     if isinstance(dtype, int):
         dtype = onnx.helper.tensor_dtype_to_np_dtype(dtype)
-    return Spec(name, np.dtype(dtype), shape, value)
+    return Spec(name, np.dtype(dtype), shape, value, content)
