@@ -6,20 +6,16 @@ from rewrite.pattern import any_of, attr, ints, maybe, scalar
 from rewrite.registry import rule
 
 
-def _last(axis):
-    """The last axis of four, counted from either end."""
-    return axis in (-1, 3)
-
-
 def _repeated(op, k, name):
-    """Key or value heads repeated for their query heads, or as they are."""
+    """Key or value heads repeated for their query heads, or as they are (`StaticRepeat` brings other spellings to this)."""
     return any_of(op.Reshape(op.Expand(op.Unsqueeze(k, [2]), ints(f"{name}_expand")), ints(f"{name}_shape")), k)
 
 
 def _keys(op, k):
     """Keys, transposed; a scale may stand on either side of the transpose."""
     repeated = _repeated(op, k, "k")
-    turned = op.Transpose(any_of(repeated * scalar("k_scale"), repeated), perm=[0, 1, 3, 2])
+    scaled = any_of(repeated * scalar("k_scale"), repeated)
+    turned = any_of(op.Transpose(scaled, perm=[0, 1, 3, 2]), op.Transpose(scaled, perm=[0, 2, 1]))
     return any_of(turned * scalar("kt_scale"), turned)
 
 
@@ -32,28 +28,31 @@ class Attention:
         scores = any_of(scores * scalar("s_scale"), scores)
         capped = any_of(op.Tanh(scores * scalar("cap_in")) * scalar("cap_out"), scores)
         masked = any_of(
+            op.Where(op.Not(mask), scalar("fill"), capped),
             op.Where(mask, capped, scalar("fill")),
             op.Where(mask, scalar("drop_fill"), capped),
             capped + mask,
             capped,
         )
-        weights = maybe(op.Cast, op.Softmax(maybe(op.Cast, masked), axis=_last))
+        weights = maybe(op.Cast, op.Softmax(maybe(op.Cast, masked), axis=attr("axis")))
         guarded = any_of(op.Where(op.IsNaN(weights), scalar("guard"), weights), weights)
         return op.MatMul(guarded, _repeated(op, v, "v"))
 
-    def check(q, k, v, mask, guard, cap_in, cap_out, q_scale):
+    def check(q, k, v, mask, guard, axis):
         for name, x in (("q", q), ("k", k), ("v", v)):
-            if x.rank != 4:
-                return f"{name} has shape {x.shape}, expected [batch, heads, positions, size]"
+            if x.rank not in (3, 4) or x.rank != q.rank:
+                return f"{name} has shape {x.shape}, expected [batch, heads, positions, size], or [batch, positions, size] for q, k and v"
+        if axis not in (-1, q.rank - 1):
+            return f"the softmax is over axis {axis} of {q.rank}, not over the last"
+        if mask is not None and (mask.rank is None or mask.rank > q.rank):
+            return f"the mask has shape {mask.shape}, expected at most {q.rank} dimensions"
+        if guard not in (None, 0.0):
+            return f"NaN becomes {guard}, not 0"
+        if q.rank == 3:
+            return None
         heads, groups, values = q.shape[1], k.shape[1], v.shape[1]
         if groups != values or not isinstance(heads, int) or not isinstance(groups, int) or heads % groups:
             return f"{heads} query heads, {groups} key heads and {values} value heads do not go together"
-        if mask is not None and (mask.rank is None or mask.rank > 4):
-            return f"the mask has shape {mask.shape}, expected at most four dimensions"
-        if guard not in (None, 0.0):
-            return f"NaN becomes {guard}, not 0"
-        if cap_in is not None and abs(cap_in * cap_out - 1) > 1e-3 and q_scale is None:
-            return None
         return None
 
     def replace(op, q, k, v, mask, q_scale, k_scale, kt_scale, s_scale, cap_in, cap_out, fill, drop_fill, guard):
@@ -73,7 +72,10 @@ class NativeAttention:
     """ONNX's own Attention (opset 23), where it is plain: no cache, four dimensions."""
 
     def pattern(op, q, k, v, mask):
-        return any_of(op.Attention(q, k, v, mask, is_causal=0, scale=attr("scale"), softcap=attr("softcap")), op.Attention(q, k, v, is_causal=0, scale=attr("scale"), softcap=attr("softcap")))
+        return any_of(
+            op.Attention(q, k, v, mask, is_causal=0, scale=attr("scale"), softcap=attr("softcap")),
+            op.Attention(q, k, v, is_causal=0, scale=attr("scale"), softcap=attr("softcap")),
+        )
 
     def check(q, k, v, mask):
         if q.rank != 4 or k.rank != 4 or v.rank != 4:

@@ -28,6 +28,7 @@ class FusedAttention:
     """y = softmax(softcap(scale * q @ k^T) + mask) @ v, head by head.
 
     q [B, H, S, D], k [B, G, T, D], v [B, G, T, E] with H a multiple of G (each key head serves H / G query heads),
+    or all three without the axis of the heads, which is one head (heads folded into B, as bmm wants them);
     mask broadcast to [B, H, S, T]: boolean (True: attend; others get the score `fill`) or added to the scores,
     y [B, H, S, E]. `drop` inverts a boolean mask. `zero_masked`: rows whose softmax is NaN give 0. `softcap` c > 0:
     c * tanh(score / c). Softmax is computed in float32.
@@ -41,8 +42,10 @@ class FusedAttention:
     def reference(
         q: Array, k: Array, v: Array, mask: Array | None = None, *, scale: float, softcap: float, fill: float, drop: int, zero_masked: int
     ) -> Array:
-        groups = q.shape[1] // k.shape[1]
-        keys, values = np.repeat(wide(k), groups, 1), np.repeat(wide(v), groups, 1)
+        keys, values = wide(k), wide(v)
+        if q.ndim == 4:
+            groups = q.shape[1] // k.shape[1]
+            keys, values = np.repeat(keys, groups, 1), np.repeat(values, groups, 1)
         scores = np.matmul(wide(q), keys.swapaxes(-1, -2)) * np.asarray(scale, wide(q).dtype)
         if softcap:
             scores = np.tanh(scores / softcap) * softcap

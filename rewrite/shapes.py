@@ -139,6 +139,7 @@ class SymbolicShapes:
         self.floats: dict[int, np.ndarray] = {}
 
     def run(self) -> None:
+        declared = self._forget_output_names()
         for node in self.graph:
             handler = HANDLERS.get(canonical(node))
             if handler is not None:
@@ -147,9 +148,23 @@ class SymbolicShapes:
                 self._float(node)
             if any(t.shape is None or not all(is_named(d) for d in t.shape) for t in node.outputs if not t.is_empty()):
                 self._complete(node)
+        for tensor, dims in declared:
+            if tensor.shape is None or len(tensor.shape) != len(dims):
+                tensor.shape = dims
+            tensor.shape = [old if new is None else new for old, new in zip(dims, tensor.shape, strict=True)]
         self.graph.known = {i: np.array(v, np.int64) for i, v in self.values.items() if all(isinstance(d, int) for d in v)}
         self.graph.scalars = self.rank0 & set(self.graph.known)
         self.graph.known.update(self.floats)
+
+    def _forget_output_names(self) -> list[tuple[gs.Tensor, Values]]:
+        """TorchScript invents names for the dimensions of the graph's outputs: what the inputs' names tell is better."""
+        names = {d for t in self.graph.gs.inputs for d in t.shape or () if isinstance(d, str)}
+        declared = []
+        for tensor in self.graph.gs.outputs:
+            if names and tensor.shape is not None and self.graph.producer(tensor) is not None:
+                declared.append((tensor, list(tensor.shape)))
+                tensor.shape = [None if isinstance(d, str) and d not in names else d for d in tensor.shape]
+        return declared
 
     # --- values ------------------------------------------------------------------------------------------------
     def value(self, tensor: gs.Tensor) -> Values | None:
