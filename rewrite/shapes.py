@@ -256,6 +256,9 @@ class SymbolicShapes:
     def _div(self, node: gs.Node) -> None:
         self._binary(node, divide)
 
+    def _mod(self, node: gs.Node) -> None:
+        self._binary(node, lambda a, b: a % b if isinstance(a, int) and isinstance(b, int) and b > 0 and a >= 0 else None)
+
     def _equal(self, node: gs.Node) -> None:
         # Names stand for sizes, which are never negative: `Equal(size, -1)` is false.
         def equal(x: Dim, y: Dim) -> Dim:
@@ -380,7 +383,7 @@ HANDLERS: dict[str, Callable[[SymbolicShapes, gs.Node], None]] = {
     "Sub": SymbolicShapes._sub, "Mul": SymbolicShapes._mul, "Div": SymbolicShapes._div, "Equal": SymbolicShapes._equal,
     "Where": SymbolicShapes._where, "ConstantOfShape": SymbolicShapes._constantofshape, "Slice": SymbolicShapes._slice,
     "Range": SymbolicShapes._range, "Reshape": SymbolicShapes._reshape, "Expand": SymbolicShapes._expand,
-    "Tile": SymbolicShapes._tile,
+    "Tile": SymbolicShapes._tile, "Mod": SymbolicShapes._mod,
 }  # fmt: skip
 FLOATING: dict[str, Callable[..., np.ndarray]] = {"Cast": np.asarray, "Sqrt": np.sqrt, "Div": np.divide, "Mul": np.multiply, "Pow": np.power, "Reciprocal": np.reciprocal}
 BROADCASTING = {"Add", "Sub", "Mul", "Div", "Pow", "And", "Or", "Xor", "Equal", "Less", "LessOrEqual", "Greater", "GreaterOrEqual", "Where", "Max", "Min", "Mod"}
