@@ -185,6 +185,8 @@ class Graph:
                 if tensor is old:
                     list.__setitem__(user.inputs, index, new)
                     list.append(new.outputs, user)
+        moved = {id(u) for u in users}
+        list.__setitem__(old.outputs, slice(None), [u for u in old.outputs if id(u) not in moved])
         return users
 
     def sort(self) -> None:
