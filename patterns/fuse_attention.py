@@ -1,4 +1,4 @@
-"""MatMul - scale - mask - Softmax - MatMul -> FusedAttention; rotate-half -> Rotary."""
+"""MatMul - scale - mask - Softmax - MatMul -> FusedAttention."""
 
 from __future__ import annotations
 
@@ -6,20 +6,16 @@ from rewrite.pattern import any_of, attr, ints, maybe, scalar
 from rewrite.registry import rule
 
 
-def _last(axis):
-    """The last axis of four, counted from either end."""
-    return axis in (-1, 3)
-
-
 def _repeated(op, k, name):
-    """Key or value heads repeated for their query heads, or as they are."""
+    """Key or value heads repeated for their query heads, or as they are (`StaticRepeat` brings other spellings to this)."""
     return any_of(op.Reshape(op.Expand(op.Unsqueeze(k, [2]), ints(f"{name}_expand")), ints(f"{name}_shape")), k)
 
 
 def _keys(op, k):
     """Keys, transposed; a scale may stand on either side of the transpose."""
     repeated = _repeated(op, k, "k")
-    turned = op.Transpose(any_of(repeated * scalar("k_scale"), repeated), perm=[0, 1, 3, 2])
+    scaled = any_of(repeated * scalar("k_scale"), repeated)
+    turned = any_of(op.Transpose(scaled, perm=[0, 1, 3, 2]), op.Transpose(scaled, perm=[0, 2, 1]))
     return any_of(turned * scalar("kt_scale"), turned)
 
 
@@ -32,28 +28,31 @@ class Attention:
         scores = any_of(scores * scalar("s_scale"), scores)
         capped = any_of(op.Tanh(scores * scalar("cap_in")) * scalar("cap_out"), scores)
         masked = any_of(
+            op.Where(op.Not(mask), scalar("fill"), capped),
             op.Where(mask, capped, scalar("fill")),
             op.Where(mask, scalar("drop_fill"), capped),
             capped + mask,
             capped,
         )
-        weights = maybe(op.Cast, op.Softmax(maybe(op.Cast, masked), axis=_last))
+        weights = maybe(op.Cast, op.Softmax(maybe(op.Cast, masked), axis=attr("axis")))
         guarded = any_of(op.Where(op.IsNaN(weights), scalar("guard"), weights), weights)
         return op.MatMul(guarded, _repeated(op, v, "v"))
 
-    def check(q, k, v, mask, guard, cap_in, cap_out, q_scale):
+    def check(q, k, v, mask, guard, axis):
         for name, x in (("q", q), ("k", k), ("v", v)):
-            if x.rank != 4:
-                return f"{name} has shape {x.shape}, expected [batch, heads, positions, size]"
+            if x.rank not in (3, 4) or x.rank != q.rank:
+                return f"{name} has shape {x.shape}, expected [batch, heads, positions, size], or [batch, positions, size] for q, k and v"
+        if axis not in (-1, q.rank - 1):
+            return f"the softmax is over axis {axis} of {q.rank}, not over the last"
+        if mask is not None and (mask.rank is None or mask.rank > q.rank):
+            return f"the mask has shape {mask.shape}, expected at most {q.rank} dimensions"
+        if guard not in (None, 0.0):
+            return f"NaN becomes {guard}, not 0"
+        if q.rank == 3:
+            return None
         heads, groups, values = q.shape[1], k.shape[1], v.shape[1]
         if groups != values or not isinstance(heads, int) or not isinstance(groups, int) or heads % groups:
             return f"{heads} query heads, {groups} key heads and {values} value heads do not go together"
-        if mask is not None and (mask.rank is None or mask.rank > 4):
-            return f"the mask has shape {mask.shape}, expected at most four dimensions"
-        if guard not in (None, 0.0):
-            return f"NaN becomes {guard}, not 0"
-        if cap_in is not None and abs(cap_in * cap_out - 1) > 1e-3 and q_scale is None:
-            return None
         return None
 
     def replace(op, q, k, v, mask, q_scale, k_scale, kt_scale, s_scale, cap_in, cap_out, fill, drop_fill, guard):
@@ -73,7 +72,10 @@ class NativeAttention:
     """ONNX's own Attention (opset 23), where it is plain: no cache, four dimensions."""
 
     def pattern(op, q, k, v, mask):
-        return any_of(op.Attention(q, k, v, mask, is_causal=0, scale=attr("scale"), softcap=attr("softcap")), op.Attention(q, k, v, is_causal=0, scale=attr("scale"), softcap=attr("softcap")))
+        return any_of(
+            op.Attention(q, k, v, mask, is_causal=0, scale=attr("scale"), softcap=attr("softcap")),
+            op.Attention(q, k, v, is_causal=0, scale=attr("scale"), softcap=attr("softcap")),
+        )
 
     def check(q, k, v, mask):
         if q.rank != 4 or k.rank != 4 or v.rank != 4:
@@ -85,23 +87,3 @@ class NativeAttention:
         return op.FusedAttention(
             q, k, v, mask, scale=scale or float(q.shape[-1]) ** -0.5, softcap=softcap or None, fill=float("-inf") if boolean else None, zero_masked=1 if boolean else None
         )
-
-
-@rule(priority=8)
-class RotaryHalves:
-    """x * cos + concat(-x[half:], x[:half]) * sin."""
-
-    def pattern(op, x, cos, sin):
-        first = any_of(op.Slice(x, [0], scalar("half_end"), [3], [1]), op.Slice(x, [0], scalar("half_end"), [-1], [1]))
-        second = any_of(op.Slice(x, scalar("half"), scalar("end"), [3], [1]), op.Slice(x, scalar("half"), scalar("end"), [-1], [1]))
-        return x * cos + op.Concat(op.Neg(second), first, axis=_last) * sin
-
-    def check(x, half, half_end, end):
-        if x.rank != 4 or not isinstance(x.shape[-1], int):
-            return f"x has shape {x.shape}, expected [batch, heads, positions, size]"
-        if 2 * half != x.shape[-1] or half_end != half or end < x.shape[-1]:
-            return f"the parts of the last dimension ({x.shape[-1]}) are [{half}:{end}] and [0:{half_end}], not its halves"
-        return None
-
-    def replace(op, x, cos, sin):
-        return op.Rotary(x, cos, sin)

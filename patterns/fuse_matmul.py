@@ -1,125 +1,182 @@
-"""MatMul with bias, activation, gate and residual -> one node."""
+"""MatMul with bias, activation, gate and residual -> one node; plugin kernels own every product with a constant weight.
+
+Why the residual belongs to the product and there is no plugin for "residual + norm": a GEMM reads the residual in its
+epilogue for free and the norm then reads one tensor (4 transfers of the activations in all, against 5 with a fused
+Add + norm). Where the Add follows no product (Gemma's norms after the sublayers), TensorRT fuses it with both norms
+around it in one segment; a plugin there would cut that segment in two.
+"""
 
 from __future__ import annotations
 
-from rewrite.pattern import any_of, attr
+from rewrite.pattern import any_of, attr, tag
+from rewrite.patterns.halves import check_cut, cuts
 from rewrite.registry import rule
 
-
-def _linear(op, x, w, b):
-    """A linear layer as any exporter writes it; `trans` is bound by Gemm alone."""
-    return any_of(op.MatMul(x, w) + b, op.Gemm(x, w, b, transA=0, transB=attr("trans"), alpha=1.0, beta=1.0), op.MatMul(x, w))
+FLOATS = ("float16", "bfloat16", "float32", "float64")
 
 
-def _check_linear(w, b):
+def _linear(op, x, w, b, trans="trans"):
+    """A linear layer as any exporter writes it; `trans`: the weight is stored [N, K], by Gemm or a tied embedding."""
+    gemm = {"transA": 0, "transB": attr(trans), "alpha": 1.0, "beta": 1.0}
+    turned = tag(op.MatMul(x, op.Transpose(w, perm=[1, 0])), **{trans: 1})
+    plain = op.MatMul(x, w)
+    return any_of(turned + b, plain + b, op.Gemm(x, w, b, **gemm), op.Gemm(x, w, **gemm), turned, plain)
+
+
+def _act(op, x, among=("gelu", "relu", "swish", "sigmoid", "tanh")):
+    """An activation; which one is noted as `activation`."""
+    forms = {
+        "gelu": [tag(op.Gelu(x, approximate="none"), activation="gelu"), tag(op.Gelu(x, approximate="tanh"), activation="gelu_tanh")],
+        "relu": [tag(op.Relu(x), activation="relu")],
+        "swish": [tag(op.Swish(x, alpha=1.0), activation="swish")],
+        "sigmoid": [tag(op.Sigmoid(x), activation="sigmoid")],
+        "tanh": [tag(op.Tanh(x), activation="tanh")],
+    }
+    return any_of(*(form for name in among for form in forms[name]))
+
+
+def check_weight(w, b):
+    """None if `w` is a constant matrix of floats and `b`, if there, a vector; else the reason why not."""
     if w.rank != 2:
-        return f"the weight has shape {w.shape}, expected two dimensions: this is a product of two activations"
+        return f"the weight '{w.name}' has shape {w.shape}, expected two dimensions"
+    if not w.is_weight:
+        return f"the weight '{w.name}' is computed from the inputs: this is a product of two activations"
+    if w.dtype not in FLOATS:
+        return f"the weight '{w.name}' is {w.dtype}, supported: {', '.join(FLOATS)}"
     if b is not None and b.rank != 1:
-        return f"the bias has shape {b.shape}, expected one dimension"
+        return f"the bias '{b.name}' has shape {b.shape}, expected one dimension"
+    return None
+
+
+def _check_residual(residual, output):
+    if residual.shape is None or residual.shape != output.shape or residual.rank < 2:
+        return f"the residual has shape {residual.shape}, the sum {output.shape}; expected equal ones"
     return None
 
 
 @rule(priority=5)
-class MatMulGelu:
-    """gelu(x @ w + b)."""
+class MatMulActivation:
+    """activation(x @ w + b): gelu, relu, swish, sigmoid, tanh."""
 
     def pattern(op, x, w, b):
-        return op.Gelu(_linear(op, x, w, b), approximate=attr("approximate"))
+        return _act(op, _linear(op, x, w, b))
 
-    check = _check_linear
+    def check(w, b):
+        return check_weight(w, b)
 
-    def replace(op, x, w, b, approximate, trans):
-        activation = "gelu_tanh" if approximate == "tanh" else "gelu"
+    def replace(op, x, w, b, activation, trans):
         return op.MatMulAct(x, w, b, activation=activation, trans_w=trans or None)
 
 
-@rule(priority=5)
-class MatMulRelu:
-    """relu(x @ w + b)."""
-
-    def pattern(op, x, w, b):
-        return op.Relu(_linear(op, x, w, b))
-
-    check = _check_linear
-
-    def replace(op, x, w, b, trans):
-        return op.MatMulAct(x, w, b, activation="relu", trans_w=trans or None)
-
-
-@rule(priority=5)
-class MatMulTanh:
-    """tanh(x @ w + b): the pooler of BERT."""
-
-    def pattern(op, x, w, b):
-        return op.Tanh(_linear(op, x, w, b))
-
-    check = _check_linear
-
-    def replace(op, x, w, b, trans):
-        return op.MatMulAct(x, w, b, activation="tanh", trans_w=trans or None)
-
-
-@rule(priority=4)
-class MatMulSwish:
-    """swish(x @ w + b), where no gate follows."""
-
-    def pattern(op, x, w, b):
-        return op.Swish(_linear(op, x, w, b))
-
-    def check(w, b, output):
-        if any(u.op == "Mul" for u in output.graph.consumers(output.tensor)):
-            return "a gate follows; GatedMatMulAct takes it"
-        return _check_linear(w, b)
-
-    def replace(op, x, w, b, trans):
-        return op.MatMulAct(x, w, b, activation="swish", trans_w=trans or None)
-
-
-def _check_gated(w_gate, w_up, b_gate, b_up):
-    return _check_linear(w_gate, b_gate) or _check_linear(w_up, b_up)
-
-
 @rule(priority=6)
-class SwiGlu:
-    """swish(x @ w_gate) * (x @ w_up)."""
+class MatMulActivationResidual:
+    """activation(x @ w + b) + residual: the residual joins after the activation."""
+
+    def pattern(op, x, w, b, residual):
+        return _act(op, _linear(op, x, w, b)) + residual
+
+    def check(w, b, residual, output):
+        return check_weight(w, b) or _check_residual(residual, output)
+
+    def replace(op, x, w, b, residual, activation, trans):
+        return op.MatMulAct(x, w, b, residual, activation=activation, trans_w=trans or None)
+
+
+@rule(priority=7)
+class GatedMatMul:
+    """activation(x @ w_gate + b_gate) * (x @ w_up + b_up): SwiGLU, GeGLU and their kin."""
 
     def pattern(op, x, w_gate, w_up, b_gate, b_up):
-        return op.Swish(any_of(op.MatMul(x, w_gate) + b_gate, op.MatMul(x, w_gate))) * any_of(op.MatMul(x, w_up) + b_up, op.MatMul(x, w_up))
+        gate = _act(op, _linear(op, x, w_gate, b_gate, "trans_gate"), ("swish", "gelu", "relu", "sigmoid"))
+        return gate * _linear(op, x, w_up, b_up, "trans_up")
 
-    check = _check_gated
+    def check(w_gate, w_up, b_gate, b_up, trans_gate, trans_up):
+        if (trans_gate or 0) != (trans_up or 0):
+            return "one of the two weights is stored transposed, the other is not"
+        if w_gate.shape != w_up.shape:
+            return f"the weights have shapes {w_gate.shape} and {w_up.shape}, expected equal ones"
+        return check_weight(w_gate, b_gate) or check_weight(w_up, b_up)
 
-    def replace(op, x, w_gate, w_up, b_gate, b_up):
-        return op.GatedMatMulAct(x, w_gate, w_up, b_gate, b_up, activation="swish")
+    def replace(op, x, w_gate, w_up, b_gate, b_up, activation, trans_gate):
+        return op.GatedMatMulAct(x, w_gate, w_up, b_gate, b_up, activation=activation, trans_w=trans_gate or None)
 
 
-@rule(priority=6)
-class GeGlu:
-    """gelu(x @ w_gate) * (x @ w_up)."""
+@rule(priority=7)
+class MergedGatedMatMul:
+    """activation(gate) * up with gate and up, in either order, the halves of one product x @ w + b (Phi-3)."""
 
-    def pattern(op, x, w_gate, w_up, b_gate, b_up):
-        gate = any_of(op.MatMul(x, w_gate) + b_gate, op.MatMul(x, w_gate))
-        return op.Gelu(gate, approximate=attr("approximate")) * any_of(op.MatMul(x, w_up) + b_up, op.MatMul(x, w_up))
+    def pattern(op, x, w, b):
+        both = _linear(op, x, w, b)
+        forms = []
+        for first, second in cuts(op, both):
+            forms.append(tag(_act(op, first, ("swish", "gelu", "relu", "sigmoid")) * second, merged="gate_up"))
+            forms.append(tag(first * _act(op, second, ("swish", "gelu", "relu", "sigmoid")), merged="up_gate"))
+        return any_of(*forms)
 
-    check = _check_gated
+    def check(w, b, output, trans, sizes, axis, axes, first_end, second_start, second_end):
+        reason = check_weight(w, b)
+        if reason:
+            return reason
+        width = w.shape[0 if trans else 1]
+        if output.rank is None or 2 * output.shape[-1] != width:
+            return f"the output has shape {output.shape}, expected {width // 2} in its last dimension: half of the weight's {width}"
+        return check_cut(output.rank, width, width // 2, sizes, axis, axes, first_end, second_start, second_end)
 
-    def replace(op, x, w_gate, w_up, b_gate, b_up, approximate):
-        return op.GatedMatMulAct(x, w_gate, w_up, b_gate, b_up, activation="gelu_tanh" if approximate == "tanh" else "gelu")
+    def replace(op, x, w, b, activation, merged, trans):
+        return op.GatedMatMulAct(x, w, None, b, activation=activation, merged=merged, trans_w=trans or None)
+
+
+@rule(priority=1)
+class MatMulBiasResidual:
+    """x @ w + b + residual, added up in any order."""
+
+    def pattern(op, x, w, b, residual):
+        return any_of(tag(op.MatMul(x, op.Transpose(w, perm=[1, 0])), trans=1), op.MatMul(x, w)) + b + residual
+
+    def check(w, b, residual, output):
+        return check_weight(w, b) or _check_residual(residual, output)
+
+    def replace(op, x, w, b, residual, trans):
+        return op.MatMulAct(x, w, b, residual, trans_w=trans or None)
 
 
 @rule
 class MatMulResidual:
-    """x @ w + b + residual."""
+    """x @ w + residual, and Gemm + residual."""
 
     def pattern(op, x, w, b, residual):
-        return any_of(op.MatMul(x, w) + b + residual, op.MatMul(x, w) + residual)
+        return _linear(op, x, w, b) + residual
 
-    def check(x, w, b, residual, output):
-        reason = _check_linear(w, b)
-        if reason:
-            return reason
-        if residual.shape is None or residual.shape != output.shape or residual.rank < 2:
-            return f"the residual has shape {residual.shape}, the sum {output.shape}; expected equal ones"
-        return None
+    def check(w, b, residual, output):
+        return check_weight(w, b) or _check_residual(residual, output)
 
-    def replace(op, x, w, b, residual):
-        return op.MatMulAct(x, w, b, residual)
+    def replace(op, x, w, b, residual, trans):
+        return op.MatMulAct(x, w, b, residual, trans_w=trans or None)
+
+
+@rule(priority=-5)
+class MatMulBias:
+    """x @ w + b where nothing else joins: plugin kernels own every product with a constant weight."""
+
+    def pattern(op, x, w, b):
+        return any_of(tag(op.MatMul(x, op.Transpose(w, perm=[1, 0])), trans=1), op.MatMul(x, w)) + b
+
+    def check(w, b):
+        return check_weight(w, b)
+
+    def replace(op, x, w, b, trans):
+        return op.MatMulAct(x, w, b, trans_w=trans or None)
+
+
+@rule(priority=-6)
+class Linear:
+    """x @ w without a bias, and Gemm."""
+
+    def pattern(op, x, w, b):
+        return _linear(op, x, w, b)
+
+    def check(w, b):
+        return check_weight(w, b)
+
+    def replace(op, x, w, b, trans):
+        return op.MatMulAct(x, w, b, trans_w=trans or None)

@@ -27,6 +27,7 @@ _HOME = {
     "ints": "rewrite.pattern",
     "attr": "rewrite.pattern",
     "rest": "rewrite.pattern",
+    "tag": "rewrite.pattern",
     "RewriteError": "rewrite.errors",
     "CheckFailed": "rewrite.errors",
 }
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
     from rewrite.pattern import maybe as maybe
     from rewrite.pattern import rest as rest
     from rewrite.pattern import scalar as scalar
+    from rewrite.pattern import tag as tag
     from rewrite.registry import plugin as plugin
     from rewrite.registry import rule as rule
     from rewrite.runtime.build import build as build

@@ -27,6 +27,8 @@ from rewrite.report import NearMiss, Report, Site, common_scope
 from rewrite.shapes import is_named
 from rewrite.verify import TOLERANCE, Spec, Verdict, check_site, reference_runner, run_function, spec_of
 
+BROUGHT = 1 << 20  # elements: a constant that a replacement brings along is checked as it is, up to this size
+
 
 class Driver:
     """One run of a library of rules over one model's graphs."""
@@ -215,9 +217,12 @@ class Driver:
                  tolerance: Any, sample: Callable[..., Any] | None, match: Match | None = None) -> Verdict:  # fmt: skip
         if not self.verify:
             return Verdict(True, 0.0)
+        read = {n for node in body.node for n in node.input}
+        brought = {n: graph.constant(t, BROUGHT) for n, t in inputs.items() if n not in read}
+        key += "".join(f"|{n}:{hash(a.tobytes())}" for n, a in brought.items() if a is not None)
         if key not in self.verdicts:
             shapes = _target_shapes(match) if match is not None else {}
-            specs: list[Spec] = [spec_of(n, t, shapes.get(id(t))) for n, t in inputs.items()]
+            specs: list[Spec] = [spec_of(n, t, shapes.get(id(t)), brought.get(n)) for n, t in inputs.items()]
             started = time.perf_counter()
             self.verdicts[key] = check_site(body, self.table.needed_by(body), specs, run, tolerance, sample)
             self.report.verify_seconds += time.perf_counter() - started

@@ -17,6 +17,8 @@ import onnx_graphsurgeon as gs
 DOMAIN = "rewrite"
 SMALL = 4096  # elements: a constant up to this size may be read while matching and written into a function body
 
+MOVES = {"Transpose", "Split", "Slice", "Reshape", "Squeeze", "Unsqueeze", "Identity", "Cast", "Concat", "Gather"}
+
 Dim = int | str | None
 
 
@@ -108,12 +110,15 @@ class Graph:
         """The value of an attribute, or its default by the ONNX specification, or None."""
         if name in node.attrs:
             return node.attrs[name]
-        return _default_attribute(str(node.op), name, self.opset)
+        lifted = node.domain == DOMAIN  # an operator of a newer ONNX, perhaps, with that one's defaults
+        return _default_attribute(canonical(node), name, onnx.defs.onnx_opset_version() if lifted else self.opset)
 
     def constant(self, tensor: gs.Tensor, limit: int = SMALL) -> np.ndarray | None:
         """The value of a constant of at most `limit` elements: initializer, `Constant` node, or one moved by no-ops."""
         if id(tensor) in self.known:
             value = self.known[id(tensor)]
+            if tensor.dtype is not None and not isinstance(tensor.dtype, int):
+                value = value.astype(tensor.dtype)
             return value.reshape(()) if id(tensor) in self.scalars else value
         for _ in range(4):
             if isinstance(tensor, gs.Constant):
@@ -131,6 +136,13 @@ class Graph:
     def is_constant(self, tensor: gs.Tensor) -> bool:
         node = self.producer(tensor)
         return isinstance(tensor, gs.Constant) or (node is not None and node.op == "Constant")
+
+    def is_weight(self, tensor: gs.Tensor) -> bool:
+        """Whether `tensor` is a constant, or moved or cut out of constants alone: what a build step can fold."""
+        if self.is_constant(tensor):
+            return True
+        node = self.producer(tensor)
+        return node is not None and node.op in MOVES and all(self.is_weight(t) for t in node.inputs if not t.is_empty())
 
     # --- edits -------------------------------------------------------------------------------------------------
     def fresh(self, stem: str) -> str:
@@ -173,6 +185,8 @@ class Graph:
                 if tensor is old:
                     list.__setitem__(user.inputs, index, new)
                     list.append(new.outputs, user)
+        moved = {id(u) for u in users}
+        list.__setitem__(old.outputs, slice(None), [u for u in old.outputs if id(u) not in moved])
         return users
 
     def sort(self) -> None:

@@ -18,7 +18,8 @@ from rewrite import pattern as P
 from rewrite.graph import Dim, Graph, canonical, describe
 
 # Never computed twice: an interior value of a match that others read keeps its node alive, and these cost too much.
-HEAVY = {"MatMul", "Gemm", "Conv", "Softmax", "Attention", "Einsum", "ConvTranspose", "LSTM", "GRU", "FusedAttention"}
+HEAVY = {"MatMul", "Gemm", "Conv", "Softmax", "Attention", "Einsum", "ConvTranspose", "LSTM", "GRU", "FusedAttention", "MatMulAct", "GatedMatMulAct"}
+SHAPE_ARITHMETIC = {"Shape", "Gather", "Slice", "Concat", "Squeeze", "Unsqueeze", "Cast", "Add", "Sub", "Mul", "Div"}
 
 Operand = tuple[gs.Tensor, str]
 
@@ -48,6 +49,11 @@ class BoundValue:
     @property
     def is_constant(self) -> bool:
         return self.graph.is_constant(self.tensor)
+
+    @property
+    def is_weight(self) -> bool:
+        """Whether it is a constant, or computed from constants alone (a tied weight, transposed)."""
+        return self.graph.is_weight(self.tensor)
 
     @property
     def value(self) -> np.ndarray | None:
@@ -145,6 +151,9 @@ class Matcher:
         elif isinstance(value, P.AnyOf):
             for alternative in value.alternatives:
                 yield from self._value(alternative, tensor)
+        elif isinstance(value, P.Tag):
+            for _ in self._bind(value.name, value.label, self.bindings.get(value.name, value.label) == value.label):
+                yield from self._value(value.value, tensor)
         elif isinstance(value, P.Missing):
             if tensor.is_empty():
                 yield
@@ -329,6 +338,8 @@ class Matcher:
 
 def _specific_first(values: tuple[P.Value, ...]) -> list[P.Value]:
     def rank(value: P.Value) -> int:
+        if isinstance(value, P.Tag):
+            return rank(value.value)
         if isinstance(value, P.Const):
             return 0
         if isinstance(value, (P.Op, P.Output)):
@@ -372,7 +383,17 @@ def interior_use(match: Match) -> str | None:
         for tensor in node.outputs:
             if id(tensor) in outputs or canonical(node) not in HEAVY:
                 continue
-            use = graph.is_used_outside(tensor, inside)
+            serving = {id(u) for u in graph.consumers(tensor) if id(u) not in inside and _serves(graph, u, inside)}
+            use = graph.is_used_outside(tensor, inside | serving)
             if use is not None:
                 return f"the value '{tensor.name}' inside the match is needed elsewhere: {use}"
     return None
+
+
+def _serves(graph: Graph, node: gs.Node, inside: set[int], depth: int = 0) -> bool:
+    """Whether shape arithmetic that starts at `node` (`Shape(product)`, to cut the product in two) ends inside the match."""
+    if canonical(node) not in (SHAPE_ARITHMETIC if depth else {"Shape"}) or depth > len(SHAPE_ARITHMETIC):
+        return False
+    if any(id(t) in graph.outputs or id(t) in graph.captured for t in node.outputs):
+        return False
+    return all(id(u) in inside or _serves(graph, u, inside, depth + 1) for t in node.outputs for u in graph.consumers(t))

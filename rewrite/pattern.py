@@ -105,6 +105,15 @@ class AnyOf(Value):
 
 
 @dataclass(eq=False)
+class Tag(Value):
+    """`value`, and `label` bound under `name`: tells `check` and `replace` which alternative was taken."""
+
+    name: str
+    label: Any
+    value: Value
+
+
+@dataclass(eq=False)
 class Attr:
     """In place of an attribute's value: bind whatever value the node has under `name`."""
 
@@ -198,6 +207,12 @@ def attr(name: str) -> Any:
     return Attr(name)
 
 
+def tag(value: Value, **label: Any) -> Value:
+    """`value`, noted when it matches: `any_of(tag(op.Relu(x), kind="relu"), tag(op.Tanh(x), kind="tanh"))` binds `kind`."""
+    ((name, content),) = label.items()
+    return Tag(name, content, value)
+
+
 def rest(name: str) -> Value:
     """The remaining inputs of a variadic node, handed on as a list called `name`."""
     return Rest(name)
@@ -208,7 +223,7 @@ def trace(function: Callable[..., Any]) -> tuple[tuple[Value, ...], tuple[str, .
     names = tuple(inspect.signature(function).parameters)[1:]
     result = function(PatternBuilder(), *(Var(n) for n in names))
     outputs = result if isinstance(result, tuple) else (result,)
-    if not outputs or not all(isinstance(o, (Op, AnyOf, Output)) for o in outputs):
+    if not outputs or not all(isinstance(o, (Op, AnyOf, Output, Tag)) for o in outputs):
         raise TypeError("a pattern returns one operator's output or a tuple of them")
     return outputs, names
 
@@ -219,6 +234,8 @@ def walk(value: Value) -> Iterator[Value]:
     below = value.inputs if isinstance(value, Op) else value.alternatives if isinstance(value, AnyOf) else ()
     if isinstance(value, Output):
         below = (value.node,)
+    if isinstance(value, Tag):
+        below = (value.value,)
     for inner in below:
         yield from walk(inner)
 
@@ -229,6 +246,8 @@ def roots(value: Value) -> set[str]:
         return value.ops
     if isinstance(value, Output):
         return value.node.ops
+    if isinstance(value, Tag):
+        return roots(value.value)
     if isinstance(value, AnyOf):
         return set().union(*(roots(a) for a in value.alternatives))
     return set()
@@ -238,6 +257,8 @@ def required(value: Value) -> set[str]:
     """Operators without which the pattern cannot match at all: a cheap test before any matching."""
     if isinstance(value, Output):
         value = value.node
+    if isinstance(value, Tag):
+        return required(value.value)
     if isinstance(value, AnyOf):
         return set.intersection(*(required(a) for a in value.alternatives))
     if isinstance(value, Op):
@@ -258,6 +279,8 @@ def text(value: Value) -> str:
         return "None"
     if isinstance(value, AnyOf):
         return " | ".join(text(a) for a in value.alternatives)
+    if isinstance(value, Tag):
+        return text(value.value)
     if isinstance(value, Output):
         return f"{text(value.node)}[{value.index}]"
     assert isinstance(value, Op)

@@ -136,16 +136,35 @@ class SymbolicShapes:
         self.graph = graph
         self.values: dict[int, Values] = {}
         self.rank0: set[int] = set()  # tensors in `values` without dimensions
+        self.floats: dict[int, np.ndarray] = {}
 
     def run(self) -> None:
+        declared = self._forget_output_names()
         for node in self.graph:
             handler = HANDLERS.get(canonical(node))
             if handler is not None:
                 handler(self, node)
+            if canonical(node) in FLOATING:
+                self._float(node)
             if any(t.shape is None or not all(is_named(d) for d in t.shape) for t in node.outputs if not t.is_empty()):
                 self._complete(node)
+        for tensor, dims in declared:
+            if tensor.shape is None or len(tensor.shape) != len(dims):
+                tensor.shape = dims
+            tensor.shape = [old if new is None else new for old, new in zip(dims, tensor.shape, strict=True)]
         self.graph.known = {i: np.array(v, np.int64) for i, v in self.values.items() if all(isinstance(d, int) for d in v)}
         self.graph.scalars = self.rank0 & set(self.graph.known)
+        self.graph.known.update(self.floats)
+
+    def _forget_output_names(self) -> list[tuple[gs.Tensor, Values]]:
+        """TorchScript invents names for the dimensions of the graph's outputs: what the inputs' names tell is better."""
+        names = {d for t in self.graph.gs.inputs for d in t.shape or () if isinstance(d, str)}
+        declared = []
+        for tensor in self.graph.gs.outputs:
+            if names and tensor.shape is not None and self.graph.producer(tensor) is not None:
+                declared.append((tensor, list(tensor.shape)))
+                tensor.shape = [None if isinstance(d, str) and d not in names else d for d in tensor.shape]
+        return declared
 
     # --- values ------------------------------------------------------------------------------------------------
     def value(self, tensor: gs.Tensor) -> Values | None:
@@ -237,6 +256,9 @@ class SymbolicShapes:
     def _div(self, node: gs.Node) -> None:
         self._binary(node, divide)
 
+    def _mod(self, node: gs.Node) -> None:
+        self._binary(node, lambda a, b: a % b if isinstance(a, int) and isinstance(b, int) and b > 0 and a >= 0 else None)
+
     def _equal(self, node: gs.Node) -> None:
         # Names stand for sizes, which are never negative: `Equal(size, -1)` is false.
         def equal(x: Dim, y: Dim) -> Dim:
@@ -313,6 +335,34 @@ class SymbolicShapes:
             return
         self._dims(node, broadcast_all(source, target))
 
+    def _tile(self, node: gs.Node) -> None:
+        repeats, source = self.value(node.inputs[1]), self._shape_of(node.inputs[0])
+        if repeats is not None and source is not None and len(repeats) == len(source):
+            self._dims(node, [times(n, r) for n, r in zip(source, repeats, strict=True)])
+
+    def _float(self, node: gs.Node) -> None:
+        """A float computed from one known number each: `Sqrt(Cast(8))`."""
+        output = node.outputs[0]
+        if output.dtype is None or isinstance(output.dtype, int) or np.dtype(output.dtype).kind != "f":
+            return
+        numbers = [self._number(t) for t in node.inputs]
+        known = [n for n in numbers if n is not None]
+        if len(known) != len(numbers) or all(self.graph.constant(t) is not None for t in node.inputs):
+            return
+        with np.errstate(all="ignore"):
+            result = np.asarray(FLOATING[canonical(node)](*known)).astype(output.dtype)
+        if np.isfinite(result).all():
+            self.floats[id(output)] = result
+
+    def _number(self, tensor: gs.Tensor) -> np.ndarray | None:
+        if id(tensor) in self.floats:
+            return self.floats[id(tensor)]
+        values = self.values.get(id(tensor))
+        if values is not None and len(values) == 1 and isinstance(values[0], int):
+            return np.array(values[0] if id(tensor) in self.rank0 else values, np.int64)
+        array = self.graph.constant(tensor, 1)
+        return array if array is not None and array.size == 1 else None
+
     # --- any other operator: ONNX's own inference, with the shapes we know ----------------------------------------
     def _complete(self, node: gs.Node) -> None:
         if canonical(node) in BROADCASTING:
@@ -333,7 +383,9 @@ HANDLERS: dict[str, Callable[[SymbolicShapes, gs.Node], None]] = {
     "Sub": SymbolicShapes._sub, "Mul": SymbolicShapes._mul, "Div": SymbolicShapes._div, "Equal": SymbolicShapes._equal,
     "Where": SymbolicShapes._where, "ConstantOfShape": SymbolicShapes._constantofshape, "Slice": SymbolicShapes._slice,
     "Range": SymbolicShapes._range, "Reshape": SymbolicShapes._reshape, "Expand": SymbolicShapes._expand,
+    "Tile": SymbolicShapes._tile, "Mod": SymbolicShapes._mod,
 }  # fmt: skip
+FLOATING: dict[str, Callable[..., np.ndarray]] = {"Cast": np.asarray, "Sqrt": np.sqrt, "Div": np.divide, "Mul": np.multiply, "Pow": np.power, "Reciprocal": np.reciprocal}
 BROADCASTING = {"Add", "Sub", "Mul", "Div", "Pow", "And", "Or", "Xor", "Equal", "Less", "LessOrEqual", "Greater", "GreaterOrEqual", "Where", "Max", "Min", "Mod"}
 
 

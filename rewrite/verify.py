@@ -1,9 +1,12 @@
 """Checks by computing: a fused site against the subgraph it replaced, a whole model against another.
 
 A site is checked on inputs made from the shapes and dtypes of its values: ordinary magnitudes, large and small ones,
-and what the plugin's own `sample` makes (masks with fully masked rows, say). Non-finite results must be non-finite in
-the same places. The side that is computed by ONNX Runtime runs with graph optimizations off, so that it is what the
-file says.
+for 16-bit floats also ones near the largest, and what the plugin's own `sample` makes (masks with fully masked rows,
+say). Non-finite results must be non-finite in the same places. The side that is computed by ONNX Runtime runs with
+graph optimizations off, so that it is what the file says.
+
+A 16-bit site is compared with its subgraph as it is, and with the same subgraph in float32: a fused kernel, which
+accumulates in float32, may be right where the subgraph overflows, and must be near one of the two in every element.
 """
 
 from __future__ import annotations
@@ -20,22 +23,27 @@ import onnx_graphsurgeon as gs
 
 from rewrite.errors import CheckFailed, RewriteError
 from rewrite.graph import DOMAIN, Dim
+from rewrite.precision import is_narrow, widen_arrays, widen_function, widen_model
 from rewrite.registry import Plugin
 
 # (relative, absolute), for plain rewrites: what another order of summation may change.
-TOLERANCE = {"float64": (1e-9, 1e-9), "float32": (2e-5, 2e-5), "float16": (4e-3, 4e-3), "bfloat16": (3e-2, 3e-2)}
+TOLERANCE = {"float64": (1e-9, 1e-9), "float32": (2e-5, 2e-5), "float16": (2e-3, 1e-3), "bfloat16": (1.6e-2, 8e-3)}
+MODEL_TOLERANCE = {"float64": 0.0, "float32": 0.0, "float16": 1e-2, "bfloat16": 5e-2}
 SIZES = ((2, 5, 7, 3, 4, 6), (1, 4, 4, 2, 3, 5), (3, 8, 8, 1, 2, 2))
-SCALES = (1.0, 8.0, 1e-3)
+SCALES = (1.0, 8.0, 1e-3)  # one for each attempt; 16-bit sites have one attempt more
+NEAR_LARGEST = 0.92  # of the largest finite value, in that attempt: 6e4 in float16
 
 
 @dataclass(frozen=True)
 class Spec:
-    """What is known of one input of a site. `value` gives the content where it is not free (a target shape)."""
+    """What is known of one input of a site. Where its content is not free: `value` gives dimensions (a target shape),
+    `content` the array itself (a constant that the replacement brings along)."""
 
     name: str
     dtype: Any
     shape: tuple[Dim, ...] | None
     value: tuple[Dim, ...] | None = None
+    content: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -90,9 +98,12 @@ def make_inputs(specs: list[Spec], attempt: int, sample: Callable[..., Any] | No
     rng = np.random.default_rng(attempt)
     sizes: dict[str, int] = {}
     draw = draw_sizes(SIZES[attempt % len(SIZES)])
-    scale = SCALES[attempt % len(SCALES)]
+    scale = SCALES[attempt] if attempt < len(SCALES) else None
     made = {}
     for spec in specs:
+        if spec.content is not None:
+            made[spec.name] = spec.content
+            continue
         if spec.shape is None:
             raise RewriteError(f"the shape of '{spec.name}' is unknown")
         shape = tuple(resolve(d, sizes, draw) for d in spec.shape)
@@ -104,12 +115,15 @@ def make_inputs(specs: list[Spec], attempt: int, sample: Callable[..., Any] | No
     return made
 
 
-def default_sample(rng: np.random.Generator, shape: tuple[int, ...], dtype: np.dtype[Any], scale: float = 1.0) -> np.ndarray:
-    """Random data: normal for floats (matrices shrunk to keep products near 1), fair coins for bools, 0..2 for integers."""
+def default_sample(rng: np.random.Generator, shape: tuple[int, ...], dtype: np.dtype[Any], scale: float | None = 1.0) -> np.ndarray:
+    """Random data: normal for floats, uniform up to near the largest if `scale` is None; fair coins for bools, 0..2 for integers."""
     if dtype == np.bool_:
         return rng.random(shape) < 0.5
     if dtype.kind in "iu":
         return rng.integers(0, 3, shape).astype(dtype)
+    if scale is None:
+        largest = NEAR_LARGEST * float(np.finfo(np.float16).max)
+        return np.asarray(rng.uniform(-largest, largest, shape)).astype(dtype)
     return np.asarray(rng.standard_normal(shape) * scale).astype(dtype)
 
 
@@ -144,7 +158,9 @@ def function_model(function: onnx.FunctionProto, needed: list[onnx.FunctionProto
 
 
 def run_function(function: onnx.FunctionProto, needed: list[onnx.FunctionProto], inputs: Mapping[str, np.ndarray], ir_version: int = 8) -> list[np.ndarray]:
-    """Compute a function's outputs in ONNX Runtime. Raises RewriteError if it cannot run."""
+    """Compute a function's outputs in ONNX Runtime, bfloat16 (which it lacks on CPUs) in float32. Raises RewriteError if it cannot run."""
+    if any(a.dtype.name == "bfloat16" for a in inputs.values()):
+        function, needed, inputs = widen_function(function), [widen_function(f) for f in needed], widen_arrays(inputs)
     model = function_model(function, needed, inputs, ir_version)
     runner = session(model)
     try:
@@ -153,8 +169,13 @@ def run_function(function: onnx.FunctionProto, needed: list[onnx.FunctionProto],
         raise RewriteError(f"ONNX Runtime fails on it: {str(error).strip().splitlines()[0][:300]}") from error
 
 
-def compare(expected: list[np.ndarray], actual: list[Any], tolerance: Mapping[str, tuple[float, float]]) -> Verdict:
-    """Are two lists of arrays equal within the tolerance of their dtype? Shapes and dtypes must be equal."""
+def compare(
+    expected: list[np.ndarray], actual: list[Any], tolerance: Mapping[str, tuple[float, float]], exact: list[np.ndarray] | None = None
+) -> Verdict:
+    """Are two lists of arrays equal within the tolerance of their dtype? Shapes and dtypes must be equal.
+
+    `exact` are the same results in float32, which `actual` may be near instead, element by element.
+    """
     worst = 0.0
     if len(expected) != len(actual):
         return Verdict(False, np.inf, f"{len(actual)} outputs instead of {len(expected)}")
@@ -169,21 +190,33 @@ def compare(expected: list[np.ndarray], actual: list[Any], tolerance: Mapping[st
             if not np.array_equal(want, got):
                 return Verdict(False, np.inf, f"{where} differs in {int(np.sum(want != got))} of {want.size} elements")
             continue
-        wide, found = want.astype(np.float64), got.astype(np.float64)
-        finite = np.isfinite(wide)
-        same = np.where(finite, np.isfinite(found), (np.isnan(wide) & np.isnan(found)) | (wide == found))
-        if not same.all():
-            return Verdict(False, np.inf, f"{where}: {int((~same).sum())} of {same.size} elements are NaN or infinite on one side only")
-        difference = np.abs(np.where(finite, found, 0) - np.where(finite, wide, 0))
-        size = np.where(finite, np.abs(wide), 0)
+        limits = tolerance.get(want.dtype.name, TOLERANCE["float32"])
+        difference, bound = _difference(want, got, limits)
+        if exact is not None:
+            other, other_bound = _difference(exact[index].astype(got.dtype), got, limits)
+            closer = other / np.maximum(other_bound, 1e-300) < difference / np.maximum(bound, 1e-300)
+            difference, bound = np.where(closer, other, difference), np.where(closer, other_bound, bound)
+        alone = int(np.isinf(difference).sum())
+        if alone:
+            return Verdict(False, np.inf, f"{where}: {alone} of {want.size} elements are NaN or infinite on one side only")
         error = float(difference.max(initial=0.0))
         worst = max(worst, error)
-        relative, absolute = tolerance.get(want.dtype.name, TOLERANCE["float32"])
-        # The absolute part is relative to the largest value: rounding in a sum is of its largest term.
-        bound = relative * size + absolute * max(1e-6, float(size.max(initial=0.0)))
         if (difference > bound).any():
             return Verdict(False, error, f"{where} differs by up to {error:.3g}, allowed {float(bound.max()):.3g}")
     return Verdict(True, worst)
+
+
+def _difference(want: np.ndarray, got: np.ndarray, limits: tuple[float, float]) -> tuple[np.ndarray, np.ndarray]:
+    """How far apart each element is (infinitely, if only one is finite), and how far it may be.
+
+    The absolute part is relative to the largest value: rounding in a sum is of its largest term.
+    """
+    wide, found = want.astype(np.float64), got.astype(np.float64)
+    finite = np.isfinite(wide)
+    same = np.where(finite, np.isfinite(found), (np.isnan(wide) & np.isnan(found)) | (wide == found))
+    size = np.where(finite, np.abs(wide), 0)
+    difference = np.where(same, np.abs(np.where(finite & same, found, 0) - np.where(finite & same, wide, 0)), np.inf)
+    return difference, limits[0] * size + limits[1] * max(1e-6, float(size.max(initial=0.0)))
 
 
 def check_site(
@@ -193,15 +226,18 @@ def check_site(
     replacement: Callable[[dict[str, np.ndarray]], list[Any]],
     tolerance: Mapping[str, tuple[float, float]],
     sample: Callable[..., Any] | None,
-    attempts: int = 3,
 ) -> Verdict:
     """Compare `replacement` with `body` on several inputs. A site that cannot be computed is not verified, so refused."""
     worst, done = 0.0, 0
     last = ""
-    for attempt in range(attempts):
+    narrow = any(is_narrow(s.dtype) for s in specs)
+    for attempt in range(len(SCALES) + narrow):
+        exact = None
         try:
             inputs = make_inputs(specs, attempt, sample)
             expected = run_function(body, needed, inputs)
+            if narrow:
+                exact = run_function(widen_function(body), [widen_function(f) for f in needed], widen_arrays(inputs))
         except RewriteError as error:
             last = str(error)
             continue
@@ -210,7 +246,9 @@ def check_site(
                 actual = replacement(inputs)
         except Exception as error:
             return Verdict(False, np.inf, f"the replacement fails: {type(error).__name__}: {str(error)[:200]}")
-        verdict = compare(expected, actual, tolerance)
+        if any(s.dtype.name == "bfloat16" for s in specs):  # computed in float32: the types of the results are not known
+            expected = [e.astype(np.asarray(a).dtype) if e.dtype == np.float32 else e for e, a in zip(expected, actual, strict=False)]
+        verdict = compare(expected, actual, tolerance, exact)
         worst = max(worst, verdict.error)
         if not verdict.ok:
             return Verdict(False, worst, verdict.reason)
@@ -231,15 +269,31 @@ def reference_runner(plugin: Plugin, attributes: Mapping[str, Any], names: list[
 
 
 # --- whole models -------------------------------------------------------------------------------------------------
-def model_inputs(proto: onnx.ModelProto, attempt: int, sizes: Mapping[str, int] | None = None) -> dict[str, np.ndarray]:
-    """Inputs for a whole model. Integer inputs are 0 or 1 where they look like masks, else small indices.
+def index_ranges(proto: onnx.ModelProto) -> dict[str, int]:
+    """For each integer input that looks something up in a table (token ids): the rows of the smallest such table."""
+    rows = {i.name: int(i.dims[0]) for i in proto.graph.initializer if i.dims}
+    source = {i.name: i.name for i in proto.graph.input}
+    ranges: dict[str, int] = {}
+    for node in proto.graph.node:
+        if node.op_type in ("Cast", "Identity", "Unsqueeze", "Reshape", "Flatten", "Squeeze") and node.input[0] in source:
+            source[node.output[0]] = source[node.input[0]]
+        elif node.op_type == "Gather" and node.input[0] in rows and node.input[1] in source:
+            name = source[node.input[1]]
+            ranges[name] = min(rows[node.input[0]], ranges.get(name, rows[node.input[0]]))
+    return ranges
 
-    Named dimensions are those of `sizes`; others are drawn once and used everywhere.
+
+def model_inputs(proto: onnx.ModelProto, attempt: int, sizes: Mapping[str, int] | None = None) -> dict[str, np.ndarray]:
+    """Inputs for a whole model: named dimensions are those of `sizes`; others are drawn once and used everywhere.
+
+    Integer inputs named for masks are padding, by attempt: on the right, on the left, none. Token ids range over the
+    table they are looked up in; other integers are 0 or 1.
     """
     rng = np.random.default_rng(1000 + attempt)
     sizes = dict(sizes or {})
     draw = draw_sizes(SIZES[attempt % len(SIZES)])
     initial = {i.name for i in proto.graph.initializer}
+    ranges = index_ranges(proto)
     made: dict[str, np.ndarray] = {}
     for value in proto.graph.input:
         if value.name in initial:
@@ -251,13 +305,11 @@ def model_inputs(proto: onnx.ModelProto, attempt: int, sizes: Mapping[str, int] 
         dtype = onnx.helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type)
         low = value.name.lower()
         if dtype.kind in "iu" and "mask" in low and len(shape) == 2:
-            lengths = rng.integers(1, shape[1] + 1, shape[0])
-            lengths[0] = shape[1]
-            made[value.name] = (np.arange(shape[1])[None] < lengths[:, None]).astype(dtype)
+            made[value.name] = _padding(rng, shape, attempt).astype(dtype)
         elif dtype.kind in "iu" and "position" in low:
             made[value.name] = np.broadcast_to(np.arange(shape[-1]), shape).astype(dtype)
         elif dtype.kind in "iu":
-            made[value.name] = rng.integers(0, 2, shape).astype(dtype)
+            made[value.name] = rng.integers(0, ranges.get(value.name, 2), shape).astype(dtype)
         elif dtype.kind in "fb" or dtype.name == "bfloat16":
             made[value.name] = default_sample(rng, shape, dtype)
         else:
@@ -265,16 +317,29 @@ def model_inputs(proto: onnx.ModelProto, attempt: int, sizes: Mapping[str, int] 
     return made
 
 
+def _padding(rng: np.random.Generator, shape: tuple[int, ...], attempt: int) -> np.ndarray:
+    """1 for tokens, 0 for padding: on the right, on the left, none. The first of several rows is full."""
+    rows, length = shape
+    if attempt % 3 == 2:
+        return np.ones(shape, np.int64)
+    lengths = rng.integers(1, max(length, 2), rows)
+    if rows > 1:
+        lengths[0] = length
+    kept = np.arange(length)[None] < lengths[:, None]
+    return kept if attempt % 3 == 0 else kept[:, ::-1]
+
+
 def check_models(
     before: Any,
     after: Any,
     inputs: list[dict[str, np.ndarray]] | None = None,
     tolerance: float = 1e-4,
-    attempts: int = 2,
+    attempts: int = 3,
 ) -> float:
     """Compare two models on given or generated inputs; returns the largest difference relative to the largest value.
 
-    Raises CheckFailed, naming the output, if they differ by more than `tolerance`, RewriteError if one cannot run.
+    16-bit outputs may differ by what their type rounds to (`MODEL_TOLERANCE`), where that is more than `tolerance`.
+    Raises CheckFailed, naming the output, if they differ by more, RewriteError if one cannot run.
     """
     first, second = file_session(before), file_session(after)
     names = [o.name for o in first.get_outputs()]
@@ -283,6 +348,8 @@ def check_models(
     worst = 0.0
     for attempt in range(attempts if inputs is None else len(inputs)):
         feeds = inputs[attempt] if inputs is not None else model_inputs(before.proto, attempt)
+        if _has_bfloat16(before.proto):
+            feeds = widen_arrays(feeds)
         try:
             expected = first.run(None, feeds)
         except Exception as error:
@@ -294,7 +361,7 @@ def check_models(
         except Exception as error:
             raise CheckFailed(f"the rewritten model fails on the inputs: {str(error).strip().splitlines()[0][:300]}") from error
         for name, want, got in zip(names, expected, actual, strict=True):
-            verdict = compare([np.asarray(want)], [got], dict.fromkeys(TOLERANCE, (tolerance, tolerance)))
+            verdict = compare([np.asarray(want)], [got], {k: (max(tolerance, least),) * 2 for k, least in MODEL_TOLERANCE.items()})
             size = float(np.abs(np.asarray(want, np.float64)).max(initial=0.0)) if np.asarray(want).dtype.kind == "f" else 0.0
             if not verdict.ok:
                 raise CheckFailed(f"output '{name}': {verdict.reason}")
@@ -303,11 +370,11 @@ def check_models(
 
 
 def file_session(model: Any) -> Any:
-    """A session of a model whose external weights lie in its folder."""
+    """A session of a model whose external weights lie in its folder; bfloat16 is computed in float32."""
     import onnxruntime as ort
 
     if not model.external:
-        return session(model.proto)
+        return session(widen_model(model.proto) if _has_bfloat16(model.proto) else model.proto)
     options = ort.SessionOptions()
     options.log_severity_level = 4
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
@@ -318,14 +385,19 @@ def file_session(model: Any) -> Any:
         raise RewriteError(f"ONNX Runtime cannot load {model.name}: {str(error).strip().splitlines()[0][:300]}") from error
 
 
-def spec_of(name: str, tensor: gs.Tensor, value: tuple[Dim, ...] | None = None) -> Spec:
+def _has_bfloat16(proto: onnx.ModelProto) -> bool:
+    values = (*proto.graph.input, *proto.graph.output)
+    return any(i.data_type == onnx.TensorProto.BFLOAT16 for i in proto.graph.initializer) or any(v.type.tensor_type.elem_type == onnx.TensorProto.BFLOAT16 for v in values)
+
+
+def spec_of(name: str, tensor: gs.Tensor, value: tuple[Dim, ...] | None = None, content: np.ndarray | None = None) -> Spec:
     shape = None if tensor.shape is None else tuple(tensor.shape)
     dtype = tensor.dtype
     if dtype is None:
         raise RewriteError(f"the dtype of '{tensor.name}' is unknown")
     if isinstance(dtype, int):
         dtype = onnx.helper.tensor_dtype_to_np_dtype(dtype)
-    return Spec(name, np.dtype(dtype), shape, value)
+    return Spec(name, np.dtype(dtype), shape, value, content)
 
 
 def run_model(model: Any, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -110,7 +110,7 @@ def test_a_wrong_export_is_found_and_not_written(tmp_path):
             return x * 2 if x.shape[0] > 2 else x
 
     (tmp_path / "m.onnx").write_text("old")
-    with pytest.raises(rewrite.CheckFailed, match="output 'output' differs from PyTorch by .* at {'batch': 3"):
+    with pytest.raises(rewrite.CheckFailed, match=r"output 'output' differs from PyTorch by .* at {'batch': 3"):
         export(as_source(Baked(), torch.ones(2, 8)), tmp_path / "m.onnx", exporter="torchscript")
     assert (tmp_path / "m.onnx").read_text() == "old"
     export(as_source(Baked(), torch.ones(2, 8)), tmp_path / "m.onnx", exporter="torchscript", verify=False)

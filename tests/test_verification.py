@@ -1,0 +1,304 @@
+"""Verification catches what it is there for: for each plugin, a reference with a planted bug is rolled back and named."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import ml_dtypes
+import numpy as np
+import onnx
+import pytest
+from conftest import nodes, parse
+
+import rewrite
+from rewrite import registry
+from rewrite.errors import CheckFailed
+from rewrite.model import load
+from rewrite.verify import TOLERANCE, check_models, compare, model_inputs
+
+RNG = np.random.default_rng(7)
+W, W2, B = RNG.standard_normal((8, 8)), RNG.standard_normal((8, 8)), RNG.standard_normal(8)
+
+
+def text(body: str, inputs: str, output: str, dtype: str) -> str:
+    return f"({inputs}) => ({output}) {{ {body} }}".replace("float[", f"{dtype}[")
+
+
+def half(model: onnx.ModelProto) -> onnx.ModelProto:
+    """A float32 model in float16 throughout (the text format has no float16 constants)."""
+    for node in model.graph.node:
+        for attribute in list(node.attribute):
+            if attribute.name == "value_float":
+                node.attribute.remove(attribute)
+                node.attribute.append(onnx.helper.make_attribute("value", onnx.numpy_helper.from_array(np.array(attribute.f, np.float16))))
+    for value in (*model.graph.input, *model.graph.output):
+        if value.type.tensor_type.elem_type == onnx.TensorProto.FLOAT:
+            value.type.tensor_type.elem_type = onnx.TensorProto.FLOAT16
+    for tensor in model.graph.initializer:
+        tensor.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(tensor).astype(np.float16), tensor.name))
+    onnx.checker.check_model(model, full_check=True)
+    return model
+
+
+def typed(model: onnx.ModelProto, dtype: str) -> onnx.ModelProto:
+    return half(model) if dtype == "float16" else model
+
+
+def gelu(dtype, approximate="none"):
+    if approximate == "tanh":
+        body = """three = Constant<value_float = 3.0>() c = Constant<value_float = 0.044715>() r = Constant<value_float = 0.7978845608>()
+            one = Constant<value_float = 1.0>() half = Constant<value_float = 0.5>()
+            p = Pow(x, three) cp = Mul(p, c) u = Add(x, cp) a = Mul(u, r) t = Tanh(a) s = Add(t, one) h = Mul(x, half) y = Mul(h, s)"""
+    else:
+        body = """root = Constant<value_float = 1.41421354>() one = Constant<value_float = 1.0>() half = Constant<value_float = 0.5>()
+            d = Div(x, root) e = Erf(d) s = Add(e, one) h = Mul(x, half) y = Mul(h, s)"""
+    return typed(parse(text(body, "float[n, 8] x", "float[n, 8] y", "float")), dtype)
+
+
+def swish(dtype):
+    return parse(text("s = Sigmoid(x) y = Mul(x, s)", "float[n, 8] x", "float[n, 8] y", dtype))
+
+
+def cast(dtype):
+    return {"float": np.float32, "float16": np.float16, "double": np.float64}[dtype]
+
+
+def rms_norm(dtype, epsilon=1e-6):
+    body = f"""two = Constant<value_float = 2.0>() eps = Constant<value_float = {epsilon}>() axes = Constant<value_ints = [-1]>()
+        c = Cast<to = 1>(x) p = Pow(c, two) m = ReduceMean(p, axes) a = Add(m, eps) r = Sqrt(a) i = Reciprocal(r) n1 = Mul(c, i)
+        h = Cast<to = {onnx.helper.np_dtype_to_tensor_dtype(np.dtype(cast(dtype)))}>(n1) y = Mul(w, h)"""
+    return parse(text(body, "float[n, 8] x", "float[n, 8] y", dtype), w=(RNG.random(8) + 0.5).astype(cast(dtype)))
+
+
+def layer_norm(dtype, epsilon=1e-12):
+    """At opset 16, which has no LayerNormalization: the plugin stands for it."""
+    body = f"""two = Constant<value_float = 2.0>() eps = Constant<value_float = {epsilon}>()
+        m = ReduceMean<axes = [-1]>(x) c = Sub(x, m) p = Pow(c, two) v = ReduceMean<axes = [-1]>(p) a = Add(v, eps) r = Sqrt(a) d = Div(c, r) s = Mul(d, w) y = Add(s, b)"""
+    return parse(text(body, "float[n, 8] x", "float[n, 8] y", dtype), opset=16, w=(RNG.random(8) + 0.5).astype(cast(dtype)), b=B.astype(cast(dtype)))
+
+
+def matmul(dtype, tail="y = Gelu(s)", opset=20, transposed=False):
+    product = "s = Gemm<transB = 1>(x, w, b)" if transposed else "m = MatMul(x, w) s = Add(m, b)"
+    return parse(text(f"{product} {tail}", "float[n, 8] x, float[n, 8] z", "float[n, 8] y", dtype), opset, w=W.astype(cast(dtype)), b=B.astype(cast(dtype)))
+
+
+def gated(dtype):
+    body = "g = MatMul(x, w) u = MatMul(x, v) s = Sigmoid(g) a = Mul(g, s) y = Mul(a, u)"
+    return parse(text(body, "float[n, 8] x", "float[n, 8] y", dtype), w=W.astype(cast(dtype)), v=W2.astype(cast(dtype)))
+
+
+def merged(dtype):
+    body = "m = MatMul(x, w) g, u = Split<axis = -1, num_outputs = 2>(m) s = Sigmoid(g) a = Mul(g, s) y = Mul(a, u)"
+    return parse(text(body, "float[n, 8] x", "float[n, 8] y", dtype), w=np.concatenate([W, W2], 1).astype(cast(dtype)))
+
+
+def attention(dtype, mask="float", cap=False):
+    apply = {
+        "float": "a = Add(s, mask) p = Softmax<axis = -1>(a)",
+        "bool": "low = Constant<value_float = -65504.0>() a = Where(mask, s, low) p = Softmax<axis = -1>(a)",
+        "none": "p = Softmax<axis = -1>(s)",
+    }[mask]
+    capped = "i = Constant<value_float = 0.5>() o = Constant<value_float = 2.0>() sc = Mul(s0, i) th = Tanh(sc) s = Mul(th, o)" if cap else "s = Identity(s0)"
+    body = f"k = Transpose<perm = [0, 1, 3, 2]>(key) c = Constant<value_float = 0.35355339>() m = MatMul(q, k) s0 = Mul(m, c) {capped} {apply} y = MatMul(p, v)"
+    given = {"float": ", float[B, 1, S, T] mask", "bool": ", bool[B, 1, S, T] mask", "none": ""}[mask]
+    return typed(parse(text(body, f"float[B, 4, S, 8] q, float[B, 4, T, 8] key, float[B, 4, T, 8] v{given}", "float[B, 4, S, 8] y", "float")), dtype)
+
+
+def rotary(dtype, interleaved=False):
+    if interleaved:
+        turn = """zero = Constant<value_ints = [0]>() one = Constant<value_ints = [1]>() two = Constant<value_ints = [2]>() last = Constant<value_ints = [-1]>() big = Constant<value_ints = [8]>()
+            even = Slice(x, zero, big, last, two) odd = Slice(x, one, big, last, two) n1 = Neg(odd) a = Unsqueeze(n1, last) b = Unsqueeze(even, last)
+            st = Concat<axis = -1>(a, b) to = Constant<value_ints = [0, 0, 0, 8]>() r = Reshape(st, to)"""
+    else:
+        turn = "f, g = Split<axis = -1, num_outputs = 2>(x) n1 = Neg(g) r = Concat<axis = -1>(n1, f)"
+    return parse(text(f"{turn} xc = Mul(x, cos) rs = Mul(r, sin) y = Add(xc, rs)", "float[B, 2, S, 8] x, float[B, 1, S, 8] cos, float[B, 1, S, 8] sin", "float[B, 2, S, 8] y", dtype))
+
+
+def bug(**changes):
+    """Attributes changed: by a factor, or to a value."""
+
+    def plant(reference):
+        def wrong(*inputs, **attributes):
+            for name, change in changes.items():
+                attributes[name] = change(attributes[name]) if callable(change) else change
+            return reference(*inputs, **attributes)
+
+        return wrong
+
+    return plant
+
+
+def without(position):
+    """One input ignored."""
+
+    def plant(reference):
+        return lambda *inputs, **attributes: reference(*(None if i == position else x for i, x in enumerate(inputs)), **attributes)
+
+    return plant
+
+
+def altered(position, change):
+    def plant(reference):
+        return lambda *inputs, **attributes: reference(*(change(x) if i == position else x for i, x in enumerate(inputs)), **attributes)
+
+    return plant
+
+
+def output(change):
+    return lambda reference: lambda *inputs, **attributes: change(reference(*inputs, **attributes))
+
+
+def swapped_halves(x):
+    return np.concatenate(np.split(x, 2, -1)[::-1], -1)
+
+
+def skewed(y):
+    y = y.copy()
+    y.reshape(-1)[-1] *= 1.01  # one element, by one percent
+    return y
+
+
+TYPES = ("float", "float16")
+PLANTED = [
+    # plugin, the model that holds it, the bug
+    # The two forms of Gelu differ by 5e-4, which is within the rounding of float16.
+    *[("Gelu", gelu, (t,), output(lambda y: y * y.dtype.type(1.01)), "1 % off") for t in TYPES],
+    ("Gelu", gelu, ("float",), bug(approximate="tanh"), "other form"),
+    ("Gelu", gelu, ("float", "tanh"), bug(approximate="none"), "other form"),
+    *[("Swish", swish, (t,), b, n) for t in TYPES for b, n in ((bug(alpha=1.01), "alpha 1 % off"), (output(skewed), "one element"))],
+    *[("RMSNormalization", rms_norm, (t,), b, n) for t in TYPES for b, n in ((bug(epsilon=lambda e: 10 * e), "epsilon x 10"), (altered(1, lambda w: w[::-1]), "weight reversed"))],
+    ("LayerNormalization", layer_norm, ("float",), bug(epsilon=lambda e: 10 * e), "epsilon x 10"),
+    ("LayerNormalization", layer_norm, ("float",), without(2), "no bias"),
+    *[("MatMulAct", matmul, (t,), b, n) for t in TYPES for b, n in ((without(2), "no bias"), (bug(activation="gelu_tanh"), "other gelu"), (bug(activation="relu"), "relu"), (bug(activation="none"), "none"))
+      if not (t == "float16" and n == "other gelu")],
+    *[("MatMulAct", matmul, (t, "y = Add(s, z)"), b, n) for t in TYPES for b, n in ((without(3), "no residual"), (altered(3, lambda r: r * r.dtype.type(1.01)), "residual 1 % off"))],
+    *[("MatMulAct", matmul, (t, "y = Identity(s)", 18, True), bug(trans_w=0), "not transposed") for t in TYPES],
+    *[("GatedMatMulAct", gated, (t,), b, n) for t in TYPES for b, n in ((bug(activation="gelu"), "gelu for swish"), (lambda r: lambda x, g, u, **a: r(x, u, g, **a), "gate and up swapped"))],
+    *[("GatedMatMulAct", merged, (t,), bug(merged="up_gate"), "halves swapped") for t in TYPES],
+    *[("FusedAttention", attention, (t, m), b, n) for t in TYPES for m, b, n in (
+        ("none", bug(scale=lambda s: s * 1.01), "scale 1 % off"),
+        ("float", without(3), "no mask"),
+        ("float", altered(3, lambda m: m[..., ::-1]), "mask mirrored"),
+        ("bool", altered(3, np.logical_not), "mask inverted"),
+        ("none", altered(2, lambda v: v[:, ::-1]), "heads reversed"),
+    )],
+    *[("FusedAttention", attention, (t, "none", True), b, n) for t in TYPES for b, n in ((bug(softcap=0.0), "no soft cap"), (bug(softcap=lambda c: c * 1.02), "soft cap 2 % off"))],
+    *[("Rotary", rotary, (t,), b, n) for t in TYPES for b, n in ((bug(interleaved=1), "interleaved"), (altered(2, np.negative), "other way"), (altered(1, swapped_halves), "halves swapped"))],
+    *[("Rotary", rotary, (t, True), bug(interleaved=0), "not interleaved") for t in TYPES],
+]
+
+
+@pytest.mark.parametrize(("plugin", "model", "arguments", "plant", "name"), PLANTED, ids=[f"{p}-{'-'.join(map(str, a))}-{n}" for p, _, a, _, n in PLANTED])
+def test_a_planted_bug_is_rolled_back_and_named(monkeypatch, plugin, model, arguments, plant, name):
+    before = model(*arguments)
+    good = rewrite.optimize(before).model
+    assert good.plugin_nodes().get(plugin) == 1, "the right plugin is accepted"
+    right = registry._registered_plugins[plugin]
+    monkeypatch.setitem(registry._registered_plugins, plugin, dataclasses.replace(right, reference=plant(right.reference)))
+    result = rewrite.optimize(before)
+    assert nodes(result.model.proto) != nodes(good.proto)
+    assert any(f"plugin {plugin} differs" in m.reason for m in result.report.near_misses)
+
+
+def test_an_unverified_run_is_said_to_be_one():
+    result = rewrite.optimize(swish("float"), verify=False)
+    assert not result.report.verified
+    assert result.model.plugin_nodes() == {"Swish": 1}
+
+
+# --- 16-bit sites ----------------------------------------------------------------------------------------------------
+def test_a_half_precision_norm_that_overflows_is_fused_still():
+    """Without the casts to float32, x * x overflows at 256: the fused norm, which does not, is right, and accepted."""
+    body = """two = Constant<value_float = 2.0>() eps = Constant<value_float = 0.0001>() axes = Constant<value_ints = [-1]>()
+        p = Pow(x, two) m = ReduceMean(p, axes) a = Add(m, eps) r = Sqrt(a) d = Div(x, r) y = Mul(d, w)"""
+    model = half(parse(text(body, "float[n, 8] x", "float[n, 8] y", "float"), w=np.ones(8, np.float32)))
+    assert nodes(rewrite.optimize(model).model.proto) == ["rewrite.RMSNormalization"]
+
+
+def test_values_near_the_largest_are_tried(monkeypatch):
+    """A Swish in float16 that overflows above 5e4 is caught by the inputs near 6e4 alone."""
+    right = registry._registered_plugins["Swish"]
+
+    def overflows(x, *, alpha):
+        y = right.reference(x, alpha=alpha)
+        return np.where(y > 5e4, np.float16(np.inf), y)
+
+    monkeypatch.setitem(registry._registered_plugins, "Swish", dataclasses.replace(right, reference=overflows))
+    assert nodes(rewrite.optimize(swish("float16")).model.proto) == ["Sigmoid", "Mul"]
+
+
+def test_fully_masked_rows_are_tried(monkeypatch):
+    """A row whose scores are all the lowest value is the mean of the values; a kernel that gives 0 there is caught."""
+    right = registry._registered_plugins["FusedAttention"]
+
+    def zero_when_masked(q, k, v, mask=None, **attributes):
+        y = right.reference(q, k, v, mask, **attributes)
+        return y if mask is None else np.where(np.broadcast_to(mask.any(-1, keepdims=True), y.shape), y, 0).astype(y.dtype)
+
+    monkeypatch.setitem(registry._registered_plugins, "FusedAttention", dataclasses.replace(right, reference=zero_when_masked))
+    result = rewrite.optimize(attention("float", "bool"))
+    assert "FusedAttention" not in result.model.plugin_nodes()
+
+
+@pytest.mark.parametrize("mask", ["none", "float", "bool"])
+def test_attention_in_half_precision_with_a_softmax_in_float32(mask):
+    model = attention("float16", mask)
+    for node in model.graph.node:
+        if node.op_type == "Softmax":
+            node.input[0], node.output[0] = "wide", "soft"
+    scores = "s" if mask == "none" else "a"
+    at = next(i for i, n in enumerate(model.graph.node) if n.op_type == "Softmax")
+    model.graph.node.insert(at + 1, onnx.helper.make_node("Cast", ["soft"], ["p"], to=onnx.TensorProto.FLOAT16))
+    model.graph.node.insert(at, onnx.helper.make_node("Cast", [scores], ["wide"], to=onnx.TensorProto.FLOAT))
+    onnx.checker.check_model(model, full_check=True)
+    assert nodes(rewrite.optimize(model).model.proto) == ["rewrite.FusedAttention"]
+
+
+def test_bfloat16_is_checked_in_float32(monkeypatch):
+    model = parse("(bfloat16[n, 8] x) => (bfloat16[n, 8] y) { m = MatMul(x, w) s = Add(m, b) y = Relu(s) }", w=W.astype(ml_dtypes.bfloat16), b=B.astype(ml_dtypes.bfloat16))
+    assert nodes(rewrite.optimize(model).model.proto) == ["rewrite.MatMulAct"]
+    right = registry._registered_plugins["MatMulAct"]
+    monkeypatch.setitem(registry._registered_plugins, "MatMulAct", dataclasses.replace(right, reference=without(2)(right.reference)))
+    assert nodes(rewrite.optimize(model).model.proto) == ["rewrite.MatMulAct", "Add", "Relu"]  # the product without a bias is right
+
+
+# --- comparing ---------------------------------------------------------------------------------------------------------
+def test_compare_wants_the_same_shape_type_and_infinities():
+    one = np.ones((2, 3), np.float32)
+    assert compare([one], [one], TOLERANCE).ok
+    for other, reason in ((one[:1], "shape"), (one.astype(np.float64), "float64"), (one * np.nan, "one side only"), (one * np.inf, "one side only"), (one * 1.001, "differs")):
+        verdict = compare([one], [other], TOLERANCE)
+        assert not verdict.ok
+        assert reason in verdict.reason
+    assert compare([one * np.inf], [one * np.inf], TOLERANCE).ok
+    assert not compare([one * np.inf], [one * -np.inf], TOLERANCE).ok
+    assert not compare([np.arange(3)], [np.arange(3) + 1], TOLERANCE).ok
+
+
+def test_compare_accepts_what_is_exact_where_the_subgraph_overflows():
+    want, exact = np.array([np.inf, 1.0], np.float16), np.array([100.0, 1.0], np.float32)
+    assert not compare([want], [np.array([100.0, 1.0], np.float16)], TOLERANCE).ok
+    assert compare([want], [np.array([100.0, 1.0], np.float16)], TOLERANCE, [exact]).ok
+    assert not compare([want], [np.array([90.0, 1.0], np.float16)], TOLERANCE, [exact]).ok
+
+
+# --- whole models ------------------------------------------------------------------------------------------------------
+def test_whole_model_inputs_use_the_whole_vocabulary_and_pad_on_both_sides():
+    proto = parse("(int64[batch, seq] input_ids, int64[batch, seq] attention_mask) => (float[batch, seq, 4] y) { g = Gather(table, input_ids) c = Cast<to = 1>(attention_mask) ax = Constant<value_ints = [-1]>() u = Unsqueeze(c, ax) y = Mul(g, u) }",
+                  table=RNG.standard_normal((1000, 4)).astype(np.float32))  # fmt: skip
+    seen = [model_inputs(proto, i) for i in range(3)]
+    assert max(int(s["input_ids"].max()) for s in seen) > 100
+    right, left, none = (s["attention_mask"] for s in seen)
+    assert (np.diff(right) <= 0).all()
+    assert (right == 0).any()
+    assert (np.diff(left) >= 0).all()
+    assert (left == 0).any()
+    assert (none == 1).all()
+
+
+def test_a_wrong_body_is_found_by_the_check_of_the_whole_model():
+    before = matmul("float")
+    after = rewrite.optimize(before).model
+    next(n for n in after.proto.functions[0].node if n.op_type == "Gelu").attribute.append(onnx.helper.make_attribute("approximate", "tanh"))
+    with pytest.raises(CheckFailed, match="output 'y'"):
+        check_models(load(before), after)
