@@ -106,7 +106,7 @@ def report(done, plan, sentences, ours, theirs):
     show("Nearest sentences", ["sentence", "nearest", "cosine"], [[s, sentences[j], f"{likeness[i, j]:.2f}"] for i, (s, j) in enumerate(zip(sentences, nearest, strict=True))])
     agree = int((nearest == (theirs @ theirs.T - 2 * np.eye(len(sentences))).argmax(1)).sum())
     console.print(f"\nlargest difference from PyTorch's embeddings: {np.abs(ours - theirs).max():.1e}; nearest sentence the same for {agree} of {len(sentences)}")
-    attention, gelu = done.plugins.get("FusedAttention", 0), sum("gelu" in s.rule for s in done.sites if s.plugin == "MatMulAct")
+    attention, gelu = done.plugins.get("FusedAttention", 0), done.kinds.get("MatMulAct:gelu", 0)
     console.print(f"fused: {attention} of 6 attentions, {gelu} of 6 MatMul + bias + GELU; Softmax left: {done.operators_after.get('Softmax', 0)}")
     return attention == gelu == 6 and np.abs(ours - theirs).max() < 1e-5 and agree == len(sentences)
 

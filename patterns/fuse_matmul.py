@@ -55,7 +55,7 @@ def _check_residual(residual, output):
 
 
 @rule(priority=5)
-class MatMulActivation:
+class LinearActivation:
     """activation(x @ w + b): gelu, relu, swish, sigmoid, tanh."""
 
     def pattern(op, x, w, b):
@@ -69,7 +69,7 @@ class MatMulActivation:
 
 
 @rule(priority=6)
-class MatMulActivationResidual:
+class LinearActivationResidual:
     """activation(x @ w + b) + residual: the residual joins after the activation."""
 
     def pattern(op, x, w, b, residual):
@@ -83,7 +83,7 @@ class MatMulActivationResidual:
 
 
 @rule(priority=7)
-class GatedMatMul:
+class GatedLinear:
     """activation(x @ w_gate + b_gate) * (x @ w_up + b_up): SwiGLU, GeGLU and their kin."""
 
     def pattern(op, x, w_gate, w_up, b_gate, b_up):
@@ -102,7 +102,7 @@ class GatedMatMul:
 
 
 @rule(priority=7)
-class MergedGatedMatMul:
+class MergedGatedLinear:
     """activation(gate) * up with gate and up, in either order, the halves of one product x @ w + b (Phi-3)."""
 
     def pattern(op, x, w, b):
@@ -127,7 +127,7 @@ class MergedGatedMatMul:
 
 
 @rule(priority=1)
-class MatMulBiasResidual:
+class LinearBiasResidual:
     """x @ w + b + residual, added up in any order."""
 
     def pattern(op, x, w, b, residual):
@@ -141,7 +141,7 @@ class MatMulBiasResidual:
 
 
 @rule
-class MatMulResidual:
+class LinearResidual:
     """x @ w + residual, and Gemm + residual."""
 
     def pattern(op, x, w, b, residual):
@@ -155,7 +155,7 @@ class MatMulResidual:
 
 
 @rule(priority=-5)
-class MatMulBias:
+class LinearBias:
     """x @ w + b where nothing else joins: plugin kernels own every product with a constant weight."""
 
     def pattern(op, x, w, b):

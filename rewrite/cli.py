@@ -114,17 +114,19 @@ def _plugin_key(name: str) -> str:
 
 
 def parse_expectation(text: str) -> tuple[str, str, int]:
-    """`attention=6`, `matmul_act>=12` as (name, comparison, count). Raises RewriteError for anything else."""
-    found = re.fullmatch(r"([A-Za-z_]\w*)(=|>=|<=)(\d+)", text)
+    """`attention=6`, `matmul_act>=12`, `matmul_act:gelu=6` as (name, comparison, count). Raises RewriteError for anything else."""
+    found = re.fullmatch(r"([A-Za-z_]\w*(?::\w+)?)(=|>=|<=)(\d+)", text)
     if found is None:
         raise RewriteError(f"--expect {text!r}: write NAME=COUNT, NAME>=COUNT or NAME<=COUNT, for example attention=6")
     return found[1], found[2], int(found[3])
 
 
 def check_expectations(expectations: list[tuple[str, str, int]], report: Report, plugins: set[str]) -> list[str]:
-    """What does not hold, a line each. A name is a plugin (`attention` for FusedAttention) or a rule."""
+    """What does not hold, a line each. A name is a plugin (`attention` for FusedAttention), one with the name that an
+    attribute has (`matmul_act:gelu`), or a rule."""
     counts = {_plugin_key(p): 0 for p in plugins}
-    for name, count in report.plugins.items():
+    counts.update({_plugin_key(n): 0 for n, _, _ in expectations if _plugin_key(n.split(":")[0]) in counts})
+    for name, count in (report.plugins | report.kinds).items():
         counts[_plugin_key(name)] = count
     failures = []
     for name, comparison, wanted in expectations:
@@ -146,7 +148,7 @@ def check_expectations(expectations: list[tuple[str, str, int]], report: Report,
 @click.option("-o", "--output", metavar="FILE", help="Where to write the rewritten model.")
 @rules_option
 @only_option
-@click.option("--expect", multiple=True, metavar="NAME=N", help="Fail (exit code 1) unless so many nodes were fused; =, >= and <= (repeatable).")
+@click.option("--expect", multiple=True, metavar="NAME=N", help="Fail (exit code 1) unless so many nodes were fused: attention=6, matmul_act:gelu>=6 (repeatable).")
 @click.option("--verify/--no-verify", default=True, show_default=True, help="Check each fused site and the whole model.")
 @click.option("--inputs", multiple=True, metavar="FILE", help=".npz with inputs for the check of the whole model (repeatable).")
 @click.option("--tolerance", default=1e-4, show_default=True, help="Largest relative difference of the whole model's outputs.")

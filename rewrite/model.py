@@ -75,6 +75,17 @@ class Model:
                 counts[base_name(node)] = counts.get(base_name(node), 0) + 1
         return counts
 
+    def plugin_kinds(self) -> dict[str, int]:
+        """The same by attribute, where an attribute is a name: `MatMulAct:gelu` counts those whose activation is gelu."""
+        counts: dict[str, int] = {}
+        for node in self.proto.graph.node:
+            for attribute in node.attribute if node.domain == DOMAIN else ():
+                if attribute.type == onnx.AttributeProto.STRING:
+                    kind = f"{base_name(node)}:{attribute.s.decode()}"
+                    counts[kind] = counts.get(kind, 0) + 1
+        return counts
+
+
 
 def _copy(source: Path, target: BinaryIO) -> None:
     with source.open("rb") as stream:

@@ -79,7 +79,7 @@ def optimize(
     result = close_graph(imported, table.functions, driver.metadata)
     report.seconds = time.perf_counter() - started
     report.operators_before, report.operators_after = source.operators(), result.operators()
-    report.plugins = result.plugin_nodes()
+    report.plugins, report.kinds = result.plugin_nodes(), result.plugin_kinds()
     if verify:
         check_started = time.perf_counter()
         report.model_error = check_models(source, result, inputs, tolerance)

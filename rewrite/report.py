@@ -96,6 +96,7 @@ class Report:
     operators_before: dict[str, int] = field(default_factory=dict)
     operators_after: dict[str, int] = field(default_factory=dict)
     plugins: dict[str, int] = field(default_factory=dict)
+    kinds: dict[str, int] = field(default_factory=dict)  # plugin nodes by attribute: `MatMulAct:gelu`
     verified: bool = False
     model_error: float | None = None
     seconds: float = 0.0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import onnx
 import pytest
 from click.testing import CliRunner
@@ -38,6 +39,16 @@ def test_a_missing_fusion_is_exit_code_1_and_writes_nothing(model, tmp_path):
     assert done.exit_code == 1
     assert "expected attention=6, found 0" in done.output
     assert not out.exists()
+
+
+def test_expectations_count_by_attribute(tmp_path):
+    path = tmp_path / "m.onnx"
+    w = np.eye(8, dtype=np.float32)
+    onnx.save(parse("(float[n, 8] x) => (float[n, 8] y) { a = MatMul(x, w) b = Relu(a) c = MatMul(b, w) d = Gelu(c) y = MatMul(d, w) }", 20, w=w), path)
+    assert run("optimize", str(path), "--expect", "matmul_act=3", "--expect", "matmul_act:gelu=1", "--expect", "MatMulAct:relu=1", "--expect", "matmulact:tanh=0").exit_code == 0
+    done = run("optimize", str(path), "--expect", "matmul_act:gelu=2")
+    assert done.exit_code == 1
+    assert "expected matmul_act:gelu=2, found 1" in done.output
 
 
 @pytest.mark.parametrize("content", [b"", b"not a model", b"\x08\x0a" * 7])
