@@ -13,7 +13,7 @@ from typing import Any
 import onnx_graphsurgeon as gs
 from rewrite.patterns.mask_behaviour import Sizes, recognise
 
-from rewrite.functions import CaptureError, capture
+from rewrite.functions import CaptureError, capture, flatten
 from rewrite.graph import Dim, Graph, canonical, describe
 from rewrite.matcher import Match
 from rewrite.registry import rule
@@ -21,7 +21,7 @@ from rewrite.shapes import is_named, plus
 
 # What masks are made of. Everything else is computed elsewhere: a mask that depends on it is none of these kinds.
 MASK_OPERATORS = {
-    "Abs", "Add", "And", "BitwiseAnd", "BitwiseNot", "BitwiseOr", "Cast", "CastLike", "Clip", "Concat", "Constant", "ConstantOfShape", "CumSum",
+    "Abs", "Add", "And", "AttentionMask", "BitwiseAnd", "BitwiseNot", "BitwiseOr", "Cast", "CastLike", "Clip", "Concat", "Constant", "ConstantOfShape", "CumSum",
     "Div", "Equal", "Expand", "EyeLike", "Flatten", "Gather", "GatherElements", "GatherND", "Greater", "GreaterOrEqual", "Identity", "IsInf",
     "IsNaN", "Less", "LessOrEqual", "Max", "Min", "Mod", "Mul", "Neg", "Not", "Or", "Pad", "Range", "ReduceMax", "ReduceMin", "ReduceProd",
     "ReduceSum", "Reshape", "ScatterElements", "ScatterND", "Shape", "Sign", "Size", "Slice", "Split", "Squeeze", "Sub", "Sum", "Tile",
@@ -83,7 +83,7 @@ def find_mask(graph: Graph, node: gs.Node, mask: gs.Tensor) -> Match:
         shapes[id(padding)] = (batch, keys)
     body = capture(graph, cone.nodes, inputs, {"y": mask}, "AttentionMask", [], dims)
     shaped = {n: (t.dtype, shapes.get(id(t), tuple(t.shape or ()))) for n, t in inputs.items()}
-    found = recognise(body, shaped, Sizes(batch, queries, keys), axes, bool(node.attrs.get("drop")))
+    found = recognise(flatten(body, graph.functions), shaped, Sizes(batch, queries, keys), axes, bool(node.attrs.get("drop")))
     if isinstance(found, str):
         raise NoMask(found)
     attributes, note = found
@@ -116,7 +116,8 @@ def collect(graph: Graph, mask: gs.Tensor) -> Cone:
         cone.nodes.append(node)
         if len(cone.nodes) > LARGEST_CONE:
             raise NoMask(f"more than {LARGEST_CONE} nodes compute it")
-        pending += node.inputs
+        shape_only = canonical(node) == "AttentionMask"  # of all inputs but the padding; `choose_inputs` chooses the same again
+        pending += node.inputs[:1] if shape_only else node.inputs
     return cone
 
 

@@ -117,7 +117,7 @@ def _recognise(body: onnx.FunctionProto, inputs: Shaped, sizes: Sizes, axes: Map
 
 def describe_mask(attributes: Mapping[str, Any], padding: bool) -> str:
     """A mask in a few words: "causal, window 4 + padding"."""
-    window = f"window {attributes['window']}" if "window" in attributes else ""
+    window = f"window {attributes['window']}" if attributes.get("window") else ""
     position = ", ".join(w for w in ("causal" if attributes.get("causal") else "", window) if w)
     return " + ".join(w for w in (position, "padding" if padding else "") if w) or "everything seen"
 

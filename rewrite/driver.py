@@ -48,6 +48,7 @@ class Driver:
 
         The worklist is ordered by priority, then by place: a rule sees every node before one of lower priority does.
         """
+        graph.functions = self.table.functions
         groups: dict[tuple[int, str], list[Rule]] = {}
         for rule in self.library.rules:
             if rule.tier == tier:
@@ -171,7 +172,7 @@ class Driver:
         if len(made) != 1 or made[0].domain != DOMAIN:
             return made, results
         node = made[0]
-        key = (id(graph), node.op, tuple(id(t) for t in node.inputs if not t.is_empty()), tuple(t.is_empty() for t in node.inputs), repr(sorted(node.attrs.items())))
+        key = (id(graph), canonical(node), tuple(id(t) for t in node.inputs if not t.is_empty()), tuple(t.is_empty() for t in node.inputs), repr(sorted(node.attrs.items())))
         old = self._made.setdefault(key, node)
         if old is node or id(old) not in graph.live:
             self._made[key] = node
@@ -198,6 +199,9 @@ class Driver:
             raise RewriteError(f"rule '{rule.name}': a replacement is either one plugin node or standard nodes only, its results in order")
         plugin = self.library.plugins[node.op]
         inputs = {n.rstrip("?"): t for n, t in zip(plugin.inputs, node.inputs, strict=False) if not t.is_empty()}
+        first = {id(t): n for n, t in reversed(inputs.items())}  # keys that are the values, too, are one tensor
+        read = {n: first[id(t)] for n, t in inputs.items()}
+        inputs = {n: t for n, t in inputs.items() if read[n] == n}
         unknown = set(node.attrs) - set(plugin.attributes)
         if unknown or len(node.inputs) > len(plugin.inputs):
             raise RewriteError(f"rule '{rule.name}': plugin {plugin.name} takes {list(plugin.inputs)} and attributes {list(plugin.attributes)}, not {sorted(unknown) or len(node.inputs)}")
@@ -209,7 +213,7 @@ class Driver:
         body.input[:] = names
         values = dict(node.attrs)
         key = f"{fingerprint(body)}|{values}|{[(n, str(t.dtype), t.shape) for n, t in inputs.items()]}"
-        run = reference_runner(plugin, values, names)
+        run = reference_runner(plugin, values, [read.get(n, "") for n in names])
         verdict = self._verdict(key, graph, body, inputs, run, plugin.tolerance, plugin.sample, match.shapes)
         site.error, site.attributes, site.note = verdict.error, values, match.note
         if not verdict.ok:

@@ -200,6 +200,17 @@ class FunctionTable:
         return list(found.values())
 
 
+def flatten(function: onnx.FunctionProto, functions: Mapping[str, onnx.FunctionProto]) -> onnx.FunctionProto:
+    """The same function without calls of others."""
+    if not any(n.domain == DOMAIN for n in function.node):
+        return function
+    inputs, outputs = ([onnx.helper.make_empty_tensor_value_info(n) for n in names] for names in (function.input, function.output))
+    opsets = [*function.opset_import, *([] if any(o.domain == DOMAIN for o in function.opset_import) else [onnx.helper.make_opsetid(DOMAIN, 1)])]
+    model = onnx.helper.make_model(onnx.helper.make_graph(list(function.node), "f", inputs, outputs), opset_imports=opsets, functions=list(functions.values()), ir_version=8)
+    plain = unfuse(model)
+    return onnx.helper.make_function(DOMAIN, function.name, list(function.input), list(function.output), list(plain.graph.node), list(plain.opset_import))
+
+
 def unfuse(proto: onnx.ModelProto) -> onnx.ModelProto:
     """The same model with every call of a plugin replaced by the subgraph it stands for."""
     names = [(DOMAIN, f.name) for f in proto.functions if f.domain == DOMAIN]

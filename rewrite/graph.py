@@ -7,7 +7,7 @@ an edit never scans the consumers of a constant that ten thousand nodes share.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cache
 
 import numpy as np
@@ -64,6 +64,7 @@ class Graph:
         self.known: dict[int, np.ndarray] = {}
         # All integers that shapes determine, by tensor: the value of `Shape(x)[1]` is ["seq"]. `known` are those without names.
         self.symbolic: dict[int, list[Dim]] = {}
+        self.functions: Mapping[str, onnx.FunctionProto] = {}  # that plugin nodes call
         self.scalars: set[int] = set()  # those of them that have no dimensions
         for index, node in enumerate(graph.nodes):
             self._enter(node, float(index))
