@@ -11,11 +11,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import onnx_graphsurgeon as gs
-from rewrite.patterns.mask_behaviour import Sizes, recognise
 
 from rewrite.functions import CaptureError, capture, flatten
 from rewrite.graph import Dim, Graph, canonical, describe
 from rewrite.matcher import Match
+from rewrite.patterns.mask_behaviour import Sizes, recognise
 from rewrite.registry import rule
 from rewrite.shapes import is_named, plus
 
@@ -78,7 +78,7 @@ def find_mask(graph: Graph, node: gs.Node, mask: gs.Tensor) -> Match:
     if not all(is_named(d) for d in (batch, queries, keys)):
         raise NoMask(f"the sizes of queries {query} and keys {key} are not known")
     inputs, dims, axes = choose_inputs(graph, padding, cone.sizes, batch, queries, keys)
-    shapes = {}
+    shapes: dict[int, tuple[Dim, ...]] = {}
     if padding is not None:
         shapes[id(padding)] = (batch, keys)
     body = capture(graph, cone.nodes, inputs, {"y": mask}, "AttentionMask", [], dims)

@@ -16,16 +16,17 @@ from typing import Any
 
 import numpy as np
 import onnx
-from rewrite.plugins.masks import TESTS, AttentionMask
 
 from rewrite.errors import RewriteError
 from rewrite.functions import fingerprint
 from rewrite.graph import Dim
+from rewrite.plugins.masks import TESTS, AttentionMask
 from rewrite.verify import function_model, resolve, session
 
 REACH = 300  # constants up to this are exceeded by the sizes tried; larger ones are replaced by small ones
 TABLE = 16  # elements: longer constants are tables, read from their start up to a size
 LONGEST = 2048  # positions: masks stored for more are not read
+FAR_ELEMENTS = (-70000.0, -300.0, 20.0, 60.0, 200.0, 1000.0, 9000.0, 70000.0, 200000.0)  # of a padding: it could be token ids
 HIDDEN = -1000.0  # an added score from which on softmax gives nothing
 
 Shaped = Mapping[str, tuple[Any, tuple[Dim, ...]]]
@@ -246,8 +247,9 @@ class Mask:
             return [Test("!=", 0, (0, 1)), Test("==", 0, (0, 1))]
         numbers = sorted(n for n in self.constants.numbers if abs(n) < 1e5 and (dtype.kind == "f" or n == int(n)))[:12]
         step = 0.25 if dtype.kind == "f" else 1
-        low = 0 if dtype.kind == "u" else -1
-        pool = tuple(sorted({max(low, n + d) for n in (0.0, 1.0, 7.0, *numbers) for d in (-step, 0, step)}))
+        limits = np.iinfo(dtype) if dtype.kind in "iu" else np.finfo(dtype)
+        around = {n + d for n in (0.0, 1.0, 7.0, *numbers) for d in (-step, 0, step)}
+        pool = tuple(sorted(float(n) for n in around | set(FAR_ELEMENTS) if limits.min <= n <= limits.max))
         general = [Test(t, n, pool) for n in dict.fromkeys((0.0, 1.0, *numbers)) for t in ("!=", "==", ">")]
         # Arithmetic on the padding, `(1 - padding) * -10000`, means something for 0 and 1 alone.
         return [*general[:3], Test("!=", 0, (0, 1), True), Test("==", 0, (0, 1), True), *general[3:]]

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from rewrite.plugins.activations import Array
 
+from rewrite.plugins.activations import Array
 from rewrite.registry import plugin
 
 TESTS = {"!=": np.not_equal, "==": np.equal, ">": np.greater}

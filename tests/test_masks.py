@@ -101,7 +101,8 @@ def test_padding_told_from_token_ids():
 
 
 def test_causal_and_padding_added_to_one_another():
-    lines = POSITIONS + "c = LessOrEqual(j, i)  c1 = Where(c, fzero, low)  m = Cast<to=1>(pad)  u = Unsqueeze(m, ax12)  n = Sub(fone, u)  p = Mul(n, low)  bias = Add(c1, p)"
+    lines = POSITIONS + "c = LessOrEqual(j, i)  c1 = Where(c, fzero, low)  m = Cast<to=1>(pad)"
+    lines += "  u = Unsqueeze(m, ax12)  n = Sub(fone, u)  p = Mul(n, low)  bias = Add(c1, p)"
     note, attributes = found(attention(lines, ADDED, keys="s", inputs="int64[b, s] pad"))
     assert note == "causal + padding"
     assert (attributes["both"], attributes["both_fill"], attributes["binary"]) == (1, -np.inf, 1)
@@ -168,7 +169,8 @@ def test_constant_mask():
 
 
 def test_the_decomposition_of_is_causal():
-    lines = "S = Shape<start=2, end=3>(q)  T = Shape<start=2, end=3>(k)  st = Concat<axis=0>(S, T)  ones = Expand(one, st)  low1 = Trilu<upper=0>(ones)  off = Equal(low1, zero)  bias = Where(off, low, fzero)"
+    lines = "S = Shape<start=2, end=3>(q)  T = Shape<start=2, end=3>(k)  st = Concat<axis=0>(S, T)  ones = Expand(one, st)"
+    lines += "  low1 = Trilu<upper=0>(ones)  off = Equal(low1, zero)  bias = Where(off, low, fzero)"
     assert found(attention(lines, ADDED, inputs="", keys="s"))[0] == "causal"
 
 
@@ -205,15 +207,19 @@ PADDING = {
     "two inputs": ("p0 = Cast<to=9>(pad)  o = Cast<to=9>(other)  a = And(p0, o)  keep = Unsqueeze(a, ax12)", "int64[b, s] pad, int64[b, s] other", "'other' and 'pad'"),
     "given": ("keep = Identity(pad)", "bool[b, 1, s, s] pad", "[batch, keys]"),
     "range of ids": ("a = Greater(pad, two)  e = Less(pad, four)  n = And(a, e)  keep = Unsqueeze(n, ax12)", "int64[b, s] pad", ""),
-    "count": ("n = ReduceSum<keepdims=1>(pad, ax1)  l = Squeeze(n, ax1)  u = Unsqueeze(l, ax123)  j0 = Unsqueeze(ids, ax12)  keep = Less(j0, u)", "int64[b, s] pad, int64[b, s] ids", "'ids' and 'pad'"),
-    "first token": ("p0 = Cast<to=9>(pad)  f = Cast<to=9>(ids)  keep = Unsqueeze(f, ax12)  z = Identity(p0)", "int64[b, s] pad, int64[b, s] ids", None),
+    "count": ("n = ReduceSum<keepdims=1>(pad, ax1)  l = Squeeze(n, ax1)  u = Unsqueeze(l, ax123)  " + POSITIONS + "keep = Less(j, u)", "int64[b, s] pad", ""),
+    "a queue": ("n = CumSum(pad, one)  e = Less(n, four)  p0 = Cast<to=9>(pad)  a = And(p0, e)  keep = Unsqueeze(a, ax12)", "int64[b, s] pad", ""),
+    "ids up to 150": (
+        "f = Cast<to=1>(pad)  g = Mul(f, slope)  e = Less(g, f75)  p0 = Cast<to=9>(pad)  a = And(p0, e)  keep = Unsqueeze(a, ax12)",
+        "int64[b, s] pad", "",
+    ),
 }
 
 
-@pytest.mark.parametrize("name", [n for n in PADDING if PADDING[n][2] is not None])
+@pytest.mark.parametrize("name", PADDING)
 def test_other_paddings_stay(name):
     lines, inputs, reason = PADDING[name]
-    answer = found(attention(lines, inputs=inputs, keys="s", ax2=np.array([2]), ax13=np.array([1, 3])))
+    answer = found(attention(lines, inputs=inputs, keys="s", ax2=np.array([2]), ax13=np.array([1, 3]), f75=np.float32(75)))
     assert isinstance(answer, str), answer
     assert reason in answer
 
