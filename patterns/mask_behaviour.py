@@ -247,7 +247,7 @@ class Mask:
             return [Test("!=", 0, (0, 1)), Test("==", 0, (0, 1))]
         numbers = sorted(n for n in self.constants.numbers if abs(n) < 1e5 and (dtype.kind == "f" or n == int(n)))[:12]
         step = 0.25 if dtype.kind == "f" else 1
-        limits = np.iinfo(dtype) if dtype.kind in "iu" else np.finfo(dtype)
+        limits: Any = np.iinfo(dtype) if dtype.kind in "iu" else np.finfo(dtype)  # type: ignore[type-var]
         around = {n + d for n in (0.0, 1.0, 7.0, *numbers) for d in (-step, 0, step)}
         pool = tuple(sorted(float(n) for n in around | set(FAR_ELEMENTS) if limits.min <= n <= limits.max))
         general = [Test(t, n, pool) for n in dict.fromkeys((0.0, 1.0, *numbers)) for t in ("!=", "==", ">")]
@@ -368,7 +368,9 @@ class Mask:
         return batches
 
     def _random(self, test: Test, trial: Trial, seed: int) -> np.ndarray:
-        return np.random.default_rng(seed).choice(np.asarray(test.pool), (trial.batch, trial.keys))
+        """Any elements, those that keep a key and those that do not equally often."""
+        rng, shape = np.random.default_rng(seed), (trial.batch, trial.keys)
+        return np.where(rng.random(shape) < 0.5, rng.choice(test.kept, shape), rng.choice(test.dropped or test.kept, shape))
 
 
 def _reference(attributes: Mapping[str, Any], feeds: Mapping[str, np.ndarray]) -> np.ndarray:
