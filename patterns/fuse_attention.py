@@ -67,23 +67,29 @@ class Attention:
         )
 
 
+def _unbounded(window):
+    """No window: before opset 25 there is no such attribute."""
+    return window in (None, -1)
+
+
 @rule(priority=10)
 class NativeAttention:
     """ONNX's own Attention (opset 23), where it is plain: no cache, four dimensions."""
 
     def pattern(op, q, k, v, mask):
-        return any_of(
-            op.Attention(q, k, v, mask, is_causal=0, scale=attr("scale"), softcap=attr("softcap")),
-            op.Attention(q, k, v, is_causal=0, scale=attr("scale"), softcap=attr("softcap")),
-        )
+        plain = {"is_causal": attr("causal"), "scale": attr("scale"), "softcap": attr("softcap"), "left_window_size": _unbounded, "right_window_size": _unbounded}
+        return any_of(op.Attention(q, k, v, mask, **plain), op.Attention(q, k, v, **plain))
 
     def check(q, k, v, mask):
         if q.rank != 4 or k.rank != 4 or v.rank != 4:
             return f"q, k, v have shapes {q.shape}, {k.shape}, {v.shape}; expected four dimensions"
+        if not isinstance(q.shape[-1], int):
+            return f"the size of each head is not known: q has shape {q.shape}"
         return None
 
-    def replace(op, q, k, v, mask, scale, softcap):
+    def replace(op, q, k, v, mask, scale, softcap, causal):
         boolean = mask is not None and mask.dtype == "bool"
         return op.FusedAttention(
-            q, k, v, mask, scale=scale or float(q.shape[-1]) ** -0.5, softcap=softcap or None, fill=float("-inf") if boolean else None, zero_masked=1 if boolean else None
-        )
+            q, k, v, mask, scale=scale or float(q.shape[-1]) ** -0.5, softcap=softcap or None, fill=float("-inf") if boolean else None,
+            zero_masked=1 if boolean else None, causal=causal or None,
+        )  # fmt: skip

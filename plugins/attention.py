@@ -31,16 +31,17 @@ class FusedAttention:
     or all three without the axis of the heads, which is one head (heads folded into B, as bmm wants them);
     mask broadcast to [B, H, S, T]: boolean (True: attend; others get the score `fill`) or added to the scores,
     y [B, H, S, E]. `drop` inverts a boolean mask. `zero_masked`: rows whose softmax is NaN give 0. `softcap` c > 0:
-    c * tanh(score / c). Softmax is computed in float32.
+    c * tanh(score / c). `causal`: query i sees the keys 0 to i alone (as ONNX counts without a cache, whatever T is),
+    further narrowed by the mask. Softmax is computed in float32.
     """
 
     inputs = ("q", "k", "v", "mask?")
-    attributes = {"scale": 1.0, "softcap": 0.0, "fill": 0.0, "drop": 0, "zero_masked": 0}
+    attributes = {"scale": 1.0, "softcap": 0.0, "fill": 0.0, "drop": 0, "zero_masked": 0, "causal": 0}
     tolerance = {"float64": (1e-9, 1e-9), "float32": (5e-5, 1e-5), "float16": (2e-3, 2e-3), "bfloat16": (1.6e-2, 1.6e-2)}
     sample = sample_mask
 
     def reference(
-        q: Array, k: Array, v: Array, mask: Array | None = None, *, scale: float, softcap: float, fill: float, drop: int, zero_masked: int
+        q: Array, k: Array, v: Array, mask: Array | None = None, *, scale: float, softcap: float, fill: float, drop: int, zero_masked: int, causal: int
     ) -> Array:
         keys, values = wide(k), wide(v)
         if q.ndim == 4:
@@ -53,6 +54,8 @@ class FusedAttention:
             scores = np.where(mask ^ bool(drop), scores, np.asarray(fill, scores.dtype))
         elif mask is not None:
             scores = scores + wide(mask)
+        if causal:
+            scores = np.where(np.tri(*scores.shape[-2:], dtype=np.bool_), scores, -np.inf)
         weights = np.exp(scores - scores.max(-1, keepdims=True))
         weights = weights / weights.sum(-1, keepdims=True)
         if zero_masked:

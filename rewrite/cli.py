@@ -191,10 +191,10 @@ def print_report(report: Report, model: str, output: str | None) -> None:
 
     rows = []
     for name, stats in report.rules.items():
-        if stats.applied:
-            sites = [s for s in report.sites if s.rule == name]
-            plugin = sites[0].plugin or "(plain)"
-            rows.append([stats.tier, name, plugin, str(stats.applied), f"{max(s.error for s in sites):.1e}" if report.verified else "-", summarize_scopes([s.where for s in sites])])
+        for note in dict.fromkeys(s.note for s in report.sites if s.rule == name):
+            sites = [s for s in report.sites if s.rule == name and s.note == note]
+            becomes = (sites[0].plugin or "(plain)") + (f": {note}" if note else "")
+            rows.append([stats.tier, name, becomes, str(len(sites)), f"{max(s.error for s in sites):.1e}" if report.verified else "-", summarize_scopes([s.where for s in sites])])
     if rows:
         table("", ["tier", "rule", "becomes", "sites", "largest error", "where"], rows)
     before, after = sum(report.operators_before.values()), sum(report.operators_after.values())

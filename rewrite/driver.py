@@ -11,6 +11,7 @@ from __future__ import annotations
 import heapq
 import time
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -39,6 +40,7 @@ class Driver:
         self.metadata: dict[int, dict[str, str]] = {}
         self.scopes: dict[int, str] = {}  # the PyTorch module each node came from, where the exporter tells
         self.verdicts: dict[str, Verdict] = {}
+        self._made: dict[tuple[Any, ...], gs.Node] = {}  # plugin nodes by what they compute
         self._keep: list[gs.Node] = []  # new nodes stay alive, so that their ids in `metadata` stay theirs
 
     def run(self, graph: Graph, tier: str) -> None:
@@ -46,6 +48,7 @@ class Driver:
 
         The worklist is ordered by priority, then by place: a rule sees every node before one of lower priority does.
         """
+        graph.functions = self.table.functions
         groups: dict[tuple[int, str], list[Rule]] = {}
         for rule in self.library.rules:
             if rule.tier == tier:
@@ -93,9 +96,9 @@ class Driver:
         started = time.perf_counter()
         stats = self.report.rules[rule.name]
         trace = Trace() if self.explain else None
-        refusal = ""
         touched = None
-        for match in Matcher(graph, rule.pattern, trace).at(node):
+        matches, refusal = self._matches(graph, rule, node, trace)
+        for match in matches:
             refusal = self._refusal(rule, match)
             if not refusal:
                 stats.matches += 1
@@ -111,6 +114,16 @@ class Driver:
             self.report.near_misses.append(NearMiss(rule.name, describe(node), trace.part, trace.node, trace.reason, trace.bound, trace.depth))
         stats.seconds += time.perf_counter() - started
         return touched
+
+    def _matches(self, graph: Graph, rule: Rule, node: gs.Node, trace: Trace | None) -> tuple[Iterable[Match], str]:
+        """The ways in which the rule fits at a node, or none and the reason that the rule itself gives."""
+        if rule.find is None:
+            return Matcher(graph, rule.pattern, trace).at(node), ""
+        try:
+            found = rule.find(graph, node)
+        except Exception as error:
+            raise RewriteError(f"rule '{rule.name}' ({rule.source}): its find fails at {describe(node)}: {type(error).__name__}: {error}") from error
+        return ([found], "") if isinstance(found, Match) else ([], found or "")
 
     def _refusal(self, rule: Rule, match: Match) -> str:
         reason = interior_use(match)
@@ -145,6 +158,7 @@ class Driver:
         if isinstance(site, str):
             self._discard(graph, made)
             return site
+        made, results = self._share(graph, made, results)
         self.report.add(site)
         return self._commit(graph, match, made, results, rule)
 
@@ -152,6 +166,19 @@ class Driver:
         for node in made:
             graph.remove(node)
             node.inputs.clear()
+
+    def _share(self, graph: Graph, made: list[gs.Node], results: list[gs.Tensor]) -> tuple[list[gs.Node], list[gs.Tensor]]:
+        """An equal plugin node that exists already stands for the new one: exporters compute a mask anew for each layer."""
+        if len(made) != 1 or made[0].domain != DOMAIN:
+            return made, results
+        node = made[0]
+        key = (id(graph), canonical(node), tuple(id(t) for t in node.inputs if not t.is_empty()), tuple(t.is_empty() for t in node.inputs), repr(sorted(node.attrs.items())))
+        old = self._made.setdefault(key, node)
+        if old is node or id(old) not in graph.live:
+            self._made[key] = node
+            return made, results
+        self._discard(graph, made)
+        return [], list(old.outputs)
 
     def _site(self, graph: Graph, rule: Rule, match: Match, made: list[gs.Node], results: list[gs.Tensor]) -> Site | str:
         """Check the replacement; on success the new plugin node calls its function."""
@@ -172,20 +199,23 @@ class Driver:
             raise RewriteError(f"rule '{rule.name}': a replacement is either one plugin node or standard nodes only, its results in order")
         plugin = self.library.plugins[node.op]
         inputs = {n.rstrip("?"): t for n, t in zip(plugin.inputs, node.inputs, strict=False) if not t.is_empty()}
+        first = {id(t): n for n, t in reversed(inputs.items())}  # keys that are the values, too, are one tensor
+        read = {n: first[id(t)] for n, t in inputs.items()}
+        inputs = {n: t for n, t in inputs.items() if read[n] == n}
         unknown = set(node.attrs) - set(plugin.attributes)
         if unknown or len(node.inputs) > len(plugin.inputs):
             raise RewriteError(f"rule '{rule.name}': plugin {plugin.name} takes {list(plugin.inputs)} and attributes {list(plugin.attributes)}, not {sorted(unknown) or len(node.inputs)}")
         outputs = dict(zip(plugin.outputs, match.outputs, strict=False))
         attributes = sorted(node.attrs)
-        body = capture(graph, match.nodes, inputs, outputs, plugin.name, attributes)
+        body = capture(graph, match.nodes, inputs, outputs, plugin.name, attributes, match.dims)
         # Inputs keep their places: one that this body does not read is still a parameter of the function.
         names = [n.rstrip("?") for n in plugin.inputs[: len(node.inputs)]]
         body.input[:] = names
         values = dict(node.attrs)
         key = f"{fingerprint(body)}|{values}|{[(n, str(t.dtype), t.shape) for n, t in inputs.items()]}"
-        run = reference_runner(plugin, values, names)
-        verdict = self._verdict(key, graph, body, inputs, run, plugin.tolerance, plugin.sample)
-        site.error = verdict.error
+        run = reference_runner(plugin, values, [read.get(n, "") for n in names])
+        verdict = self._verdict(key, graph, body, inputs, run, plugin.tolerance, plugin.sample, match.shapes)
+        site.error, site.attributes, site.note = verdict.error, values, match.note
         if not verdict.ok:
             return f"plugin {plugin.name} differs from the subgraph it would replace: {verdict.reason}"
         node.op = self.table.add(body)
@@ -209,20 +239,21 @@ class Driver:
         def run(arrays: dict[str, np.ndarray]) -> list[Any]:
             return run_function(after, needed, arrays)
 
-        verdict = self._verdict(key, graph, before, inputs, run, TOLERANCE, None, match)
+        verdict = self._verdict(key, graph, before, inputs, run, TOLERANCE, None, contents=_target_shapes(match))
         site.error = verdict.error
         return "" if verdict.ok else f"the replacement differs: {verdict.reason}"
 
     def _verdict(self, key: str, graph: Graph, body: onnx.FunctionProto, inputs: dict[str, gs.Tensor], run: Callable[..., list[Any]],
-                 tolerance: Any, sample: Callable[..., Any] | None, match: Match | None = None) -> Verdict:  # fmt: skip
+                 tolerance: Any, sample: Callable[..., Any] | None, shapes: dict[int, tuple[Any, ...]] | None = None,
+                 contents: dict[int, tuple[Any, ...]] | None = None) -> Verdict:  # fmt: skip
         if not self.verify:
             return Verdict(True, 0.0)
         read = {n for node in body.node for n in node.input}
         brought = {n: graph.constant(t, BROUGHT) for n, t in inputs.items() if n not in read}
         key += "".join(f"|{n}:{hash(a.tobytes())}" for n, a in brought.items() if a is not None)
         if key not in self.verdicts:
-            shapes = _target_shapes(match) if match is not None else {}
-            specs: list[Spec] = [spec_of(n, t, shapes.get(id(t)), brought.get(n)) for n, t in inputs.items()]
+            specs: list[Spec] = [spec_of(n, t, (contents or {}).get(id(t)), brought.get(n)) for n, t in inputs.items()]
+            specs = [replace(s, shape=(shapes or {}).get(id(t), s.shape)) for s, t in zip(specs, inputs.values(), strict=True)]
             started = time.perf_counter()
             self.verdicts[key] = check_site(body, self.table.needed_by(body), specs, run, tolerance, sample)
             self.report.verify_seconds += time.perf_counter() - started
@@ -240,7 +271,7 @@ class Driver:
         for old, new in zip(match.outputs, results, strict=True):
             for user in graph.consumers(old):
                 touched[id(user)] = user
-            if id(new) in own:
+            if id(new) in own and graph.producer(old) is not None:
                 node, index = own[id(new)]
                 self._take_over(graph, old, node, index)
             else:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import hashlib
+from collections.abc import Mapping
 
 import numpy as np
 import onnx
@@ -10,13 +12,15 @@ import onnx.inliner
 import onnx_graphsurgeon as gs
 from onnx_graphsurgeon.exporters.onnx_exporter import OnnxExporter
 
-from rewrite.graph import DOMAIN, Graph, canonical, describe
+from rewrite.graph import DOMAIN, SMALL, Dim, Graph, canonical, describe
 
 # Cheap operators on shapes and positions: where a match reads a value they compute, the body may compute it again.
 REDERIVED = {
     "Shape", "Size", "Gather", "Concat", "Slice", "Unsqueeze", "Squeeze", "Cast", "Add", "Sub", "Mul", "Div", "Mod", "Range",
     "ConstantOfShape", "Equal", "Where", "Reshape", "Expand", "Identity", "Constant", "Max", "Min", "ReduceProd", "Neg",
 }  # fmt: skip
+
+TABLE = 2**22  # elements: the largest constant (a causal mask for 2048 positions) that becomes part of a body
 
 
 class CaptureError(Exception):
@@ -30,14 +34,17 @@ def capture(
     outputs: dict[str, gs.Tensor],
     name: str,
     attributes: list[str],
+    dims: Mapping[str, tuple[str, int]] | None = None,
 ) -> onnx.FunctionProto:
     """The part of `graph` made of `nodes` that computes `outputs` from `inputs`, as a function.
 
     `inputs` and `outputs` give the function's own names; inner values are numbered, so that equal subgraphs give
-    equal functions. Small constants become `Constant` nodes of the body. Raises CaptureError if a value comes from
-    elsewhere and cannot be derived from the inputs again.
+    equal functions. Small constants become `Constant` nodes of the body. With `dims`, where each named dimension is to
+    be read (input and axis), every integer that shapes determine is computed from these, wherever the graph reads it,
+    and constants up to `TABLE` elements are taken in. Raises CaptureError if a value comes from elsewhere and cannot be
+    derived from the inputs again.
     """
-    names = {id(t): n for n, t in inputs.items()}
+    names: dict[int | str, str] = {id(t): n for n, t in inputs.items()}
     body: list[onnx.NodeProto] = []
     inside = {id(n) for n in nodes}
     visiting: set[int] = set()
@@ -51,6 +58,8 @@ def capture(
         node = graph.producer(tensor)
         if node is None or id(tensor) in graph.known:
             return constant(tensor)
+        if dims is not None and id(tensor) in graph.symbolic:
+            return integers(tensor)
         if id(node) not in inside and canonical(node) not in REDERIVED:
             raise CaptureError(f"the match reads '{tensor.name}', which {describe(node)} outside of it computes")
         if id(node) in visiting or any(isinstance(a, gs.Graph) for a in node.attrs.values()):
@@ -69,17 +78,58 @@ def capture(
         body.append(proto)
 
     def constant(tensor: gs.Tensor) -> str:
-        array = graph.constant(tensor)
+        array = graph.constant(tensor, SMALL if dims is None else TABLE)
         if array is None:
             what = "the weight" if isinstance(tensor, gs.Constant) else "the graph input"
             raise CaptureError(f"{what} '{tensor.name}' is read by the match but is no input of the replacement")
-        target = number(tensor)
+        return literal(array, id(tensor))
+
+    def literal(array: np.ndarray, key: int | str) -> str:
+        target = fresh(key)
         body.append(onnx.helper.make_node("Constant", [], [target], value=onnx.numpy_helper.from_array(np.ascontiguousarray(array).reshape(array.shape))))
         return target
 
     def number(tensor: gs.Tensor) -> str:
-        names[id(tensor)] = f"v{len(names) - len(inputs)}"
-        return names[id(tensor)]
+        return fresh(id(tensor))
+
+    def fresh(key: int | str) -> str:
+        names[key] = f"v{len(names) - len(inputs)}"
+        return names[key]
+
+    def integers(tensor: gs.Tensor) -> str:
+        """A tensor of integers that shapes determine, from the shapes of the inputs."""
+        parts = [size(d) for d in graph.symbolic[id(tensor)]]
+        scalar = id(tensor) in graph.scalars
+        wide = tensor.dtype in (None, np.int64)
+        key: int | str = id(tensor) if wide else f"int64 {id(tensor)}"
+        joined = fresh(key)
+        body.append(onnx.helper.make_node("Squeeze" if scalar else "Concat", parts, [joined], **({} if scalar else {"axis": 0})))
+        if wide:
+            return joined
+        target = number(tensor)
+        body.append(onnx.helper.make_node("Cast", [joined], [target], to=onnx.helper.np_dtype_to_tensor_dtype(np.dtype(tensor.dtype))))
+        return target
+
+    def size(dim: Dim) -> str:
+        """One dimension, as a tensor of one element."""
+        assert dims is not None
+        text = str(dim)
+        if f"size {text}" in names:
+            return names[f"size {text}"]
+        if isinstance(dim, int):
+            return literal(np.array([dim], np.int64), f"size {text}")
+        if text in dims:
+            name, axis = dims[text]
+            index = size(axis)
+            shape = fresh(f"shape of {name} for {text}")
+            body.append(onnx.helper.make_node("Shape", [name], [shape]))
+            operation, operands = "Gather", [shape, index]
+        else:
+            operation, *terms = _operation(text)
+            operands = [size(t) for t in terms]
+        target = fresh(f"size {text}")
+        body.append(onnx.helper.make_node(operation, operands, [target]))
+        return target
 
     results = [value(t) for t in outputs.values()]
     rename = dict(zip(results, outputs, strict=True))
@@ -91,6 +141,19 @@ def capture(
     opsets = [onnx.helper.make_opsetid("", graph.opset)]
     opsets += [onnx.helper.make_opsetid(d, 1) for d in sorted(domains - {"", "ai.onnx"})]
     return onnx.helper.make_function(DOMAIN, name, list(inputs), list(outputs), body, opsets, attributes)
+
+
+def _operation(text: str) -> tuple[str, Dim, Dim]:
+    """An expression of dimensions, `past + seq`, as an operator and its two terms."""
+    operators = {ast.Add: "Add", ast.Sub: "Sub", ast.Mult: "Mul", ast.FloorDiv: "Div"}
+    try:
+        tree = ast.parse(text, mode="eval").body
+    except SyntaxError:
+        tree = ast.Name(text)
+    if not isinstance(tree, ast.BinOp) or type(tree.op) not in operators:
+        raise CaptureError(f"no input of the replacement tells the size '{text}'")
+    left, right = (t.value if isinstance(t, ast.Constant) and isinstance(t.value, int) else ast.unparse(t) for t in (tree.left, tree.right))
+    return operators[type(tree.op)], left, right
 
 
 def fingerprint(function: onnx.FunctionProto) -> str:
@@ -135,6 +198,17 @@ class FunctionTable:
                     found[node.op_type] = self.functions[node.op_type]
                     pending.append(self.functions[node.op_type])
         return list(found.values())
+
+
+def flatten(function: onnx.FunctionProto, functions: Mapping[str, onnx.FunctionProto]) -> onnx.FunctionProto:
+    """The same function without calls of others."""
+    if not any(n.domain == DOMAIN for n in function.node):
+        return function
+    inputs, outputs = ([onnx.helper.make_empty_tensor_value_info(n) for n in names] for names in (function.input, function.output))
+    opsets = [*function.opset_import, *([] if any(o.domain == DOMAIN for o in function.opset_import) else [onnx.helper.make_opsetid(DOMAIN, 1)])]
+    model = onnx.helper.make_model(onnx.helper.make_graph(list(function.node), "f", inputs, outputs), opset_imports=opsets, functions=list(functions.values()), ir_version=8)
+    plain = unfuse(model)
+    return onnx.helper.make_function(DOMAIN, function.name, list(function.input), list(function.output), list(plain.graph.node), list(plain.opset_import))
 
 
 def unfuse(proto: onnx.ModelProto) -> onnx.ModelProto:

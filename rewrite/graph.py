@@ -7,7 +7,7 @@ an edit never scans the consumers of a constant that ten thousand nodes share.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cache
 
 import numpy as np
@@ -62,7 +62,10 @@ class Graph:
         self.captured: set[int] = set()
         # Integers that are computed, but the same for every input, by tensor: `Shape(x)[3] // 2` is 8.
         self.known: dict[int, np.ndarray] = {}
-        self.scalars: set[int] = set()
+        # All integers that shapes determine, by tensor: the value of `Shape(x)[1]` is ["seq"]. `known` are those without names.
+        self.symbolic: dict[int, list[Dim]] = {}
+        self.functions: Mapping[str, onnx.FunctionProto] = {}  # that plugin nodes call
+        self.scalars: set[int] = set()  # those of them that have no dimensions
         for index, node in enumerate(graph.nodes):
             self._enter(node, float(index))
             self.names.update(t.name for t in (*node.inputs, *node.outputs))
@@ -118,7 +121,7 @@ class Graph:
         if id(tensor) in self.known:
             value = self.known[id(tensor)]
             if tensor.dtype is not None and not isinstance(tensor.dtype, int):
-                value = value.astype(tensor.dtype)
+                value = value.astype(tensor.dtype)  # `Equal` of two sizes is a boolean
             return value.reshape(()) if id(tensor) in self.scalars else value
         for _ in range(4):
             if isinstance(tensor, gs.Constant):

@@ -80,6 +80,12 @@ class Match:
     outputs: list[gs.Tensor]
     bindings: dict[str, Any]
     nodes: list[gs.Node]
+    # Of rules that find their matches themselves. Where named dimensions are read, by input of the plugin and axis:
+    # the body then reads all its sizes there. Shapes for the check of the site, by tensor, where they differ from the
+    # graph's. What was found, in a few words, for the report.
+    dims: dict[str, tuple[str, int]] | None = None
+    shapes: dict[int, tuple[Dim, ...]] = field(default_factory=dict)
+    note: str = ""
 
 
 @dataclass

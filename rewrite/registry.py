@@ -41,6 +41,7 @@ class Rule:
     source: str
     roots: frozenset[str]
     required: frozenset[str]
+    find: Callable[..., Any] | None = None
 
     def call(self, function: Callable[..., Any], bindings: Mapping[str, Any], *first: Any) -> Any:
         """Call `check` or `replace` with the bindings it names; variables of untaken alternatives are None."""
@@ -85,6 +86,10 @@ def rule(cls: type | None = None, *, tier: str = "fuse", priority: int = 0) -> A
     `replace` name the variables, scalars and attributes they want. Rules of higher `priority` are tried first;
     equals in the order of their declaration. `tier` is "lift", "fuse" or "transform": tiers run in this order.
 
+    Where no pattern can say what to look for, the class has instead `root`, the names of operators, and
+    `find(graph, node)`, called with each node of these operators: it returns a `rewrite.matcher.Match`, the reason, one
+    line, why there is none, or None where there was nothing to look for.
+
     Raises RewriteError if the class is incomplete.
     """
 
@@ -92,11 +97,18 @@ def rule(cls: type | None = None, *, tier: str = "fuse", priority: int = 0) -> A
         where = f"rule {cls.__name__} ({cls.__module__})"
         if tier not in TIERS:
             raise RewriteError(f"{where}: tier {tier!r} is unknown; use one of {', '.join(TIERS)}")
-        for needed in ("pattern", "replace"):
+        find = getattr(cls, "find", None)
+        for needed in ("replace",) if find is not None else ("pattern", "replace"):
             if not inspect.isfunction(getattr(cls, needed, None)):
                 raise RewriteError(f"{where}: it has no function '{needed}(op, ...)'; add one")
+        root = getattr(cls, "root", ())
+        if find is not None and (hasattr(cls, "pattern") or not isinstance(root, tuple) or not root):
+            raise RewriteError(f"{where}: a rule with 'find' has no pattern, but a tuple of operator names 'root'")
+        outputs: tuple[P.Value, ...] = ()
+        variables: tuple[str, ...] = ()
         try:
-            outputs, variables = P.trace(cls.pattern)  # type: ignore[attr-defined]
+            if find is None:
+                outputs, variables = P.trace(cls.pattern)  # type: ignore[attr-defined]
         except Exception as error:
             raise RewriteError(f"{where}: its pattern cannot be traced: {error}") from error
         made = Rule(
@@ -109,8 +121,9 @@ def rule(cls: type | None = None, *, tier: str = "fuse", priority: int = 0) -> A
             check=getattr(cls, "check", None),
             priority=priority,
             source=cls.__module__,
-            roots=frozenset(P.roots(outputs[0])),
+            roots=frozenset(P.roots(outputs[0]) if outputs else root),
             required=frozenset().union(*(P.required(o) for o in outputs)),
+            find=find,
         )
         _registered_rules[made.name] = made
         return made

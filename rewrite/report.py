@@ -31,6 +31,8 @@ class Site:
     outputs: list[str]
     nodes: list[str]
     error: float = 0.0
+    attributes: dict[str, Any] = field(default_factory=dict)  # of the plugin node, without those left at their defaults
+    note: str = ""  # what the site is, in a few words, where that says more than the plugin's name: "causal + padding"
     where: str = ""
 
 

@@ -153,7 +153,8 @@ class SymbolicShapes:
                 tensor.shape = dims
             tensor.shape = [old if new is None else new for old, new in zip(dims, tensor.shape, strict=True)]
         self.graph.known = {i: np.array(v, np.int64) for i, v in self.values.items() if all(isinstance(d, int) for d in v)}
-        self.graph.scalars = self.rank0 & set(self.graph.known)
+        self.graph.symbolic = dict(self.values)
+        self.graph.scalars = set(self.rank0)
         self.graph.known.update(self.floats)
 
     def _forget_output_names(self) -> list[tuple[gs.Tensor, Values]]:
@@ -225,6 +226,17 @@ class SymbolicShapes:
         parts = [self.value(t) for t in node.inputs]
         if all(p is not None for p in parts):
             self._set(node.outputs[0], [d for p in parts if p is not None for d in p])
+        shapes = [s for t in node.inputs if (s := self._shape_of(t)) is not None]
+        axis = node.attrs.get("axis", 0)
+        if len(shapes) != len(node.inputs) or len({len(s) for s in shapes}) != 1:
+            return
+        # Cached keys and new ones: "past + seq", where ONNX's inference gives up. Other axes have the first known name.
+        dims = [next((d for d in column if is_named(d)), None) for column in zip(*shapes, strict=True)]
+        total: Dim = 0
+        for shape in shapes:
+            total = plus(total, shape[axis])
+        dims[axis] = total
+        self._dims(node, dims)
 
     def _unsqueeze(self, node: gs.Node) -> None:
         if self._is_scalar(node.inputs[0]):
