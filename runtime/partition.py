@@ -153,7 +153,7 @@ class _Cutter:
             if stage in segments:
                 key, proto, computed = segments[stage].finish(needed)
                 models.setdefault(key, proto)
-                steps.append(Step("segment", key, list(segments[stage].inputs), computed, nodes=[n.name for n in plain[stage]]))
+                steps.append(Step("segment", key, list(segments[stage].inputs), computed, nodes=[n.name or n.outputs[0].name for n in plain[stage]]))
             steps += [self._plugin_step(n) for n in fused.get(stage, ())]
         steps = _without_dead(steps, {o.name for o in self.graph.gs.outputs})
         outputs = {o.name: self._output(o) for o in self.graph.gs.outputs}
