@@ -212,11 +212,12 @@ class Matcher:
         if node is None:
             what = "a constant" if isinstance(tensor, gs.Constant) else "an input of the graph"
             return self._stop(op.name, None, f"'{tensor.name}' is {what}, not the result of {op.name}")
-        if id(op) in self.matched:
-            if self.matched[id(op)] is node and node.outputs[index] is tensor:
+        known = self.matched.get(id(op))
+        if known is node:
+            if node.outputs[index] is tensor:
                 yield
             return
-        if canonical(node) in op.ops and node.outputs[index] is tensor:
+        if known is None and canonical(node) in op.ops and index < len(node.outputs) and node.outputs[index] is tensor:
             yield from self._node(op, node)
             return
         through = look_through(self.graph, node)
@@ -382,12 +383,20 @@ def same_shape(a: gs.Tensor, b: gs.Tensor) -> bool:
 
 
 def interior_use(match: Match) -> str | None:
-    """Why a match may not be fused although it fits: a costly interior value that others read, too."""
+    """Why a match may not be fused although it fits: a value inside that took costly work is read by others, too."""
     graph, inside = match.graph, {id(n) for n in match.nodes}
     outputs = {id(t) for t in match.outputs}
+    costly: dict[int, bool] = {}
+
+    def is_costly(node: gs.Node) -> bool:
+        if id(node) not in costly:
+            costly[id(node)] = canonical(node) in HEAVY
+            costly[id(node)] |= any(id(p) in inside and is_costly(p) for t in node.inputs if (p := graph.producer(t)) is not None)
+        return costly[id(node)]
+
     for node in match.nodes:
         for tensor in node.outputs:
-            if id(tensor) in outputs or canonical(node) not in HEAVY:
+            if id(tensor) in outputs or not is_costly(node):
                 continue
             serving = {id(u) for u in graph.consumers(tensor) if id(u) not in inside and _serves(graph, u, inside)}
             use = graph.is_used_outside(tensor, inside | serving)

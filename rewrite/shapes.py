@@ -10,6 +10,7 @@ positions, a causal mask) lies within the constant.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 
 import numpy as np
@@ -165,6 +166,10 @@ class SymbolicShapes:
             if names and tensor.shape is not None and self.graph.producer(tensor) is not None:
                 declared.append((tensor, list(tensor.shape)))
                 tensor.shape = [None if isinstance(d, str) and d not in names else d for d in tensor.shape]
+        invented = {d for _, dims in declared for d in dims if isinstance(d, str) and d not in names and re.fullmatch(r".*_dim_\d+", d)}
+        if invented:  # ONNX's inference carried them on to the readers of outputs (of cached keys, say)
+            for tensor in (t for n in self.graph.live.values() for t in n.outputs if t.shape is not None):
+                tensor.shape = [None if d in invented else d for d in tensor.shape]
         return declared
 
     # --- values ------------------------------------------------------------------------------------------------
