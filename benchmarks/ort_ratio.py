@@ -19,8 +19,10 @@ import numpy as np
 import onnxruntime
 import record
 import torch
+import transformers
 
 import rewrite
+from rewrite.export.huggingface import as_flat
 from rewrite.export.torch_export import Source, export, make_inputs
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
@@ -33,14 +35,9 @@ SIZES = {"batch": 8, "sequence": 128}
 def source(name: str) -> Source:
     if name == "minilm":
         return exported.source(name, "eager", True)
-    import transformers
-    from rewrite.export.huggingface import as_flat
-
-    config = exported.config(name)
-    config.update({k: v for k, v in WIDE.items() if hasattr(config, k)})
     torch.manual_seed(0)
     kind = transformers.AutoModelForCausalLM if name in exported.DECODERS else transformers.AutoModel
-    return as_flat(kind.from_config(config, attn_implementation="eager").eval())
+    return as_flat(kind.from_config(exported.config(name, **WIDE), attn_implementation="eager").eval())
 
 
 def runner(model: rewrite.Model) -> onnxruntime.InferenceSession:

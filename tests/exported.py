@@ -28,19 +28,23 @@ DECODERS = ("gpt2", "llama", "qwen3", "gemma3")
 EXPORTERS = (("dynamo", 18), ("dynamo", 20), ("dynamo", 23), ("dynamo", 24), ("torchscript", 17), ("torchscript", 18))
 LAYERS = {"minilm": 6}
 BASE = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128, "vocab_size": 100, "max_position_embeddings": 64}
-GROUPED = {**BASE, "num_key_value_heads": 2, "head_dim": 16}
 
 
-def config(name: str) -> transformers.PretrainedConfig:
+def config(name: str, **sizes: int) -> transformers.PretrainedConfig:
+    """The configuration of a small model; `sizes` overrides, by BERT's names."""
+    base = {**BASE, **sizes}
+    heads = base["hidden_size"] // base["num_attention_heads"]
     if name == "bert":
-        return transformers.BertConfig(**BASE)
+        return transformers.BertConfig(**base)
     if name == "gpt2":
-        return transformers.GPT2Config(n_embd=64, n_layer=2, n_head=4, vocab_size=100, n_positions=64)
+        width, layers = base["hidden_size"], base["num_hidden_layers"]
+        return transformers.GPT2Config(n_embd=width, n_layer=layers, n_head=4, vocab_size=base["vocab_size"], n_positions=base["max_position_embeddings"])
     if name == "llama":
-        return transformers.LlamaConfig(**BASE, num_key_value_heads=2)
+        return transformers.LlamaConfig(**base, num_key_value_heads=2)
     if name == "qwen3":
-        return transformers.Qwen3Config(**GROUPED)
-    return transformers.Gemma3TextConfig(**GROUPED, sliding_window=4, layer_types=["sliding_attention", "full_attention"])
+        return transformers.Qwen3Config(**base, num_key_value_heads=2, head_dim=heads)
+    kinds = ["sliding_attention", "full_attention"] * (base["num_hidden_layers"] // 2)
+    return transformers.Gemma3TextConfig(**base, num_key_value_heads=2, head_dim=heads, sliding_window=4, layer_types=kinds)
 
 
 class WithoutMask(torch.nn.Module):
