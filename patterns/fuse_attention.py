@@ -34,7 +34,7 @@ class Attention:
             capped + mask,
             capped,
         )
-        weights = maybe(op.Cast, op.Softmax(maybe(op.Cast, masked), axis=attr("axis")))
+        weights = maybe(op.Cast, maybe(op.Cast, op.Softmax(maybe(op.Cast, masked), axis=attr("axis"))))  # TorchScript, fp16: to float32 and back
         guarded = any_of(op.Where(op.IsNaN(weights), scalar("guard"), weights), weights)
         return op.MatMul(guarded, _repeated(op, v, "v"))
 

@@ -61,7 +61,11 @@ class Test:
 
 
 class Differs(Exception):
-    """The mask is not of the kind that is being tried; the message is the reason."""
+    """The mask is not of the kind that is being tried; the message is the reason, `stage` how far it came."""
+
+    def __init__(self, reason: str, stage: int = 0):
+        super().__init__(reason)
+        self.stage = stage
 
 
 _known: dict[str, Found | str] = {}
@@ -191,13 +195,13 @@ class Mask:
 
     def attributes(self) -> dict[str, Any]:
         """The attributes of the AttentionMask that equals it. Raises Differs."""
-        reasons = []
+        best = Differs("", -1)
         for test in self._tests():
             try:
                 return self._with(test)
             except Differs as error:
-                reasons.append(str(error))
-        raise Differs(reasons[0])
+                best = max(best, error, key=lambda e: e.stage)
+        raise best
 
     # --- computing it ------------------------------------------------------------------------------------------
     def trial(self, batch: int, queries: int, past: int) -> Trial:
@@ -282,7 +286,7 @@ class Mask:
                 continue
             defaults = AttentionMask.attributes
             return {k: v for k, v in attributes.items() if v != defaults[k]}
-        raise Differs(reason)
+        raise Differs(reason, 2)
 
     def _far(self, test: Test) -> tuple[Trial, np.ndarray]:
         """Sizes beyond every window, and the mask without padding at these; tables are read in full."""
@@ -322,14 +326,13 @@ class Mask:
         near = _reference({**attributes, "dtype": "bool", "invert": 0}, self.feeds(trial, self._all_kept(test, trial)))
         kept = TESTS[test.test](padding, test.against).reshape(trial.batch, 1, 1, trial.keys)
         near, kept, y = np.broadcast_arrays(near, kept, y)
-        once = np.unique(y[(near != kept) & (y != 0)])
-        twice = np.unique(y[~near & ~kept & (y != 0)])
-        if len(once) > 1 or len(twice) > 1:
-            raise Differs(f"it adds several numbers to hidden scores: {', '.join(f'{x:.6g}' for x in np.unique([*once, *twice]))}")
-        fills = {"fill": float(once[0])} if once.size else {}
-        if twice.size and (not once.size or twice[0] != once[0]):
-            fills.update(both=1, both_fill=float(twice[0]))
-        return fills
+        kinds = [np.unique(y[where & (y != 0)]) for where in (~near & kept, near & ~kept, ~near & ~kept)]
+        if any(len(k) > 1 for k in kinds):
+            raise Differs(f"it adds several numbers to hidden scores: {', '.join(f'{x:.6g}' for x in np.unique(np.concatenate(kinds)))}", 1)
+        fills = {name: float(k[0]) for name, k in zip(("fill", "padding_fill", "both_fill"), kinds, strict=True) if k.size}
+        if len(set(fills.values())) > 1:
+            return {"split": 1, **fills}
+        return {"fill": next(iter(fills.values()))} if fills else {}
 
     def _needs_binary(self) -> None:
         """Other elements than 0 and 1 must make no mask at all; if they do, the mask reads the elements in its own way."""
@@ -339,7 +342,7 @@ class Mask:
             self._seen(self.run(trial, np.full((trial.batch, trial.keys), -1.0)))
         except Differs:
             return
-        raise Differs("it depends on the elements of the padding in a way that is no comparison with a number")
+        raise Differs("it depends on the elements of the padding in a way that is no comparison with a number", 1)
 
     # --- is it that? -------------------------------------------------------------------------------------------
     def _check(self, test: Test, attributes: Mapping[str, Any], far: Trial) -> None:
@@ -388,16 +391,17 @@ def _dynamic_session(body: onnx.FunctionProto, inputs: Shaped) -> Any:
     return session(model)
 
 
-def _layout(y: np.ndarray, trial: Trial) -> dict[str, str]:
+def _layout(y: np.ndarray, trial: Trial) -> dict[str, Any]:
     """The letters of the mask's dimensions. Raises Differs if they are not those of a mask."""
     shape = f"its shape is {list(y.shape)} for batch {trial.batch}, {trial.queries} queries and {trial.keys} keys"
-    if not 2 <= y.ndim <= 4 or y.shape[-1] != trial.keys or y.shape[-2] not in (1, trial.queries) or any(n != 1 for n in y.shape[-3:-2]):
+    if not 2 <= y.ndim <= 4 or y.shape[-1] != trial.keys or y.shape[-2] not in (1, trial.queries):
         raise Differs(shape)
     if y.ndim == 4 and y.shape[0] not in (1, trial.batch):
         raise Differs(shape)
     rows = "S" if y.shape[-2] == trial.queries and trial.queries != 1 else "1"
     batch = "B" if y.ndim == 4 and y.shape[0] == trial.batch and trial.batch != 1 else "1"
-    return {"layout": (batch + "1" + rows + "T")[-y.ndim :] if y.ndim == 4 else ("1" + rows + "T")[-y.ndim :]}
+    heads = y.shape[-3] if y.ndim > 2 else 1
+    return {"layout": (batch + ("1" if heads == 1 else "H") + rows + "T")[-y.ndim :], "heads": heads}
 
 
 def _band(seen: np.ndarray, trial: Trial) -> dict[str, Any]:
@@ -405,7 +409,7 @@ def _band(seen: np.ndarray, trial: Trial) -> dict[str, Any]:
     seen = np.broadcast_to(seen, (*seen.shape[:-2], trial.queries, trial.keys)).reshape(-1, trial.queries, trial.keys)
     first = seen[0]
     if not (seen == first).all():
-        raise Differs("it hides other keys in each row of the batch though nothing is padding")
+        raise Differs("it hides other keys for each head or in each row of the batch though nothing is padding")
     if first.all():
         return {"causal": 0, "window": 0, "align": "end"}
     for align, offset in (("end", trial.keys - trial.queries), ("start", 0)):

@@ -43,15 +43,15 @@ class AttentionMask:
     `causal`: it sees keys up to its own position. `window` w > 0: only keys less than w away. `unmask_empty`: a query
     that would see nothing sees every key.
 
-    y has a dimension for each letter of `layout` (for example "B1ST"). `dtype` "bool": True where the key is seen
-    (where it is not, if `invert`). A float dtype: 0 where the key is seen, `fill` elsewhere; with `both` 1, `both_fill`
-    where position and padding both hide it.
+    y has a dimension for each letter of `layout` (for example "B1ST", or "BHST" with `heads` equal ones). `dtype` "bool": True where the key is seen
+    (where it is not, if `invert`). A float dtype: 0 where the key is seen, `fill` elsewhere; or, with `split` 1, `fill`
+    where its position hides it, `padding_fill` where padding does and `both_fill` where both do.
     """
 
     inputs = ("padding?", "source?", "past?")
     attributes = {
         "causal": 0, "window": 0, "align": "end", "test": "!=", "against": 0.0, "binary": 0, "unmask_empty": 0,
-        "layout": "B1ST", "dtype": "bool", "invert": 0, "fill": 0.0, "both": 0, "both_fill": 0.0,
+        "layout": "B1ST", "heads": 1, "dtype": "bool", "invert": 0, "fill": 0.0, "split": 0, "padding_fill": 0.0, "both_fill": 0.0,
         "batch_axis": 0, "query_axis": 1, "past_axis": 2,
     }  # fmt: skip
     tolerance = dict.fromkeys(("bool", "float64", "float32", "float16", "bfloat16"), (0.0, 0.0))
@@ -59,8 +59,8 @@ class AttentionMask:
 
     def reference(
         padding: Array | None = None, source: Array | None = None, past: Array | None = None, *, causal: int, window: int, align: str,
-        test: str, against: float, binary: int, unmask_empty: int, layout: str, dtype: str, invert: int, fill: float, both: int,
-        both_fill: float, batch_axis: int, query_axis: int, past_axis: int,
+        test: str, against: float, binary: int, unmask_empty: int, layout: str, heads: int, dtype: str, invert: int, fill: float, split: int,
+        padding_fill: float, both_fill: float, batch_axis: int, query_axis: int, past_axis: int,
     ) -> Array:  # fmt: skip
         sized = source if source is not None else padding
         assert sized is not None
@@ -80,9 +80,9 @@ class AttentionMask:
         if dtype == "bool":
             y = seen ^ bool(invert)
         else:
-            hidden = np.where(~near & ~kept, both_fill, fill) if both else np.asarray(fill)
+            hidden = np.where(near, padding_fill, np.where(kept, fill, both_fill)) if split else np.asarray(fill)
             y = np.where(seen, 0.0, hidden).astype(dtype)
         y = y[(0,) * (4 - len(layout))]
         y = y[tuple(slice(0, 1) if letter == "1" else slice(None) for letter in layout)]
-        sizes = {"B": batch, "S": queries, "T": keys, "1": 1}
+        sizes = {"B": batch, "H": heads, "S": queries, "T": keys, "1": 1}
         return np.broadcast_to(y, [sizes[letter] for letter in layout])

@@ -105,8 +105,30 @@ def test_causal_and_padding_added_to_one_another():
     lines += "  u = Unsqueeze(m, ax12)  n = Sub(fone, u)  p = Mul(n, low)  bias = Add(c1, p)"
     note, attributes = found(attention(lines, ADDED, keys="s", inputs="int64[b, s] pad"))
     assert note == "causal + padding"
-    assert (attributes["both"], attributes["both_fill"], attributes["binary"]) == (1, -np.inf, 1)
-    assert attributes["fill"] == float(np.float32(-3.4028235e38))
+    assert (attributes["split"], attributes["both_fill"], attributes["binary"]) == (1, -np.inf, 1)
+    assert attributes["fill"] == attributes["padding_fill"] == float(np.float32(-3.4028235e38))
+
+
+SEVERAL = {
+    "added": "c1 = Where(c, fzero, low)  s1 = Add(scores, c1)  b1 = Where(p, fzero, soft)  masked = Add(b1, s1)",
+    "chosen, then added": "s1 = Where(c, scores, low)  b1 = Where(p, fzero, low)  masked = Add(s1, b1)",
+    "chosen twice": "s1 = Where(c, scores, low)  masked = Where(p, s1, low)",
+    "dropped twice": "nc = Not(c)  np = Not(p)  s1 = Where(nc, low, scores)  masked = Where(np, low, s1)",
+}
+
+
+@pytest.mark.parametrize("name", SEVERAL)
+def test_several_masks_become_one(name):
+    lines = POSITIONS + PADDED + " c = LessOrEqual(j, i)"
+    note, _ = found(attention(lines, SEVERAL[name], keys="s", inputs="int64[b, s] pad"))
+    assert note == "causal + padding"
+
+
+def test_products_that_are_added_stay_apart():
+    """A relative position bias computed from the queries is no mask."""
+    lines = POSITIONS + "c = LessOrEqual(j, i)  c1 = Where(c, fzero, low)  s1 = MatMul(q, kt)  s2 = Add(scores, s1)"
+    result = rewrite.optimize(attention(lines, "masked = Add(s2, c1)", inputs="", keys="s"), explain=True)
+    assert result.report.rules["added_masks"].applied == 0
 
 
 def test_rows_without_keys_that_see_everything():
@@ -233,7 +255,13 @@ def test_a_mask_computed_from_activations_stays():
 def test_a_mask_that_differs_by_head_stays():
     lines = POSITIONS + "d = Sub(i, j)  keep = Less(d, widths)"
     answer = found(attention(lines, inputs="", keys="s", widths=np.array([2, 3]).reshape(1, 2, 1, 1)))
-    assert "its shape is" in answer
+    assert "for each head" in answer
+
+
+def test_a_mask_repeated_for_every_head():
+    lines = "u = Unsqueeze(pad, ax12)  n = Not(u)  keep = Expand(n, heads)"
+    note, attributes = found(attention(lines, inputs="bool[b, s] pad", keys="s", heads=np.array([1, 2, 1, 1])))
+    assert (note, attributes) == ("padding", {"layout": "BH1T", "heads": 2, "test": "=="})
 
 
 # --- sharing, reference, body -------------------------------------------------------------------------------------

@@ -1,0 +1,84 @@
+"""Several masks of one attention, one after the other -> one mask."""
+
+from __future__ import annotations
+
+from rewrite.graph import canonical
+from rewrite.pattern import any_of, attr, scalar
+from rewrite.registry import rule
+
+HIDDEN = -6e4  # a score from which on adding to it, or setting it, changes nothing that softmax would show
+
+
+def _are_scores(x, depth=6):
+    """Whether a value is a product of queries and keys, perhaps scaled."""
+    node = x.graph.producer(x.tensor)
+    for _ in range(depth):
+        if node is None:
+            return False
+        if canonical(node) in ("MatMul", "Einsum"):
+            return True
+        if canonical(node) not in ("Mul", "Div", "Cast", "Tanh", "Reshape"):
+            return False
+        node = max((x.graph.producer(t) for t in node.inputs), key=lambda n: n is not None and canonical(n) != "Constant")
+    return False
+
+
+@rule(tier="lift")
+class AddedMasks:
+    """softmax((scores + a) + b) -> softmax(scores + (a + b))."""
+
+    def pattern(op, scores, a, b):
+        return op.Softmax(scores + a + b, axis=attr("axis"))
+
+    def check(scores, a, b, output):
+        if not _are_scores(scores) or _are_scores(a) or _are_scores(b):
+            return f"'{scores.name}' is not a product to which '{a.name}' and '{b.name}' are added"
+        total = output.graph.producer(output.graph.producer(output.tensor).inputs[0])
+        if any(t is scores.tensor for t in total.inputs):
+            return "the masks are added to one another already"
+        return None
+
+    def replace(op, scores, a, b, axis):
+        return op.Softmax(op.Add(scores, op.Add(a, b)), axis=axis)
+
+
+@rule(tier="lift")
+class ChosenAndAddedMasks:
+    """softmax(where(keep, scores, low) + b) -> softmax(scores + (where(keep, 0, low) + b))."""
+
+    def pattern(op, keep, scores, b):
+        return op.Softmax(any_of(op.Where(keep, scores, scalar("low")) + b, op.Where(keep, scalar("drop_low"), scores) + b), axis=attr("axis"))
+
+    def check(scores, b, low, drop_low):
+        if not _are_scores(scores) or _are_scores(b):
+            return f"'{scores.name}' is not a product to which '{b.name}' is added"
+        if (low if low is not None else drop_low) > HIDDEN:
+            return f"hidden scores become {low if low is not None else drop_low}, which may show"
+        return None
+
+    def replace(op, keep, scores, b, low, drop_low, axis):
+        zero, hidden = op.constant(0, scores.dtype), op.constant(low if low is not None else drop_low, scores.dtype)
+        mask = op.Where(keep, zero, hidden) if low is not None else op.Where(keep, hidden, zero)
+        return op.Softmax(op.Add(scores, op.Add(mask, b)), axis=axis)
+
+
+@rule(tier="lift")
+class ChosenMasks:
+    """softmax(where(a, where(b, scores, low), low)) -> softmax(where(a and b, scores, low)), and the other way round."""
+
+    def pattern(op, a, b, scores):
+        return op.Softmax(
+            any_of(
+                op.Where(a, op.Where(b, scores, scalar("low")), scalar("low")),
+                op.Where(a, scalar("drop_low"), op.Where(b, scalar("drop_low"), scores)),
+            ),
+            axis=attr("axis"),
+        )
+
+    def check(scores):
+        return None if _are_scores(scores) else f"'{scores.name}' is no product of queries and keys"
+
+    def replace(op, a, b, scores, low, drop_low, axis):
+        hidden = op.constant(low if low is not None else drop_low, scores.dtype)
+        chosen = op.Where(op.And(a, b), scores, hidden) if low is not None else op.Where(op.Or(a, b), hidden, scores)
+        return op.Softmax(chosen, axis=axis)
