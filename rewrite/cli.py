@@ -265,11 +265,17 @@ def unfuse(model: str, output: str) -> None:
 @main.command("list")
 @rules_option
 @json_option
-def list_(files: tuple[str, ...], as_json: bool) -> None:
+@click.option("--markdown", "as_page", is_flag=True, help="Print a page with every pattern (docs/rules.md).")
+def list_(files: tuple[str, ...], as_json: bool, as_page: bool) -> None:
     """List the rules, in the order in which they are tried, and the plugins."""
     from rewrite.registry import library
 
     found = library(list(files))
+    if as_page:
+        from rewrite.listing import markdown
+
+        click.echo(markdown(found), nl=False)
+        return
     rules = [{"name": r.name, "tier": r.tier, "doc": r.doc.split("\n")[0], "source": r.source} for r in found.rules]
     plugins = [{"name": p.name, "doc": p.doc.split("\n")[0], "source": p.source} for p in found.plugins.values()]
     if as_json:

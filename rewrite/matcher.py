@@ -212,12 +212,12 @@ class Matcher:
         if node is None:
             what = "a constant" if isinstance(tensor, gs.Constant) else "an input of the graph"
             return self._stop(op.name, None, f"'{tensor.name}' is {what}, not the result of {op.name}")
-        known = self.matched.get(id(op))
-        if known is node:
+        taken = id(op) in self.matched
+        if taken and self.matched[id(op)] is node:
             if node.outputs[index] is tensor:
                 yield
             return
-        if known is None and canonical(node) in op.ops and index < len(node.outputs) and node.outputs[index] is tensor:
+        if not taken and canonical(node) in op.ops and index < len(node.outputs) and node.outputs[index] is tensor:
             yield from self._node(op, node)
             return
         through = look_through(self.graph, node)

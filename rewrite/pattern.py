@@ -278,7 +278,7 @@ def text(value: Value) -> str:
     if isinstance(value, Missing):
         return "None"
     if isinstance(value, AnyOf):
-        return " | ".join(text(a) for a in value.alternatives)
+        return "(" + " | ".join(text(a) for a in value.alternatives) + ")"
     if isinstance(value, Tag):
         return text(value.value)
     if isinstance(value, Output):
