@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from rewrite.errors import RewriteError
-from rewrite.export.torch_export import Source, _line, _quiet
+from rewrite.export.source import Source, first_line, quiet, torch
 
 try:
-    import torch
     import transformers
 except ImportError as error:
     raise RewriteError("reading a Hugging Face directory needs transformers; install the extra: pip install 'rewrite-onnx[export]'") from error
@@ -55,17 +54,21 @@ def load_directory(path: str | os.PathLike[str], *, attention: str = "eager") ->
     if not (directory / "config.json").is_file():
         raise RewriteError(f"{directory}: not a Hugging Face directory: it has no config.json")
     try:
-        with _quiet():
-            config = transformers.AutoConfig.from_pretrained(directory, local_files_only=True)
+        with quiet():
+            config = transformers.AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
             names = config.architectures or []
             kind = getattr(transformers, names[0], None) if names else transformers.AutoModel
             if kind is None:
                 raise RewriteError(f"{directory}: architecture {names[0]} is unknown to transformers {transformers.__version__}; export it with MODULE:CALLABLE")
-            model = kind.from_pretrained(directory, local_files_only=True, attn_implementation=attention)
+            options = {"local_files_only": True, "trust_remote_code": False, "use_safetensors": True, "attn_implementation": attention}
+            model, loading = kind.from_pretrained(directory, output_loading_info=True, **options)
     except RewriteError:
         raise
     except Exception as error:
-        raise RewriteError(f"{directory}: cannot be loaded: {_line(error)}") from error
+        raise RewriteError(f"{directory}: cannot be loaded: {first_line(error)}") from error
+    missing = sorted(loading["missing_keys"])
+    if missing:  # transformers would give them random values
+        raise RewriteError(f"{directory}: the weights lack {len(missing)} of {type(model).__name__}'s tensors, first {missing[0]}; correct 'architectures' in config.json")
     return as_flat(model)
 
 

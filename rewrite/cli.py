@@ -79,7 +79,8 @@ def _load_inputs(files: tuple[str, ...]) -> list[dict[str, Any]] | None:
 @click.option("--exporter", type=click.Choice(["dynamo", "torchscript"]), default="dynamo", show_default=True)
 @click.option("--attention", type=click.Choice(["eager", "sdpa"]), default="eager", show_default=True, help="Attention of a Hugging Face model.")
 @click.option("--verify/--no-verify", default=True, show_default=True, help="Compare with PyTorch at several shapes and paddings.")
-def export(source: str, output: str, opset: int, exporter: str, attention: str, verify: bool) -> None:
+@json_option
+def export(source: str, output: str, opset: int, exporter: str, attention: str, verify: bool, as_json: bool) -> None:
     """Export SOURCE to ONNX with dynamic batch and sequence.
 
     SOURCE is a local Hugging Face directory, or MODULE:CALLABLE, a function without arguments that returns
@@ -100,8 +101,11 @@ def export(source: str, output: str, opset: int, exporter: str, attention: str, 
         else:
             loaded = load_callable(source)
         done = run(loaded, output, opset=opset, exporter=exporter, verify=verify, progress=say)
+    if as_json:
+        click.echo(json.dumps({"path": output, "opset": opset, "exporter": exporter, "error": done.error, "shapes": done.shapes}, indent=1))
+        return
     if done.error is None:
-        click.echo("NOT compared with PyTorch" + (" (--no-verify)" if not verify else ": ONNX Runtime has no bfloat16 on the CPU"))
+        click.echo("NOT compared with PyTorch (--no-verify)")
     else:
         click.echo(f"equal to PyTorch: largest relative difference {done.error:.1e}, at {', '.join(str(s).strip('{}') for s in done.shapes)}".replace("'", ""))
     click.echo(f"written to {output}")
@@ -306,7 +310,7 @@ def progress() -> Iterator[Callable[[str], None]]:
     """Say on standard error what is being done: in place on a terminal, a line each elsewhere."""
     from rich.console import Console
 
-    console = Console(stderr=True, highlight=False)
+    console = Console(file=sys.stderr, highlight=False)  # this stream, even while an exporter's own output is hushed
     if not console.is_terminal:
         yield lambda line: click.echo(line, err=True)
         return

@@ -30,14 +30,27 @@ def write_atomically(path: str | os.PathLike[str], write: Callable[[BinaryIO], o
         os.chmod(temporary, 0o666 & ~mask)
         os.replace(temporary, path)
         temporary = None
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        _flush(path.parent)
     except OSError as error:
         raise RewriteError(f"{path}: cannot be written: {error.strerror or error}; nothing was changed") from error
     finally:
         if temporary is not None:
             with contextlib.suppress(OSError):
                 os.unlink(temporary)
+
+
+def move_into_place(files: list[Path], folder: Path) -> None:
+    """Flush files to the disk and rename them into `folder`, in order. Raises OSError if one cannot be written."""
+    for file in files:
+        _flush(file)
+    for file in files:
+        os.replace(file, folder / file.name)
+    _flush(folder)
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

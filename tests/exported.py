@@ -16,8 +16,7 @@ import onnx
 import torch
 import transformers
 
-import rewrite.export.huggingface
-import rewrite.export.torch_export
+import rewrite.export
 from rewrite.errors import RewriteError
 from rewrite.export.huggingface import as_flat, load_directory
 from rewrite.export.torch_export import Source, export
@@ -86,7 +85,7 @@ def amplify(model: torch.nn.Module) -> None:
 def folder() -> Path:
     """Where exports are kept: named for everything they depend on."""
     parts = [torch.__version__, transformers.__version__, onnx.__version__]
-    for file in (__file__, rewrite.export.huggingface.__file__, rewrite.export.torch_export.__file__):
+    for file in (__file__, *sorted(Path(rewrite.export.__file__).parent.glob("*.py"))):
         parts.append(Path(file).read_text())
     made = Path(tempfile.gettempdir()) / f"rewrite-exports-{os.getuid()}-{hashlib.sha256(repr(parts).encode()).hexdigest()[:12]}"
     made.mkdir(exist_ok=True)

@@ -16,8 +16,9 @@ from click.testing import CliRunner
 
 import rewrite
 from rewrite.cli import main
+from rewrite.export.compare import PADDINGS, compare_with_torch, make_inputs
 from rewrite.export.huggingface import load_directory
-from rewrite.export.torch_export import PADDINGS, Source, as_source, compare_with_torch, export, make_inputs
+from rewrite.export.torch_export import Source, as_source, export
 
 
 class Mlp(torch.nn.Module):
@@ -67,7 +68,7 @@ def test_several_outputs_and_inputs_by_name(tmp_path):
 
     source = as_source(Pair(), {"b": torch.randn(2, 3), "a": torch.randn(2, 3)})
     export(source, tmp_path / "m.onnx")
-    assert [o.name for o in onnx.load(tmp_path / "m.onnx").graph.output] == ["output_0", "output_1", "output_2"]
+    assert [o.name for o in onnx.load(tmp_path / "m.onnx").graph.output] == ["sum", "parts_0", "parts_1"]
 
 
 @pytest.mark.parametrize(("module", "example", "reason"), [

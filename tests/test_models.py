@@ -15,7 +15,7 @@ import torch
 
 import rewrite
 from rewrite.errors import RewriteError
-from rewrite.export.torch_export import PADDINGS, SHAPES, compare_with_torch, make_inputs
+from rewrite.export.compare import PADDINGS, SHAPES, compare_with_torch, make_inputs
 from rewrite.runtime.build import check_plan
 from rewrite.verify import check_models, file_session, run_model
 
