@@ -17,7 +17,7 @@ from typing import Any
 from rewrite.errors import RewriteError
 
 try:
-    import torch
+    import torch as torch
 except ImportError as error:
     raise RewriteError("exporting needs PyTorch; install the extra: pip install 'rewrite-onnx[export]'") from error
 

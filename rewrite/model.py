@@ -40,7 +40,7 @@ class Model:
 
     @property
     def opset(self) -> int:
-        return next((o.version for o in self.proto.opset_import if o.domain in ("", "ai.onnx")), onnx.defs.onnx_opset_version())
+        return int(next((o.version for o in self.proto.opset_import if o.domain in ("", "ai.onnx")), onnx.defs.onnx_opset_version()))
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the model, whole or not at all; external weights in another folder are copied beside it.
