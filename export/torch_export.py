@@ -28,7 +28,8 @@ from rewrite.export.source import Source, first_line, quiet, torch
 from rewrite.export.source import as_source as as_source
 from rewrite.export.source import load_callable as load_callable
 from rewrite.files import move_into_place
-from rewrite.model import MIN_OPSET, Model, load
+from rewrite.model import Model, load
+from rewrite.validity import MIN_OPSET
 
 OPSET = 20
 LARGE = 1 << 30  # bytes of weights from which they are stored beside the model

@@ -28,6 +28,8 @@ _HOME = {
     "attr": "rewrite.pattern",
     "rest": "rewrite.pattern",
     "tag": "rewrite.pattern",
+    "typed": "rewrite.pattern",
+    "unless_nan": "rewrite.pattern",
     "RewriteError": "rewrite.errors",
     "CheckFailed": "rewrite.errors",
 }
@@ -49,6 +51,8 @@ if TYPE_CHECKING:
     from rewrite.pattern import rest as rest
     from rewrite.pattern import scalar as scalar
     from rewrite.pattern import tag as tag
+    from rewrite.pattern import typed as typed
+    from rewrite.pattern import unless_nan as unless_nan
     from rewrite.registry import plugin as plugin
     from rewrite.registry import rule as rule
     from rewrite.runtime.build import build as build

@@ -6,6 +6,7 @@ import contextlib
 import json
 import re
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -15,12 +16,23 @@ import rewrite
 from rewrite.errors import CheckFailed, RewriteError
 
 if TYPE_CHECKING:
+    from rewrite.model import Model
+    from rewrite.optimizer import Result
     from rewrite.report import NearMiss, Report
     from rewrite.runtime.plan import Plan
 
 
 class Commands(click.Group):
-    """Turns our errors into one line on standard error and their exit code."""
+    """Turns errors, ours and those of click, into one line on standard error and their exit code."""
+
+    def make_context(self, *args: Any, **kwargs: Any) -> click.Context:
+        try:
+            return super().make_context(*args, **kwargs)
+        except click.UsageError as error:
+            if type(error).__name__ == "NoArgsIsHelpError":  # new in click 8.2
+                raise
+            self._tell(error)
+            raise SystemExit(2) from error
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
@@ -28,9 +40,29 @@ class Commands(click.Group):
         except RewriteError as error:
             click.echo(f"rewrite: {error}", err=True)
             ctx.exit(error.exit_code)
+        except click.UsageError as error:
+            self._tell(error)
+            ctx.exit(2)
+        except MemoryError:
+            click.echo("rewrite: out of memory; the model needs about three times its size", err=True)
+            ctx.exit(2)
         except BrokenPipeError:
             sys.stderr.close()
             ctx.exit(1)
+
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> tuple[str | None, click.Command | None, list[str]]:
+        import difflib
+
+        if args and self.get_command(ctx, args[0]) is None and not args[0].startswith("-"):
+            close = difflib.get_close_matches(args[0], self.commands, 1)
+            raise click.UsageError(f"there is no command '{args[0]}'" + (f"; did you mean '{close[0]}'?" if close else ""), ctx)
+        return super().resolve_command(ctx, args)
+
+    @staticmethod
+    def _tell(error: click.UsageError) -> None:
+        command = error.ctx.command_path if error.ctx is not None else "rewrite"
+        text = " ".join(error.format_message().split()).rstrip(".")
+        click.echo(f"rewrite: {text[:1].lower()}{text[1:]}; `{command} --help` shows how it is called", err=True)
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -58,16 +90,20 @@ def table(title: str, columns: list[str], rows: list[list[str]]) -> None:
     Console(width=None if sys.stdout.isatty() else 160, highlight=False).print(made)
 
 
-def _load_inputs(files: tuple[str, ...]) -> list[dict[str, Any]] | None:
-    import numpy as np
+def _load_inputs(files: tuple[str, ...], model: Model) -> list[dict[str, Any]] | None:
+    """The inputs of each file, checked against what the model takes; None if there is no file."""
+    from rewrite.validity import check_feeds
 
+    initial = {i.name for i in model.proto.graph.initializer}
+    names = [i.name for i in model.proto.graph.input if i.name not in initial]
     loaded = []
     for file in files:
+        feeds = load_feeds(file, names)
         try:
-            with np.load(file, allow_pickle=False) as data:
-                loaded.append({k: data[k] for k in data.files} if hasattr(data, "files") else {"": data})
-        except Exception as error:
-            raise RewriteError(f"{file}: not a readable .npz file of arrays ({error})") from error
+            check_feeds(model.proto, feeds)
+        except RewriteError as error:
+            raise RewriteError(f"{file}: {error}") from error
+        loaded.append(feeds)
     return loaded or None
 
 
@@ -125,6 +161,18 @@ def parse_expectation(text: str) -> tuple[str, str, int]:
     return found[1], found[2], int(found[3])
 
 
+def check_names(expectations: list[tuple[str, str, int]], plugins: set[str], rules: set[str]) -> None:
+    """Asked before the work. Raises RewriteError if an expectation names neither a plugin nor a rule."""
+    import difflib
+
+    known = {*map(_plugin_key, plugins), *rules}
+    for name, _, _ in expectations:
+        if _plugin_key(name.split(":")[0]) not in known and name not in known:
+            close = difflib.get_close_matches(name.lower(), sorted(known), 1)
+            hint = f"did you mean '{close[0]}'?" if close else "`rewrite list` shows both"
+            raise RewriteError(f"--expect {name}: neither a plugin nor a rule; {hint}")
+
+
 def check_expectations(expectations: list[tuple[str, str, int]], report: Report, plugins: set[str]) -> list[str]:
     """What does not hold, a line each. A name is a plugin (`attention` for FusedAttention), one with the name that an
     attribute has (`matmul_act:gelu`), or a rule."""
@@ -135,12 +183,7 @@ def check_expectations(expectations: list[tuple[str, str, int]], report: Report,
     failures = []
     for name, comparison, wanted in expectations:
         key = _plugin_key(name)
-        if key in counts:
-            found = counts[key]
-        elif name in report.rules:
-            found = report.rules[name].applied
-        else:
-            raise RewriteError(f"--expect {name}: neither a plugin nor a rule; `rewrite list` shows both")
+        found = counts[key] if key in counts else report.rules[name].applied
         holds = {"=": found == wanted, ">=": found >= wanted, "<=": found <= wanted}[comparison]
         if not holds:
             failures.append(f"expected {name}{comparison}{wanted}, found {found}")
@@ -154,20 +197,32 @@ def check_expectations(expectations: list[tuple[str, str, int]], report: Report,
 @only_option
 @click.option("--expect", multiple=True, metavar="NAME=N", help="Fail (exit code 1) unless so many nodes were fused: attention=6, matmul_act:gelu>=6 (repeatable).")
 @click.option("--verify/--no-verify", default=True, show_default=True, help="Check each fused site and the whole model.")
-@click.option("--inputs", multiple=True, metavar="FILE", help=".npz with inputs for the check of the whole model (repeatable).")
+@click.option("--inputs", multiple=True, metavar="FILE", help=".npz with inputs by name, for the check of the whole model (repeatable); generated if absent.")
 @click.option("--tolerance", default=1e-4, show_default=True, help="Largest relative difference of the whole model's outputs.")
 @click.option("--report", "report_file", metavar="FILE", help="Write a JSON report: rules, matches, refusals, sites, times.")
 @json_option
 def optimize(model: str, output: str | None, files: tuple[str, ...], only: tuple[str, ...], expect: tuple[str, ...], verify: bool,
              inputs: tuple[str, ...], tolerance: float, report_file: str | None, as_json: bool) -> None:  # fmt: skip
-    """Rewrite MODEL with all rules, verify it, and write it to --output."""
+    """Rewrite MODEL with all rules, verify it, and write it to --output (which may be MODEL itself)."""
+    from rewrite.files import check_target
+    from rewrite.model import load
     from rewrite.optimizer import optimize as run
     from rewrite.registry import library
 
     expectations = [parse_expectation(e) for e in expect]
-    result = run(model, rules=list(files), only=list(only) or None, verify=verify, inputs=_load_inputs(inputs), tolerance=tolerance, explain=bool(expect))
+    for target in filter(None, (output, report_file)):
+        check_target(target)
+    known = library(files)
+    check_names(expectations, set(known.plugins), {r.name for r in known.rules} if not only else set(only))
+    source = load(model)
+    feeds = _load_inputs(inputs, source)
+    settings: dict[str, Any] = {"rules": list(files), "only": list(only) or None, "verify": verify, "inputs": feeds, "tolerance": tolerance}
+    result = run(source, **settings, explain=bool(expect))
+    if not result.report.sites and not expect:  # the user will want to know why
+        result = run(source, **{**settings, "verify": False}, explain=True)
+        result.report.verified = verify
     report = result.report
-    failures = check_expectations(expectations, report, set(library().plugins))
+    failures = check_expectations(expectations, report, set(known.plugins))
     if not failures and output:
         result.model.save(output)
     if report_file:
@@ -179,8 +234,8 @@ def optimize(model: str, output: str | None, files: tuple[str, ...], only: tuple
     if failures:
         lines = [*failures, *(f"  {m}" for m in best_near_misses(report)[:10])]
         raise CheckFailed("\n".join(lines) + ("\nnothing was written" if output else ""))
-    if not report.sites and not as_json:
-        click.echo("\nNo rule matched; the model is unchanged. `rewrite explain` tells what came closest.")
+    if not as_json:
+        print_unfused(result)
 
 
 def _write_json(path: str, data: Any) -> None:
@@ -203,63 +258,115 @@ def print_report(report: Report, model: str, output: str | None) -> None:
         table("", ["tier", "rule", "becomes", "sites", "largest error", "where"], rows)
     before, after = sum(report.operators_before.values()), sum(report.operators_after.values())
     click.echo(f"\n{model}: {before} operators -> {after}, in {report.seconds - report.verify_seconds:.1f} s" if rows else f"{model}: {before} operators")
-    if report.verified:
-        click.echo(f"verified against the original: largest relative difference {report.model_error:.1e}")
-    else:
-        click.echo("NOT verified (--no-verify)")
+    for miss in report.rejected:
+        click.echo(str(miss))
+    for operator, nodes in report.unknown.items():
+        more = f" and {len(nodes) - 1} more" if len(nodes) > 1 else ""
+        click.echo(f"kept as it is: {operator} '{nodes[0]}'{more}, an operator that neither ONNX nor ONNX Runtime knows")
+    click.echo(_what_was_verified(report))
     if output:
         click.echo(f"written to {output}")
 
 
+def _what_was_verified(report: Report) -> str:
+    if not report.sites:
+        return "No rule matched; the model is unchanged."
+    if not report.verified:
+        return "NOT verified (--no-verify)"
+    if report.model_error is None:
+        return "each site verified; the whole model was not run, because of the unknown operators"
+    return f"verified against the original: largest relative difference {report.model_error:.1e}"
+
+
+def print_unfused(result: Result) -> None:
+    """What looks like a fusion and is none: in full if nothing was fused, else how to ask."""
+    from rewrite.explain import unfused
+
+    left = unfused(result.model.proto, result.report)
+    if not left:
+        return
+    if result.report.sites:
+        kinds = ", ".join(f"{n} × {k}" for k, n in Counter(u.kind for u in left).items())
+        click.echo(f"not fused: {kinds}; `rewrite explain` tells why")
+        return
+    click.echo()
+    table("Not fused", ["looks like", "at", "nearest rule", "why not"], [[u.kind, u.node, u.rule or "-", u.reason] for u in left])
+
+
 def best_near_misses(report: Report) -> list[NearMiss]:
-    """The deepest partial match at each node, deepest first."""
+    """The nearest miss at each node, nearest first; those that say little are left out."""
+    from rewrite.explain import significant
+
     best: dict[str, NearMiss] = {}
-    for miss in report.near_misses:
-        weight = (miss.part == "check", miss.depth)
+    for miss in filter(significant, report.near_misses):
         old = best.get(miss.at)
-        if old is None or weight > (old.part == "check", old.depth):
+        if old is None or (miss.nearness, miss.depth) > (old.nearness, old.depth):
             best[miss.at] = miss
-    return sorted(best.values(), key=lambda m: (m.part != "check", -m.depth))
+    return sorted(best.values(), key=lambda m: (-m.nearness, -m.depth))
 
 
 @main.command()
 @click.argument("model")
-@click.option("--rule", "rule_name", metavar="RULE", help="Only this rule.")
-@click.option("--node", metavar="NAME", help="Only at this node.")
+@click.option("--rule", "rule_name", metavar="RULE", help="Every place where this rule came near, however little.")
+@click.option("--node", metavar="NAME", help="What every rule says of this node, by its name in the graph.")
 @rules_option
 @json_option
 def explain(model: str, rule_name: str | None, node: str | None, files: tuple[str, ...], as_json: bool) -> None:
-    """Tell where rules almost matched in MODEL, and why they did not."""
+    """Tell what is fused in MODEL, what looks like a fusion and is none, and why.
+
+    MODEL may be rewritten already or not; nothing is written. Sites are not verified here: `rewrite optimize` says which
+    replacements were rejected.
+    """
     from dataclasses import asdict
 
+    from rewrite.explain import unfused
+    from rewrite.model import load
     from rewrite.optimizer import optimize as run
+    from rewrite.registry import unknown_rule
+    from rewrite.validity import all_nodes
 
-    report = run(model, rules=list(files), verify=False, explain=True).report
+    source = load(model)
+    if node is not None and node not in {n.name or o for n in all_nodes(source.proto.graph) for o in n.output}:
+        raise RewriteError(f"{model}: it has no node '{node}'; `rewrite inspect {model} --steps` lists them")
+    result = run(source, rules=list(files), verify=False, explain=True)
+    report = result.report
     if rule_name is not None and rule_name not in report.rules:
-        raise RewriteError(f"rule '{rule_name}' is unknown; `rewrite list` shows the {len(report.rules)} known ones")
-    misses = [m for m in report.near_misses if rule_name in (None, m.rule) and (node is None or f"'{node}'" in m.at)]
-    if rule_name is None and node is None:
-        misses = best_near_misses(report)
+        raise RewriteError(unknown_rule(rule_name, report.rules))
+    left, misses = unfused(result.model.proto, report), best_near_misses(report)
+    if rule_name is not None or node is not None:
+        left, misses = [], [m for m in report.near_misses if rule_name in (None, m.rule) and (node is None or m.at.endswith(f"'{node}'"))]
+    else:
+        told = {(u.rule, u.reason) for u in left}
+        misses = [m for m in misses if (m.rule, m.why()) not in told]
     if as_json:
-        click.echo(json.dumps([asdict(m) for m in misses], indent=1))
+        fused = [asdict(s) for s in report.sites if rule_name in (None, s.rule)]
+        click.echo(json.dumps({"fused": fused, "unfused": [asdict(u) for u in left], "near_misses": [asdict(m) for m in misses]}, indent=1))
         return
-    for name, stats in report.rules.items():
-        if stats.applied and rule_name in (None, name):
-            click.echo(f"{name}: matches at {stats.applied} sites")
-    if not misses:
-        click.echo("no near miss" + (f" at node '{node}'" if node else ""))
-    for miss in misses:
-        click.echo(str(miss))
+    taken = [s for s in report.sites if rule_name in (None, s.rule) and (node is None or any(n.endswith(f"'{node}'") for n in s.nodes))]
+    if taken:
+        rows = Counter((s.rule, s.plugin or "(plain)") for s in taken)
+        table("Fused", ["rule", "becomes", "sites"], [[rule, plugin, str(n)] for (rule, plugin), n in rows.items()])
+    if left:
+        click.echo()
+        table("Not fused", ["looks like", "at", "nearest rule", "why not"], [[u.kind, u.node, u.rule or "-", u.reason] for u in left])
+    if misses:
+        click.echo()
+        table("Near misses" if left or rule_name or node else "Other near misses", ["rule", "at", "why not"], [[m.rule, m.at, m.why()] for m in misses])
+    if not left and not misses:
+        of = "".join((f" of rule '{rule_name}'" if rule_name else "", f" at node '{node}'" if node else ""))
+        click.echo(f"{'' if taken else 'nothing fused; '}no near miss{of}")
 
 
 @main.command()
 @click.argument("model")
-@click.option("-o", "--output", required=True, metavar="FILE")
+@click.option("-o", "--output", required=True, metavar="FILE", help="Where to write the model without plugins.")
 def unfuse(model: str, output: str) -> None:
     """Write MODEL without plugins: each is replaced by the subgraph it stands for."""
+    from rewrite.files import check_target
     from rewrite.functions import unfuse as run
     from rewrite.model import Model, load
 
+    check_target(output)
     source = load(model)
     result = Model(run(source.proto), source.folder, source.name, source.external)
     result.save(output)
@@ -274,7 +381,7 @@ def list_(files: tuple[str, ...], as_json: bool, as_page: bool) -> None:
     """List the rules, in the order in which they are tried, and the plugins."""
     from rewrite.registry import library
 
-    found = library(list(files))
+    found = library(files)
     if as_page:
         from rewrite.listing import markdown
 
@@ -300,7 +407,8 @@ def verify(first: str, second: str, inputs: tuple[str, ...], tolerance: float) -
     from rewrite.model import load
     from rewrite.verify import check_models
 
-    error = check_models(load(first), load(second), _load_inputs(inputs), tolerance)
+    one, other = load(first), load(second)
+    error = check_models(one, other, _load_inputs(inputs, one), tolerance)
     click.echo(f"equal: largest relative difference {error:.1e} (allowed {tolerance:.0e})")
 
 
@@ -428,7 +536,9 @@ def load_feeds(file: str, names: list[str]) -> dict[str, Any]:
             return {names[0]: data}
         with data:
             return {k: data[k] for k in data.files}
-    except (OSError, ValueError, EOFError) as error:
+    except RewriteError:
+        raise
+    except Exception as error:  # NumPy, zipfile and zlib each have their own
         raise RewriteError(f"{file}: not a readable .npz or .npy file of arrays ({error})") from error
 
 

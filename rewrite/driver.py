@@ -8,8 +8,8 @@ stopped with an error that names it.
 
 from __future__ import annotations
 
-import heapq
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
@@ -18,15 +18,17 @@ import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 
+from rewrite import pattern as P
 from rewrite.builder import GraphBuilder
-from rewrite.errors import RewriteError
+from rewrite.errors import RewriteError, blame
 from rewrite.functions import CaptureError, FunctionTable, capture, fingerprint
-from rewrite.graph import DOMAIN, Graph, canonical, describe
+from rewrite.graph import DOMAIN, Graph, canonical, describe, dtype_name, reads
 from rewrite.matcher import BoundValue, Match, Matcher, Trace, interior_use
 from rewrite.registry import Library, Rule
 from rewrite.report import NearMiss, Report, Site, common_scope
 from rewrite.shapes import is_named
 from rewrite.verify import TOLERANCE, Spec, Verdict, check_site, reference_runner, run_function, spec_of
+from rewrite.worklist import Worklist
 
 BROUGHT = 1 << 20  # elements: a constant that a replacement brings along is checked as it is, up to this size
 
@@ -41,97 +43,82 @@ class Driver:
         self.scopes: dict[int, str] = {}  # the PyTorch module each node came from, where the exporter tells
         self.verdicts: dict[str, Verdict] = {}
         self._made: dict[tuple[Any, ...], gs.Node] = {}  # plugin nodes by what they compute
+        self._seen: Counter[tuple[Any, ...]] = Counter()
+        self._rejected = False  # the last attempt failed because the replacement does not compute the same
+        self._blocked = False  # the last attempt failed only because a value inside the match has another reader
         self._keep: list[gs.Node] = []  # new nodes stay alive, so that their ids in `metadata` stay theirs
 
     def run(self, graph: Graph, tier: str) -> None:
-        """Apply the rules of one tier to one graph until none matches.
-
-        The worklist is ordered by priority, then by place: a rule sees every node before one of lower priority does.
-        """
+        """Apply the rules of one tier to one graph until none matches."""
         graph.functions = self.table.functions
-        groups: dict[tuple[int, str], list[Rule]] = {}
-        for rule in self.library.rules:
-            if rule.tier == tier:
-                for op in rule.roots:
-                    groups.setdefault((-rule.priority, op), []).append(rule)
-        levels: dict[str, list[int]] = {}
-        for level, op in groups:
-            levels.setdefault(op, []).append(level)
-        queue: list[tuple[int, float, int, gs.Node]] = []
-        waiting: set[tuple[int, int]] = set()
-        ticket = 0
-
-        def enqueue(node: gs.Node) -> None:
-            nonlocal ticket
-            for level in levels.get(canonical(node), ()):
-                if (level, id(node)) not in waiting:
-                    waiting.add((level, id(node)))
-                    ticket += 1
-                    heapq.heappush(queue, (level, graph.position[id(node)], ticket, node))
-
-        for node in graph:
-            enqueue(node)
+        worklist = Worklist(graph, [r for r in self.library.rules if r.tier == tier])
         changes, limit = 0, 10 * len(graph.live) + 1000
-        while queue:
-            level, _, _, node = heapq.heappop(queue)
-            waiting.discard((level, id(node)))
-            if graph.live.get(id(node)) is not node:
-                continue
-            for rule in groups.get((level, canonical(node)), ()):
-                if any(graph.counts.get(op, 0) == 0 for op in rule.required):
+        for node, rules in worklist:
+            for rule in rules:
+                if not self.explain and any(graph.counts.get(op, 0) == 0 for op in rule.required):
                     continue
                 touched = self._try(graph, rule, node)
+                if self._blocked:
+                    worklist.block(node)
                 if touched is None:
                     continue
                 changes += 1
                 if changes > limit:
-                    raise RewriteError(f"rule '{rule.name}' keeps changing the graph at {describe(node)}: its replacement matches a pattern again; add a check that refuses it")
-                for other in touched:
-                    if graph.live.get(id(other)) is other:
-                        enqueue(other)
+                    raise RewriteError(_loop(rule, node))
+                worklist.revisit(touched, [n for n in touched if id(n) in self.metadata] or touched)
                 break
 
     # --- one rule at one node ------------------------------------------------------------------------------------
     def _try(self, graph: Graph, rule: Rule, node: gs.Node) -> list[gs.Node] | None:
         started = time.perf_counter()
         stats = self.report.rules[rule.name]
-        trace = Trace() if self.explain else None
-        touched = None
-        matches, refusal = self._matches(graph, rule, node, trace)
+        touched, covered = None, list[str]()
+        self._blocked = self._rejected = False
+        matches, refusal = self._matches(graph, rule, node)
         for match in matches:
-            refusal = self._refusal(rule, match)
-            if not refusal:
+            reason = self._refusal(rule, match)
+            covered = [describe(n) for n in match.nodes]
+            if not reason:
                 stats.matches += 1
                 outcome = self._apply(graph, rule, match, node)
                 if isinstance(outcome, list):
                     touched = outcome
                     break
                 refusal = outcome
-        if touched is None and refusal:
+            elif not self._rejected:
+                refusal = reason
+        if touched is None and self._rejected:
+            stats.rejected += 1
+            self.report.missed(NearMiss(rule.name, describe(node), "replacement", "", refusal, {}, covered=covered))
+        elif touched is None and refusal:
             stats.refusals += 1
-            self.report.near_misses.append(NearMiss(rule.name, describe(node), "check", "", refusal, {}))
-        elif touched is None and trace is not None and trace.depth > 0:
-            self.report.near_misses.append(NearMiss(rule.name, describe(node), trace.part, trace.node, trace.reason, trace.bound, trace.depth))
+            self.report.missed(NearMiss(rule.name, describe(node), "check", "", refusal, {}, covered=covered))
+        elif touched is None and self.explain and rule.find is None and (trace := _nearest(graph, rule, node)).depth > 0:
+            size = sum(map(P.size, rule.pattern))
+            self.report.missed(NearMiss(rule.name, describe(node), trace.part, trace.node, trace.reason, trace.bound, trace.depth, size, trace.covered))
         stats.seconds += time.perf_counter() - started
         return touched
 
-    def _matches(self, graph: Graph, rule: Rule, node: gs.Node, trace: Trace | None) -> tuple[Iterable[Match], str]:
+    def _matches(self, graph: Graph, rule: Rule, node: gs.Node) -> tuple[Iterable[Match], str]:
         """The ways in which the rule fits at a node, or none and the reason that the rule itself gives."""
         if rule.find is None:
-            return Matcher(graph, rule.pattern, trace).at(node), ""
+            return Matcher(graph, rule.pattern).at(node), ""
         try:
             found = rule.find(graph, node)
         except Exception as error:
-            raise RewriteError(f"rule '{rule.name}' ({rule.source}): its find fails at {describe(node)}: {type(error).__name__}: {error}") from error
+            raise RewriteError(f"rule '{rule.name}' ({rule.source}): its find fails at {describe(node)}: {blame(error)}") from error
         return ([found], "") if isinstance(found, Match) else ([], found or "")
 
     def _refusal(self, rule: Rule, match: Match) -> str:
-        reason = interior_use(match)
+        reason = interior_use(match) or _runs_back(match)
+        self._blocked = self._blocked or reason is not None
         if reason is None and rule.check is not None:
             try:
                 reason = rule.call(rule.check, _bound(match))
             except Exception as error:
-                raise RewriteError(f"rule '{rule.name}' ({rule.source}): its check fails at {describe(match.nodes[0])}: {type(error).__name__}: {error}") from error
+                raise RewriteError(f"rule '{rule.name}' ({rule.source}): its check fails at {describe(match.nodes[0])}: {blame(error)}") from error
+            if reason is not None and not isinstance(reason, str):
+                raise RewriteError(f"rule '{rule.name}' ({rule.source}): its check returned {reason!r}; return None to accept a match, or the reason to refuse it")
         return reason or ""
 
     def _apply(self, graph: Graph, rule: Rule, match: Match, anchor: gs.Node) -> list[gs.Node] | str:
@@ -144,23 +131,36 @@ class Driver:
             raise RewriteError(f"rule '{rule.name}' ({rule.source}): {error}") from error
         except Exception as error:
             self._discard(graph, op._made)
-            raise RewriteError(f"rule '{rule.name}' ({rule.source}): its replacement fails at {describe(anchor)}: {type(error).__name__}: {error}") from error
-        results = [r.tensor for r in (result if isinstance(result, tuple) else (result,))]
-        made = op._made
+            raise RewriteError(f"rule '{rule.name}' ({rule.source}): its replacement fails at {describe(anchor)}: {blame(error)}") from error
+        made, returned = op._made, result if isinstance(result, tuple) else (result,)
+        if not all(isinstance(r, BoundValue) for r in returned):
+            self._discard(graph, made)
+            raise RewriteError(f"rule '{rule.name}' ({rule.source}): its replacement returned {result!r} at {describe(anchor)}; return the value of op.Name(...), or a tuple of such values")
+        results = [r.tensor for r in returned]
         try:
             site = self._site(graph, rule, match, made, results)
         except CaptureError as error:
             self._discard(graph, made)
             return str(error)
         except RewriteError as error:
-            self._discard(graph, made)
-            return f"not verified: {error}"
+            site = f"cannot be verified: {error}"
         if isinstance(site, str):
             self._discard(graph, made)
+            self._rejected = True
             return site
+        self._stop_loop(graph, rule, match, anchor)
         made, results = self._share(graph, made, results)
         self.report.add(site)
         return self._commit(graph, match, made, results, rule)
+
+    def _stop_loop(self, graph: Graph, rule: Rule, match: Match, anchor: gs.Node) -> None:
+        """A rule that finds for the third time what it replaced before, on the same values, will find it for ever."""
+        values = [_identity(graph, v) for v in match.bindings.values()]
+        nodes = [(canonical(n), [(k, repr(v)) for k, v in n.attrs.items() if not isinstance(v, (gs.Tensor, gs.Graph))]) for n in match.nodes]
+        key = (rule.name, tuple(t.name for t in match.outputs), repr(values), repr(nodes))
+        self._seen[key] += 1
+        if self._seen[key] > 2:
+            raise RewriteError(_loop(rule, anchor))
 
     def _discard(self, graph: Graph, made: list[gs.Node]) -> None:
         for node in made:
@@ -184,6 +184,9 @@ class Driver:
         """Check the replacement; on success the new plugin node calls its function."""
         if len(results) != len(match.outputs):
             return f"the pattern has {len(match.outputs)} outputs, the replacement {len(results)}"
+        changed = next(filter(None, map(_type_change, match.outputs, results)), "")
+        if changed:
+            return changed
         own = [n for n in made if n.domain == DOMAIN]
         site = Site(rule.name, own[0].op if own else "", [t.name for t in match.outputs], [describe(n) for n in match.nodes])
         site.where = common_scope([self.scopes.get(id(n), "") for n in match.nodes])
@@ -222,7 +225,8 @@ class Driver:
         return ""
 
     def _plain_site(self, graph: Graph, match: Match, made: list[gs.Node], results: list[gs.Tensor], site: Site) -> str:
-        leaves = [v for v in match.bindings.values() if isinstance(v, gs.Tensor) and not v.is_empty() and graph.constant(v) is None]
+        bound = [t for v in match.bindings.values() for t in (v if isinstance(v, list) else [v])]
+        leaves = [t for t in bound if isinstance(t, gs.Tensor) and not t.is_empty() and graph.constant(t) is None]
         inputs = {f"i{n}": t for n, t in enumerate({id(t): t for t in leaves}.values())}
         outputs = {f"o{n}": t for n, t in enumerate(match.outputs)}
         before = capture(graph, match.nodes, inputs, outputs, "Before", [])
@@ -276,6 +280,7 @@ class Driver:
                 self._take_over(graph, old, node, index)
             else:
                 self._alias(graph, old, new, rule, touched)
+        graph.shuffled = graph.shuffled or len(match.outputs) > 1
         graph.remove_dead(match.nodes)
         return list(touched.values())
 
@@ -303,6 +308,57 @@ class Driver:
             self.metadata[id(node)] = {"rewrite.rule": rule.name}
             self._keep.append(node)
             self._take_over(graph, old, node, 0)
+
+
+def _nearest(graph: Graph, rule: Rule, node: gs.Node) -> Trace:
+    """How near the rule comes at a node at which it does not match."""
+    trace = Trace()
+    for _ in Matcher(graph, rule.pattern, trace).at(node):
+        pass
+    return trace
+
+
+def _loop(rule: Rule, node: gs.Node) -> str:
+    return f"rule '{rule.name}' ({rule.source}) keeps changing the graph at {describe(node)}: a pattern matches again what replaced it; add a check that refuses it"
+
+
+def _identity(graph: Graph, value: Any) -> Any:
+    if not isinstance(value, gs.Tensor):
+        return [_identity(graph, v) for v in value] if isinstance(value, list) else value
+    array = graph.constant(value)
+    return value.name if array is None else (str(array.dtype), array.tolist())
+
+
+def _runs_back(match: Match) -> str | None:
+    """Why a match of several outputs may not become one node: one of its inputs is computed from an output."""
+    if len(match.outputs) < 2:
+        return None
+    graph, inside = match.graph, {id(n) for n in match.nodes}
+    leaves = [t for v in match.bindings.values() for t in (v if isinstance(v, list) else [v]) if isinstance(t, gs.Tensor)]
+    outputs = {id(t) for t in match.outputs}
+    first = -1.0 if graph.shuffled else min(graph.position[i] for i in inside)
+    stack, seen = list(leaves), set(map(id, leaves))
+    while stack:
+        tensor = stack.pop()
+        if id(tensor) in outputs:
+            return f"its output '{tensor.name}' is needed to compute one of its inputs"
+        node = graph.producer(tensor)
+        if node is None or id(node) in inside or graph.position[id(node)] < first:
+            continue
+        above = [t for t in reads(node) if id(t) not in seen]
+        seen.update(map(id, above))
+        stack += above
+    return None
+
+
+def _type_change(old: gs.Tensor, new: gs.Tensor) -> str:
+    """Why `new` cannot stand for `old`, by dtype and shape, as far as both are known; "" if it can."""
+    if old.dtype is not None and new.dtype is not None and dtype_name(old.dtype) != dtype_name(new.dtype):
+        return f"the replacement of '{old.name}' is {dtype_name(new.dtype)} instead of {dtype_name(old.dtype)}"
+    if old.shape is None or new.shape is None:
+        return ""
+    differ = len(old.shape) != len(new.shape) or any(isinstance(a, int) and isinstance(b, int) and a != b for a, b in zip(old.shape, new.shape, strict=True))
+    return f"the replacement of '{old.name}' has shape {list(new.shape)} instead of {list(old.shape)}" if differ else ""
 
 
 def _bound(match: Match) -> dict[str, Any]:

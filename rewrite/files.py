@@ -12,12 +12,26 @@ from typing import BinaryIO
 from rewrite.errors import RewriteError
 
 
+def check_target(path: str | os.PathLike[str]) -> None:
+    """Can a file be written at `path`? Asked before long work. Raises RewriteError with the reason if not."""
+    path = Path(path)
+    if path.is_dir():
+        raise RewriteError(f"{path}: cannot be written: it is a directory; give the name of a file")
+    if path.exists() and not path.is_file():
+        raise RewriteError(f"{path}: cannot be written: it is a device or a pipe, not a regular file")
+    if not path.parent.is_dir():
+        raise RewriteError(f"{path}: cannot be written: the folder {path.parent} does not exist; make it first")
+    if not os.access(path.parent, os.W_OK | os.X_OK):
+        raise RewriteError(f"{path}: cannot be written: the folder {path.parent} is read-only; choose another")
+
+
 def write_atomically(path: str | os.PathLike[str], write: Callable[[BinaryIO], object]) -> None:
     """Call `write` on a temporary file beside `path`, flush it to the disk, and rename it to `path`.
 
     Whatever fails, `path` holds the old content or the new one, whole. Raises RewriteError if it cannot be written.
     """
     path = Path(path)
+    check_target(path)
     temporary = None
     try:
         descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)

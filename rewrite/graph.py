@@ -14,6 +14,8 @@ import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 
+from rewrite.errors import RewriteError
+
 DOMAIN = "rewrite"
 SMALL = 4096  # elements: a constant up to this size may be read while matching and written into a function body
 
@@ -47,17 +49,27 @@ def decode(value: object) -> object:
     return value.decode() if isinstance(value, bytes) else value
 
 
+def dtype_name(dtype: object) -> str:
+    if isinstance(dtype, int):  # a type NumPy lacks, by its ONNX number
+        return str(onnx.TensorProto.DataType.Name(dtype)).lower()
+    return str(np.dtype(dtype).name)  # type: ignore[call-overload]
+
+
 class Graph:
     """One graph being rewritten: its live nodes, an index from operator to nodes, and the opset it is written in."""
 
-    def __init__(self, graph: gs.Graph, opset: int):
+    def __init__(self, graph: gs.Graph, opset: int, names: set[str] | None = None, overridable: frozenset[str] = frozenset()):
+        """`names` are taken in the whole model; initializers called as in `overridable` are inputs, too: no constants."""
         self.gs = graph
         self.opset = opset
+        self.shuffled = False  # some node was put where it computes what nodes before it read
         self.live: dict[int, gs.Node] = {}
         self.position: dict[int, float] = {}
         self.counts: dict[str, int] = {}
         self.outputs = {id(t) for t in graph.outputs}
-        self.names = {t.name for t in graph.inputs} | {t.name for t in graph.outputs}
+        self.names = set() if names is None else names
+        self.names.update(t.name for t in (*graph.inputs, *graph.outputs))
+        self.overridable = overridable
         # Values an inner graph (If, Loop, Scan) reads from this one are used, though no node here lists them.
         self.captured: set[int] = set()
         # Integers that are computed, but the same for every input, by tensor: `Shape(x)[3] // 2` is 8.
@@ -125,7 +137,7 @@ class Graph:
             return value.reshape(()) if id(tensor) in self.scalars else value
         for _ in range(4):
             if isinstance(tensor, gs.Constant):
-                return small_values(tensor, limit)
+                return None if tensor.name in self.overridable else small_values(tensor, limit)
             node = self.producer(tensor)
             if node is None or (node.domain or "") not in ("", "ai.onnx"):
                 return None
@@ -138,7 +150,9 @@ class Graph:
 
     def is_constant(self, tensor: gs.Tensor) -> bool:
         node = self.producer(tensor)
-        return isinstance(tensor, gs.Constant) or (node is not None and node.op == "Constant")
+        if isinstance(tensor, gs.Constant):
+            return tensor.name not in self.overridable
+        return node is not None and node.op == "Constant"
 
     def is_weight(self, tensor: gs.Tensor) -> bool:
         """Whether `tensor` is a constant, or moved or cut out of constants alone: what a build step can fold."""
@@ -215,6 +229,9 @@ class Graph:
                 waiting[j] -= 1
                 if waiting[j] == 0:
                     heapq.heappush(ready, j)
+        if len(sorted_nodes) < len(order):
+            stuck = next(n for i, n in enumerate(order) if waiting[i])
+            raise RewriteError(f"the rewritten graph has a cycle at {describe(stuck)}: a replacement reads what is computed from it; disable the rule that made it")
         self.gs.nodes = sorted_nodes
 
 

@@ -1,13 +1,14 @@
 """Matching one pattern at one node, with backtracking over operand orders, bracketings and alternatives.
 
 The matcher walks from the node that produces the pattern's (first) output towards its inputs. It looks through nodes
-that change nothing: `Identity`, a `Cast` to the type a value already has, `Dropout` outside training, a `Reshape` to the shape a value already has.
+that change nothing (see `look_through`).
 A `Trace` given to it records how far the best attempt came and why it stopped there; that is what `explain` prints.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import inspect
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +17,8 @@ import onnx_graphsurgeon as gs
 
 from rewrite import pattern as P
 from rewrite.graph import Dim, Graph, canonical, describe
+from rewrite.graph import dtype_name as dtype_name
+from rewrite.noops import look_through
 
 # Never computed twice: an interior value of a match that others read keeps its node alive, and these cost too much.
 HEAVY = {"MatMul", "Gemm", "Conv", "Softmax", "Attention", "Einsum", "ConvTranspose", "LSTM", "GRU", "FusedAttention", "MatMulAct", "GatedMatMulAct"}
@@ -64,14 +67,6 @@ class BoundValue:
         return f"{self.name}: {self.dtype}{self.shape}"
 
 
-def dtype_name(dtype: Any) -> str:
-    if isinstance(dtype, int):  # a type NumPy lacks, by its ONNX number
-        import onnx
-
-        return str(onnx.TensorProto.DataType.Name(dtype)).lower()
-    return str(np.dtype(dtype).name)
-
-
 @dataclass
 class Match:
     """Where a pattern fits: variables bound to graph values, and the nodes they are computed by."""
@@ -90,17 +85,31 @@ class Match:
 
 @dataclass
 class Trace:
-    """How far the best attempt of a rule came at one node."""
+    """How far the best attempt of a rule came at one node: operators matched, and what stopped it there."""
 
-    depth: int = -1
+    depth: float = -1
     reason: str = ""
     node: str = ""
     part: str = ""
     bound: dict[str, str] = field(default_factory=dict)
+    covered: list[str] = field(default_factory=list)
+    expected: list[str] = field(default_factory=list)  # operators any of which would have led on, at the same node
 
-    def stop(self, depth: int, part: str, node: str, reason: str, bound: dict[str, str]) -> None:
+    def unexpected(self, depth: int, op: str, node: str, found: str, bound: dict[str, str], covered: list[str]) -> None:
+        """Another operator than the pattern has stands there."""
+        if depth == self.depth and self.expected and node == self.node:
+            if op not in self.expected:
+                self.expected.append(op)
+        elif depth > self.depth:
+            self.stop(depth, op, node, "", bound, covered)
+            self.expected = [op]
+        else:
+            return
+        self.reason = f"expected {' or '.join(self.expected)}, found {found}"
+
+    def stop(self, depth: float, part: str, node: str, reason: str, bound: dict[str, str], covered: list[str]) -> None:
         if depth > self.depth:
-            self.depth, self.part, self.node, self.reason, self.bound = depth, part, node, reason, bound
+            self.depth, self.part, self.node, self.reason, self.bound, self.covered, self.expected = depth, part, node, reason, bound, covered, []
 
 
 class Matcher:
@@ -136,17 +145,47 @@ class Matcher:
                     yield from self._others(position + 1, [*found, node.outputs[index]])
 
     def _siblings(self, value: P.Value) -> list[gs.Node]:
-        """Nodes that may produce a further output: readers of what is already bound."""
-        wanted = P.roots(value)
-        for inner in P.walk(value):
-            tensor = None
-            if isinstance(inner, P.Var):
-                tensor = self.bindings.get(inner.name)
-            elif isinstance(inner, P.Op) and inner is not value and id(inner) in self.matched:
-                tensor = self.matched[id(inner)].outputs[0]
-            if isinstance(tensor, gs.Tensor):
-                return [n for n in self.graph.consumers(tensor) if canonical(n) in wanted]
-        return []
+        """Nodes that may produce a further output of the pattern: reached upwards from what is bound already."""
+        if isinstance(value, P.Output):
+            return self._siblings(value.node)
+        if isinstance(value, P.Op) and id(value) in self.matched:
+            return [self.matched[id(value)]]
+        found: dict[int, gs.Node] = {}
+        for inner in P.below(value):
+            if isinstance(value, P.Op):
+                found.update({id(n): n for t in self._reached(inner) for n in self._readers(t, value)})
+            else:
+                found.update({id(n): n for n in self._siblings(inner)})
+            if found and isinstance(value, P.Op):
+                break
+        return list(found.values())
+
+    def _reached(self, value: P.Value) -> list[gs.Tensor]:
+        if isinstance(value, P.Var):
+            bound = self.bindings.get(value.name)
+            return [bound] if isinstance(bound, gs.Tensor) else []
+        index = value.index if isinstance(value, P.Output) else 0
+        tensors = [n.outputs[index] for n in self._siblings(value) if index < len(n.outputs)]
+        if isinstance(value, P.AnyOf):
+            tensors += [t for a in value.alternatives if isinstance(a, P.Var) for t in self._reached(a)]
+        return tensors
+
+    def _readers(self, tensor: gs.Tensor, op: P.Op) -> list[gs.Node]:
+        """Nodes of an operator that `op` can be, which read `tensor`, also through no-ops and as one of several factors."""
+        found: list[gs.Node] = []
+        front, seen = [tensor], {id(tensor)}
+        while front:
+            users = [u for t in front for u in self.graph.consumers(t)]
+            front = []
+            for user in users:
+                if canonical(user) in op.ops:
+                    found.append(user)
+                passes = canonical(user) in op.ops and op.name in P.ASSOCIATIVE
+                for output in user.outputs:
+                    if id(output) not in seen and (passes or look_through(self.graph, user, output) is not None):
+                        seen.add(id(output))
+                        front.append(output)
+        return found
 
     # --- values ------------------------------------------------------------------------------------------------
     def _value(self, value: P.Value, tensor: gs.Tensor) -> Iterator[None]:
@@ -160,6 +199,9 @@ class Matcher:
         elif isinstance(value, P.Tag):
             for _ in self._bind(value.name, value.label, self.bindings.get(value.name, value.label) == value.label):
                 yield from self._value(value.value, tensor)
+        elif isinstance(value, P.Typed):
+            for _ in self._typed(value, tensor):
+                yield from self._value(value.value, tensor)
         elif isinstance(value, P.Missing):
             if tensor.is_empty():
                 yield
@@ -167,6 +209,36 @@ class Matcher:
             yield from self._produced(value.node, tensor, value.index)
         elif isinstance(value, P.Op):
             yield from self._produced(value, tensor, 0)
+
+    def _typed(self, value: P.Typed, tensor: gs.Tensor) -> Iterator[None]:
+        """`tensor` is of the dtype and shape asked for; names of dimensions are bound, the same everywhere."""
+        what, shape = P.text(value.value), tensor.shape
+        dtype = None if tensor.dtype is None else dtype_name(tensor.dtype)
+        if value.dtypes and dtype not in value.dtypes:
+            return self._stop(what, None, f"'{tensor.name}' is {dtype or 'of unknown type'}, not {' or '.join(value.dtypes)}", 0.5)
+        if value.constant and not self.graph.is_constant(tensor):
+            return self._stop(what, None, f"'{tensor.name}' is computed, not a constant", 0.5)
+        if value.dims is None:
+            yield
+            return
+        wanted, found = list(value.dims), None if shape is None else list(shape)
+        if ... in wanted and found is not None:
+            at = wanted.index(...)
+            if len(found) >= len(wanted) - 1:
+                wanted[at : at + 1] = [None] * (len(found) - len(wanted) + 1)
+        if found is None or len(found) != len(wanted):
+            return self._stop(what, None, f"'{tensor.name}' has shape {found or 'unknown'}, not {P.dims_text(value.dims)}", 0.5)
+        fresh: dict[str, Dim] = {}
+        for want, dim in zip(wanted, found, strict=True):
+            known = fresh.get(want, self.bindings.get(want, dim)) if isinstance(want, str) else dim if want is None else want
+            if (dim is None and want is not None) or known != dim:
+                return self._stop(what, None, f"'{tensor.name}' has shape {found}, not {P.dims_text(value.dims)}{f' with {want} = {known}' if isinstance(want, str) else ''}", 0.5)
+            if isinstance(want, str) and want not in self.bindings:
+                fresh[want] = dim
+        self.bindings.update(fresh)
+        yield
+        for name in fresh:
+            del self.bindings[name]
 
     def _bind(self, name: str, bound: Any, fits: bool) -> Iterator[None]:
         if not fits:
@@ -186,7 +258,7 @@ class Matcher:
         elif isinstance(value, P.Ints):
             found = [int(i) for i in array.reshape(-1)] if array.dtype.kind in "iu" else None
             if found is None or (value.value is not None and tuple(found) != value.value):
-                self._stop(P.text(value), None, f"'{tensor.name}' is {found}")
+                self._stop(P.text(value), None, f"'{tensor.name}' is {found}, not {list(value.value or ()) or 'a list of integers'}", 0.5)
             elif value.name is None:
                 yield
             else:
@@ -203,39 +275,45 @@ class Matcher:
             if abs(number - value.value) <= value.tolerance * abs(value.value):
                 yield
             else:
-                self._stop(P.text(value), None, f"'{name}' is {number:.6g}, not {value.value:.6g}")
+                self._stop(P.text(value), None, f"'{name}' is {number:.6g}, not {value.value:.6g}", 0.5)
 
     # --- nodes -------------------------------------------------------------------------------------------------
     def _produced(self, op: P.Op, tensor: gs.Tensor, index: int) -> Iterator[None]:
         """`tensor` is output `index` of a node that matches `op`, perhaps behind nodes that change nothing."""
         node = self.graph.producer(tensor)
         if node is None:
-            what = "a constant" if isinstance(tensor, gs.Constant) else "an input of the graph"
-            return self._stop(op.name, None, f"'{tensor.name}' is {what}, not the result of {op.name}")
-        taken = id(op) in self.matched
-        if taken and self.matched[id(op)] is node:
-            if node.outputs[index] is tensor:
+            what = f"the constant '{tensor.name}'" if isinstance(tensor, gs.Constant) else f"'{tensor.name}', an input of the graph"
+            return self._unexpected(op.name, None, what)
+        known, produces = self.matched.get(id(op)), index < len(node.outputs) and node.outputs[index] is tensor
+        if known is node:
+            if produces:
                 yield
             return
-        if not taken and canonical(node) in op.ops and index < len(node.outputs) and node.outputs[index] is tensor:
+        if known is None and canonical(node) in op.ops and produces:
+            if op.outputs > 1 and sum(1 for t in node.outputs if t.name) != op.outputs:
+                return self._stop(op.name, node, f"it has {len(node.outputs)} outputs, the pattern {op.outputs}")
             yield from self._node(op, node)
             return
-        through = look_through(self.graph, node)
+        through = look_through(self.graph, node, tensor)
         if through is None:
-            self._stop(op.name, node, f"expected {op.name}, found {canonical(node)}")
-            return
-        self.nodes.append(node)
-        yield from self._produced(op, through, index)
-        self.nodes.pop()
+            return self._unexpected(op.name, node, canonical(node))
+        source, nodes = through
+        self.nodes.extend(nodes)
+        yield from self._produced(op, source, index)
+        del self.nodes[len(self.nodes) - len(nodes) :]
 
     def _node(self, op: P.Op, node: gs.Node) -> Iterator[None]:
-        captured = {}
+        captured: dict[str, Any] = {}
         for name, wanted in op.attributes.items():
             actual = self.graph.attribute(node, name)
             if isinstance(wanted, P.Attr):
+                known = captured.get(wanted.name, self.bindings.get(wanted.name, actual))
+                if not same_attribute(actual, known):
+                    return self._stop(op.name, node, f"attribute {name} is {actual!r}, but {wanted.name} stands for {known!r} already", 0.5)
                 captured[wanted.name] = actual
-            elif actual != wanted and not (callable(wanted) and wanted(actual)):
-                return self._stop(op.name, node, f"attribute {name} is {actual!r}, not {wanted!r}")
+            elif not (wanted(actual) if callable(wanted) else same_attribute(actual, wanted)):
+                asked = str(inspect.getdoc(wanted) or getattr(wanted, "__name__", "another")).rstrip(".") if callable(wanted) else repr(wanted)
+                return self._stop(op.name, node, f"attribute {name} is {actual!r}, wanted: {asked}", 0.5)
         fresh = {k: v for k, v in captured.items() if k not in self.bindings}
         self.bindings.update(fresh)
         self.matched[id(op)] = node
@@ -250,13 +328,14 @@ class Matcher:
 
     def _operands(self, op: P.Op, node: gs.Node) -> Iterator[None]:
         if op.name in P.ASSOCIATIVE:
-            for operands, covered in self._decompositions(op, node):
-                self.nodes.extend(covered)
-                yield from self._assign(_specific_first(op.inputs), operands)
-                del self.nodes[len(self.nodes) - len(covered) :]
+            for values in P.flattened(op):
+                for operands, covered in self._decompositions(op, len(values), node):
+                    self.nodes.extend(covered)
+                    yield from self._assign(self._order(values), operands)
+                    del self.nodes[len(self.nodes) - len(covered) :]
             return
         if op.name in P.COMMUTATIVE and len(op.inputs) == len(node.inputs) == 2:
-            yield from self._assign(_specific_first(op.inputs), [(t, "") for t in node.inputs])
+            yield from self._assign(self._order(op.inputs), [(t, "") for t in node.inputs])
             return
         yield from self._in_order(op, node, 0)
 
@@ -278,8 +357,8 @@ class Matcher:
             yield from self._in_order(op, node, index + 1)
 
     # --- commutative and associative operators -------------------------------------------------------------------
-    def _decompositions(self, op: P.Op, node: gs.Node) -> Iterator[tuple[list[Operand], list[gs.Node]]]:
-        """The operand lists of length len(op.inputs) that `node` has under re-association.
+    def _decompositions(self, op: P.Op, count: int, node: gs.Node) -> Iterator[tuple[list[Operand], list[gs.Node]]]:
+        """The operand lists of length `count` that `node` has under re-association.
 
         An operand is (value, how): how is "Div" or "Sub" for a constant that the graph divides by or subtracts.
         """
@@ -290,19 +369,32 @@ class Matcher:
         seen: set[tuple[int, ...]] = set()
         while stack:
             operands, covered = stack.pop()
-            if len(operands) == len(op.inputs):
+            if len(operands) == count:
                 key = tuple(sorted(id(t) for t, _ in operands))
                 if key not in seen:
                     seen.add(key)
                     yield operands, covered
                 continue
             for i, (tensor, how) in enumerate(operands):
-                inner = self.graph.producer(tensor)
-                if how or inner is None or canonical(inner) not in op.ops:
+                inner, between = (None, []) if how else self._inner(op, tensor)
+                if inner is None:
                     continue
                 parts = self._split(op, inner)
                 if parts is not None:
-                    stack.append(([*operands[:i], *parts, *operands[i + 1 :]], [*covered, inner]))
+                    stack.append(([*operands[:i], *parts, *operands[i + 1 :]], [*covered, *between, inner]))
+
+    def _inner(self, op: P.Op, tensor: gs.Tensor) -> tuple[gs.Node | None, list[gs.Node]]:
+        """The node of the same operator that computes `tensor`, and the no-ops in between."""
+        between: list[gs.Node] = []
+        node = self.graph.producer(tensor)
+        while node is not None and canonical(node) not in op.ops:
+            through = look_through(self.graph, node, tensor)
+            if through is None:
+                return None, []
+            tensor, passed = through
+            between += passed
+            node = self.graph.producer(tensor)
+        return node, between
 
     def _split(self, op: P.Op, node: gs.Node) -> list[Operand] | None:
         if canonical(node) == op.name:
@@ -326,6 +418,20 @@ class Matcher:
             for _ in attempt:
                 yield from self._assign(others, operands[:i] + operands[i + 1 :])
 
+    def _order(self, values: Sequence[P.Value]) -> list[P.Value]:
+        """What fails soonest first; when tracing, what tells most: a wrong number is seen when all else is there."""
+
+        def rank(value: P.Value) -> int:
+            if isinstance(value, (P.Tag, P.Typed)):
+                return rank(value.value)
+            if isinstance(value, P.Const):
+                return 0 if self.trace is None else 3
+            if isinstance(value, (P.Op, P.Output)):
+                return 1
+            return 2 if isinstance(value, P.AnyOf) else 3 if isinstance(value, P.Scalar) else 4
+
+        return sorted(values, key=rank)
+
     def _inverse(self, value: P.Value, tensor: gs.Tensor, how: str) -> Iterator[None]:
         """A divisor (or subtrahend) met where the pattern multiplies (or adds)."""
         array = self.graph.constant(tensor)
@@ -337,49 +443,34 @@ class Matcher:
         elif how == "Sub":
             yield from self._number(value, -number, tensor.name)
 
-    def _stop(self, part: str, node: gs.Node | None, reason: str) -> None:
-        if self.trace is not None:
-            bound = {k: getattr(v, "name", str(v)) for k, v in self.bindings.items()}
-            self.trace.stop(self.depth, part, describe(node) if node is not None else "", reason, bound)
+    def _stop(self, part: str, node: gs.Node | None, reason: str, more: float = 0.0) -> None:
+        """Note why this attempt ends here; `more` than the operators matched so far speaks for it."""
+        if self.trace is not None and self.depth + more > self.trace.depth:
+            self.trace.stop(self.depth + more, part, describe(node) if node is not None else "", reason, *self._state())
 
+    def _unexpected(self, op: str, node: gs.Node | None, found: str) -> None:
+        if self.trace is not None and self.depth >= self.trace.depth:
+            self.trace.unexpected(self.depth, op, describe(node) if node is not None else "", found, *self._state())
 
-def _specific_first(values: tuple[P.Value, ...]) -> list[P.Value]:
-    def rank(value: P.Value) -> int:
-        if isinstance(value, P.Tag):
-            return rank(value.value)
-        if isinstance(value, P.Const):
-            return 0
-        if isinstance(value, (P.Op, P.Output)):
-            return 1
-        return 2 if isinstance(value, P.AnyOf) else 3 if isinstance(value, P.Scalar) else 4
-
-    return sorted(values, key=rank)
+    def _state(self) -> tuple[dict[str, str], list[str]]:
+        return {k: getattr(v, "name", str(v)) for k, v in self.bindings.items()}, [describe(n) for n in self.nodes]
 
 
 def _may_be_missing(value: P.Value) -> bool:
+    if isinstance(value, P.Typed):
+        return False
     if isinstance(value, P.AnyOf):
         return any(_may_be_missing(a) for a in value.alternatives)
     return isinstance(value, P.Missing)
 
 
-def look_through(graph: Graph, node: gs.Node) -> gs.Tensor | None:
-    """The input that `node` hands on unchanged, or None."""
-    op = canonical(node)
-    if op == "Identity" or (op == "Dropout" and len(node.outputs) == 1 and len(node.inputs) < 3):
-        return node.inputs[0]
-    source = node.inputs[0] if node.inputs else None
-    if op == "Cast" and source is not None and source.dtype is not None and source.dtype == node.outputs[0].dtype:
-        return source
-    if op in ("Reshape", "Expand") and source is not None and same_shape(source, node.outputs[0]):
-        return source
-    return None
-
-
-def same_shape(a: gs.Tensor, b: gs.Tensor) -> bool:
-    """The two shapes are known and equal, names of dynamic dimensions included."""
-    if a.shape is None or b.shape is None or None in a.shape or None in b.shape:
-        return False
-    return list(a.shape) == list(b.shape)
+def same_attribute(actual: object, wanted: object) -> bool:
+    """Attributes are stored in single precision, and lists of any kind are lists."""
+    if isinstance(actual, (list, tuple)) and isinstance(wanted, (list, tuple)):
+        return len(actual) == len(wanted) and all(map(same_attribute, actual, wanted))
+    if isinstance(actual, float) and isinstance(wanted, (int, float)):
+        return abs(actual - wanted) <= 1e-6 * abs(wanted)
+    return type(actual) is type(wanted) and bool(actual == wanted)
 
 
 def interior_use(match: Match) -> str | None:

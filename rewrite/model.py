@@ -7,7 +7,9 @@ source: a node that no rule touched is written back as it came, and only new nod
 from __future__ import annotations
 
 import ast
+import filecmp
 import functools
+import hashlib
 import os
 import shutil
 from dataclasses import dataclass, field
@@ -21,11 +23,11 @@ from onnx_graphsurgeon.exporters.onnx_exporter import OnnxExporter
 from onnx_graphsurgeon.logger import G_LOGGER
 
 from rewrite.errors import RewriteError
-from rewrite.files import write_atomically
+from rewrite.files import check_target, write_atomically
 from rewrite.graph import DOMAIN
+from rewrite.validity import all_nodes, byte_size, check_validity, subgraphs, tensors
 
 G_LOGGER.severity = G_LOGGER.ERROR
-MIN_OPSET = 13
 INLINE = 16384  # bytes: external tensors up to this size are read at once, so that rules can see their values
 
 
@@ -48,14 +50,12 @@ class Model:
         Raises RewriteError if the file cannot be written.
         """
         path = Path(path)
-        for name, source in self.external.items():
-            target = path.parent / name
-            if target.exists() and os.path.samefile(source, target):
-                continue
-            write_atomically(target, functools.partial(_copy, source))
+        check_target(path)
         if self.proto.ByteSize() > onnx.checker.MAXIMUM_PROTOBUF:
             raise RewriteError(f"{path}: the model is over 2 GiB; store its weights as external data")
-        data = self.proto.SerializeToString(deterministic=True)
+        moved = {name: _place(source, path.parent, name) for name, source in self.external.items()}
+        proto = _relocated(self.proto, {a: b for a, b in moved.items() if a != b})
+        data = proto.SerializeToString(deterministic=True)
         write_atomically(path, lambda f: f.write(data))
 
     def operators(self) -> dict[str, int]:
@@ -87,9 +87,46 @@ class Model:
 
 
 
+def _place(source: Path, folder: Path, name: str) -> str:
+    """Have the weights of `source` in `folder` under `name`, or under another name if a different file has this one.
+
+    A file that is there is never overwritten: it may hold the weights of another model, or of the one being replaced.
+    Returns the name. Raises RewriteError if the weights cannot be read or written.
+    """
+    try:
+        if not (folder / name).exists():
+            target = name
+        elif os.path.samefile(source, folder / name) or filecmp.cmp(source, folder / name, shallow=False):
+            return name
+        else:
+            with source.open("rb") as stream:
+                digest = hashlib.file_digest(stream, "sha256").hexdigest()[:12]
+            target = str(Path(name).with_name(f"{Path(name).stem}.{digest}{Path(name).suffix}"))
+            if (folder / target).exists():
+                return target  # named for its content
+        (folder / target).parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RewriteError(f"{folder / name}: the weights cannot be copied there: {error.strerror or error}; nothing was changed") from error
+    write_atomically(folder / target, functools.partial(_copy, source))
+    return target
+
+
 def _copy(source: Path, target: BinaryIO) -> None:
     with source.open("rb") as stream:
         shutil.copyfileobj(stream, target)
+
+
+def _relocated(proto: onnx.ModelProto, moved: dict[str, str]) -> onnx.ModelProto:
+    """The model with its external data under other names."""
+    if not moved:
+        return proto
+    result = onnx.ModelProto()
+    result.CopyFrom(proto)
+    for tensor in tensors(result):
+        for entry in tensor.external_data:
+            if entry.key == "location":
+                entry.value = moved.get(entry.value, entry.value)
+    return result
 
 
 def base_name(node: onnx.NodeProto) -> str:
@@ -108,19 +145,38 @@ def load(source: str | os.PathLike[str] | onnx.ModelProto | Model) -> Model:
     if isinstance(source, onnx.ModelProto):
         proto = onnx.ModelProto()
         proto.CopyFrom(source)
-        return _checked(Model(proto))
+        check_validity(proto, "model")
+        outside = next((t.name for t in tensors(proto) if t.data_location == onnx.TensorProto.EXTERNAL), None)
+        if outside is not None:
+            raise RewriteError(f"model: tensor '{outside}' lies in an external file, which a protobuf alone does not lead to; give the path of the model instead")
+        return Model(proto)
+    if not isinstance(source, (str, os.PathLike)):
+        raise RewriteError(f"cannot load a {type(source).__name__}; give a path, an onnx.ModelProto or what rewrite.load returned")
     path = Path(source)
+    proto = _parse(path)
+    model = Model(proto, path.resolve().parent, path.name)
+    _find_external(model, path)
+    check_validity(proto, str(path))
+    return model
+
+
+def _parse(path: Path) -> onnx.ModelProto:
     if not path.is_file():
-        raise RewriteError(f"{path}: no such file")
+        what = "a directory" if path.is_dir() else "no regular file" if path.exists() else "no such file"
+        raise RewriteError(f"{path}: {what}; give the path of an .onnx file")
     try:
-        proto = onnx.load_model_from_string(path.read_bytes())
+        data = path.read_bytes()
+    except OSError as error:
+        raise RewriteError(f"{path}: cannot be read: {error.strerror or error}") from error
+    if not data:
+        raise RewriteError(f"{path}: an empty file; export the model again")
+    try:
+        proto = onnx.load_model_from_string(data)
     except Exception as error:
         raise RewriteError(f"{path}: not an ONNX model, or a truncated one ({_line(error)}); export it again") from error
     if not proto.graph.node and not proto.graph.output:
         raise RewriteError(f"{path}: not an ONNX model: it has no graph; export it again")
-    model = Model(proto, path.resolve().parent, path.name)
-    _find_external(model, path)
-    return _checked(model)
+    return proto
 
 
 def _line(error: Exception) -> str:
@@ -128,41 +184,27 @@ def _line(error: Exception) -> str:
     return text[0][:160] if text else type(error).__name__
 
 
-def _tensors(graph: onnx.GraphProto) -> list[onnx.TensorProto]:
-    found = list(graph.initializer)
-    for sparse in graph.sparse_initializer:
-        found += [sparse.values, sparse.indices]
-    return found + _node_tensors(graph.node)
-
-
-def _node_tensors(nodes: object) -> list[onnx.TensorProto]:
-    found: list[onnx.TensorProto] = []
-    for node in nodes:  # type: ignore[attr-defined]
-        for attribute in node.attribute:
-            if attribute.HasField("t"):
-                found.append(attribute.t)
-            found.extend(attribute.tensors)
-            for graph in [attribute.g, *attribute.graphs] if attribute.HasField("g") or attribute.graphs else []:
-                found.extend(_tensors(graph))
-    return found
-
-
 def _find_external(model: Model, path: Path) -> None:
     """Check every reference to external data; read small tensors in, remember the files of the others."""
     assert model.folder is not None
-    tensors = _tensors(model.proto.graph)
-    for function in model.proto.functions:
-        tensors += _node_tensors(function.node)
-    for tensor in tensors:
+    for tensor in tensors(model.proto):
         if tensor.data_location != onnx.TensorProto.EXTERNAL:
             continue
         where = f"{path}: tensor '{tensor.name}'"
-        info = ExternalDataInfo(tensor)
+        try:
+            info = ExternalDataInfo(tensor)
+        except ValueError as error:
+            raise RewriteError(f"{where}: its reference to external data is broken ({_line(error)}); export the model again") from error
         file = external_file(model.folder, info.location, where)
-        offset, length = info.offset or 0, info.length
+        needed = byte_size(tensor)
+        offset, length = info.offset or 0, info.length if info.length is not None else needed
         size = file.stat().st_size
-        if offset < 0 or (length or 0) < 0 or offset + (length or 0) > size:
-            raise RewriteError(f"{where}: its data ({offset} + {length} bytes) passes the end of {info.location} ({size} bytes)")
+        if offset < 0 or (length or 0) < 0:
+            raise RewriteError(f"{where}: its data in {info.location} has offset {offset} and length {length}; export the model again")
+        if offset + (length or 0) > size:
+            raise RewriteError(f"{where}: its data ({offset} + {length} bytes) passes the end of {info.location} ({size} bytes); the file is truncated, or another model's")
+        if needed is not None and length != needed:
+            raise RewriteError(f"{where}: its shape {list(tensor.dims)} needs {needed} bytes, but {length} are given in {info.location}; export the model again")
         if length is not None and length <= INLINE:
             with file.open("rb") as stream:
                 stream.seek(offset)
@@ -191,29 +233,6 @@ def external_file(folder: Path, location: str, where: str) -> Path:
     return file
 
 
-def _checked(model: Model) -> Model:
-    newest = onnx.defs.onnx_opset_version()
-    if model.opset < MIN_OPSET or model.opset > newest:
-        raise RewriteError(f"{model.name}: opset {model.opset} is not supported ({MIN_OPSET} to {newest} are); export the model at one of these")
-    produced: set[str] = {i.name for i in model.proto.graph.input} | {i.name for i in model.proto.graph.initializer}
-    known = set(produced)
-    for node in model.proto.graph.node:
-        for name in node.output:
-            if name and name in produced and name not in {i.name for i in model.proto.graph.input}:
-                raise RewriteError(f"{model.name}: value '{name}' is computed twice (second: {node.op_type} '{node.name}'); names must be unique")
-            produced.add(name)
-    for node in model.proto.graph.node:
-        for name in node.input:
-            if name and name not in known:
-                reason = "is read before it is computed (a cycle, or nodes out of order)" if name in produced else "is read but never computed"
-                raise RewriteError(f"{model.name}: value '{name}' {reason}, at {node.op_type} '{node.name}'")
-        known.update(node.output)
-    for value in model.proto.graph.output:
-        if value.name not in known:
-            raise RewriteError(f"{model.name}: output '{value.name}' is never computed")
-    return model
-
-
 # --- between the protobuf and the graph the rules edit ------------------------------------------------------------
 @dataclass
 class Imported:
@@ -228,16 +247,39 @@ class Imported:
 
 def open_graph(model: Model) -> Imported:
     """Infer shapes and import the graph. Raises RewriteError if ONNX finds the model inconsistent."""
-    bare = onnx.ModelProto()
     try:
         bare = onnx.shape_inference.infer_shapes(model.proto, data_prop=True)
     except Exception as error:
         raise RewriteError(f"{model.name}: shape inference fails: {_line(error)}") from error
     del bare.functions[:]
-    graph = gs.import_onnx(bare)
+    try:
+        graph = gs.import_onnx(bare)
+    except Exception as error:
+        raise RewriteError(f"{model.name}: the graph cannot be imported: {type(error).__name__}: {_line(error)}; `onnx.checker.check_model` may tell more") from error
     imported = Imported(model, graph, {}, {}, [])
     _pair(graph, model.proto.graph, imported)
     return imported
+
+
+def names_in(proto: onnx.ModelProto) -> set[str]:
+    """Every name of a value or a node in the model: no new one may be equal to any."""
+    found: set[str] = set()
+    pending = [proto.graph]
+    while pending:
+        graph = pending.pop()
+        found.update(v.name for v in (*graph.input, *graph.output, *graph.value_info, *graph.initializer))
+        found.update(s.values.name for s in graph.sparse_initializer)
+        for node in graph.node:
+            found.update((node.name, *node.input, *node.output))
+            pending += subgraphs(node)
+    return found
+
+
+def overridable(proto: onnx.ModelProto) -> frozenset[str]:
+    """Initializers that are inputs as well: defaults that a caller may replace (before IR version 4 all were listed so)."""
+    if proto.ir_version < 4:
+        return frozenset()
+    return frozenset({i.name for i in proto.graph.input} & {i.name for i in proto.graph.initializer})
 
 
 def _pair(graph: gs.Graph, proto: onnx.GraphProto, imported: Imported) -> None:
@@ -269,7 +311,8 @@ def close_graph(imported: Imported, functions: dict[str, onnx.FunctionProto], me
     kept = [f for f in source.proto.functions if f.domain != DOMAIN]
     del proto.functions[:]
     proto.functions.extend(kept)
-    used = {n.op_type for n in _all_nodes(proto.graph) if n.domain == DOMAIN}
+    bodies = (n for f in kept for n in f.node)
+    used = {n.op_type for n in (*all_nodes(proto.graph), *bodies) if n.domain == DOMAIN}
     pending = list(used)
     while pending:
         name = pending.pop()
@@ -285,38 +328,39 @@ def close_graph(imported: Imported, functions: dict[str, onnx.FunctionProto], me
     return Model(proto, source.folder, source.name, dict(source.external))
 
 
-def _all_nodes(graph: onnx.GraphProto) -> list[onnx.NodeProto]:
-    found = list(graph.node)
-    for node in graph.node:
-        for attribute in node.attribute:
-            if attribute.type == onnx.AttributeProto.GRAPH:
-                found += _all_nodes(attribute.g)
-    return found
-
-
 def _export(graph: gs.Graph, source: onnx.GraphProto, imported: Imported, metadata: dict[int, dict[str, str]]) -> onnx.GraphProto:
     result = onnx.GraphProto()
     result.CopyFrom(source)
     del result.node[:]
     del result.initializer[:]
     read: dict[str, gs.Tensor] = {}
-    made: set[str] = set()
     for node in graph.nodes:
         result.node.append(_export_node(node, imported, metadata))
         read.update({t.name: t for t in node.inputs})
-        made.update(t.name for t in node.outputs)
-    needed = set(read) | {o.name for o in source.output} | {i.name for i in source.input}
-    for inner in _all_nodes(result):
-        needed.update(inner.input)
-    for inner_graph in (a.g for n in _all_nodes(result) for a in n.attribute if a.type == onnx.AttributeProto.GRAPH):
-        needed.update(o.name for o in inner_graph.output)
+    gone = _unread(source, result) if not imported.model.proto.training_info else set()
     old = {i.name for i in source.initializer}
-    result.initializer.extend(i for i in source.initializer if i.name in needed)
+    result.initializer.extend(i for i in source.initializer if i.name not in gone)
     for name, tensor in read.items():
         if isinstance(tensor, gs.Constant) and name not in old and not tensor.inputs and not _is_outer(tensor):
             result.initializer.append(OnnxExporter.export_tensor_proto(tensor))
-    _export_types(result, graph, made)
+    _export_types(result, source, graph, gone)
     return result
+
+
+def _unread(before: onnx.GraphProto, after: onnx.GraphProto) -> set[str]:
+    """Initializers that only replaced nodes read. One that nothing read before, or that is an input, stays."""
+
+    def read(graph: onnx.GraphProto) -> set[str]:
+        names = {n for node in all_nodes(graph) for n in node.input}
+        pending = [graph]
+        while pending:
+            one = pending.pop()
+            names.update(o.name for o in one.output)
+            pending += [inner for node in one.node for inner in subgraphs(node)]
+        return names
+
+    quantization = {e.value for a in before.quantization_annotation for e in a.quant_parameter_tensor_names}
+    return read(before) - read(after) - {i.name for i in before.input} - quantization
 
 
 def _is_outer(tensor: gs.Tensor) -> bool:
@@ -324,17 +368,18 @@ def _is_outer(tensor: gs.Tensor) -> bool:
     return isinstance(getattr(tensor._values, "tensor", None), onnx.TensorProto)
 
 
-def _export_types(result: onnx.GraphProto, graph: gs.Graph, made: set[str]) -> None:
-    known = {v.name for v in result.value_info}
-    alive = [v for v in result.value_info if v.name in made]
-    outputs = {o.name for o in result.output}
+def _export_types(result: onnx.GraphProto, source: onnx.GraphProto, graph: gs.Graph, gone: set[str]) -> None:
+    """Types of values that are gone go; those of new values, and inferred ones, come."""
+    lost = gone | {n for node in source.node for n in node.output} - {n for node in result.node for n in node.output}
+    kept = [v for v in source.value_info if v.name not in lost]
+    known = {v.name for v in (*kept, *result.output)}
     for node in graph.nodes:
         for tensor in node.outputs:
-            if tensor.name and tensor.name not in known and tensor.name not in outputs and tensor.dtype is not None:
+            if tensor.name and tensor.name not in known and tensor.dtype is not None:
                 if isinstance(tensor, gs.Variable) and tensor.type == "tensor_type" and tensor.shape is not None:
-                    alive.append(OnnxExporter.export_value_info_proto(tensor, False))
+                    kept.append(OnnxExporter.export_value_info_proto(tensor, False))
     del result.value_info[:]
-    result.value_info.extend(alive)
+    result.value_info.extend(kept)
 
 
 def _export_node(node: gs.Node, imported: Imported, metadata: dict[int, dict[str, str]]) -> onnx.NodeProto:

@@ -13,13 +13,13 @@ import numpy as np
 import onnx
 
 from rewrite.driver import Driver, all_graphs
-from rewrite.errors import RewriteError
 from rewrite.functions import FunctionTable
 from rewrite.graph import Graph
-from rewrite.model import Model, close_graph, load, module_scope, open_graph
-from rewrite.registry import TIERS, Library, Rule, library
+from rewrite.model import Model, close_graph, load, module_scope, names_in, open_graph, overridable
+from rewrite.registry import TIERS, Rule, library
 from rewrite.report import Report
 from rewrite.shapes import SymbolicShapes
+from rewrite.validity import check_feeds, unknown_operators
 from rewrite.verify import check_models
 
 
@@ -45,11 +45,13 @@ def optimize(
 
     Args:
         model: a path, a protobuf, or what `load` returned.
-        rules: further rules: rule objects, modules, or paths of Python files.
+        rules: which rules to use beside the built-in ones and those of installed packages: rules, modules, or paths of
+            Python files. None: all that this program declared with the decorator; an empty list: none of these.
         only: names of the rules to use; all if None.
         verify: check each distinct site, then the whole model against the original.
         explain: record near misses (slower).
-        inputs: inputs for the check of the whole model, by input name; generated if None.
+        inputs: inputs for the check of the whole model, by input name; generated if None. The check is left out where
+            the model has operators that ONNX Runtime does not know.
         tolerance: largest difference of the whole model's outputs, relative to the largest value of each.
 
     Returns:
@@ -60,7 +62,9 @@ def optimize(
         CheckFailed: the whole model differs from the original.
     """
     source = load(model)
-    chosen = _library(rules, only)
+    for feeds in inputs or ():
+        check_feeds(source.proto, feeds)
+    chosen = library(rules) if only is None else library(rules).select(only)
     report = Report()
     report.start(chosen.rules)
     started = time.perf_counter()
@@ -68,7 +72,8 @@ def optimize(
     table = FunctionTable(list(source.proto.functions))
     driver = Driver(chosen, table, report, verify, explain)
     driver.scopes = {key: module_scope(node) for key, node in imported.sources.items()}
-    graphs = [Graph(g, source.opset) for g in all_graphs(imported.graph)]
+    names, inputs_too = names_in(source.proto), overridable(source.proto)
+    graphs = [Graph(g, source.opset, names, inputs_too) for g in all_graphs(imported.graph)]
     for graph in reversed(graphs):  # outer graphs first: inner ones read their values
         SymbolicShapes(graph).run()
     for tier in TIERS:
@@ -76,25 +81,13 @@ def optimize(
             driver.run(graph, tier)
     for graph in graphs:
         graph.sort()
-    result = close_graph(imported, table.functions, driver.metadata)
+    result = close_graph(imported, table.functions, driver.metadata) if report.sites else source
     report.seconds = time.perf_counter() - started
     report.operators_before, report.operators_after = source.operators(), result.operators()
-    report.plugins, report.kinds = result.plugin_nodes(), result.plugin_kinds()
-    if verify:
+    report.plugins, report.kinds, report.unknown = result.plugin_nodes(), result.plugin_kinds(), unknown_operators(source.proto)
+    report.verified = verify
+    if verify and not report.unknown:
         check_started = time.perf_counter()
         report.model_error = check_models(source, result, inputs, tolerance)
         report.verify_seconds += time.perf_counter() - check_started
-        report.verified = True
     return Result(result, report)
-
-
-def _library(rules: list[Rule | ModuleType | str | Path] | None, only: list[str] | None) -> Library:
-    files: list[str | Path] = []
-    for item in rules or ():
-        if isinstance(item, (str, Path)):
-            files.append(item)
-        elif not isinstance(item, (Rule, ModuleType)):
-            raise RewriteError(f"rules: {item!r} is neither a rule, a module nor a path")
-    # Rule objects and modules registered themselves when they were declared.
-    found = library(files)
-    return found.select(only) if only is not None else found

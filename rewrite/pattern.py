@@ -11,6 +11,7 @@ as multiplication by its reciprocal. `op.domain("com.acme").Name(...)` reaches o
 from __future__ import annotations
 
 import inspect
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -114,6 +115,16 @@ class Tag(Value):
 
 
 @dataclass(eq=False)
+class Typed(Value):
+    """`value` if its shape, its dtype and whether it is constant are as asked for; names in `dims` are bound."""
+
+    value: Value
+    dims: tuple[Any, ...] | None
+    dtypes: tuple[str, ...]
+    constant: bool
+
+
+@dataclass(eq=False)
 class Attr:
     """In place of an attribute's value: bind whatever value the node has under `name`."""
 
@@ -127,6 +138,7 @@ class Op(Value):
     name: str
     inputs: tuple[Value, ...]
     attributes: dict[str, Any] = field(default_factory=dict)
+    outputs: int = 1
 
     @property
     def ops(self) -> set[str]:
@@ -177,6 +189,7 @@ class PatternBuilder:
 
         def build(*inputs: Any, outputs: int = 1, **attributes: Any) -> Any:
             node = _node(full, inputs, attributes)
+            node.outputs = outputs
             return node if outputs == 1 else tuple(Output(node, i) for i in range(outputs))
 
         return build
@@ -213,6 +226,26 @@ def tag(value: Value, **label: Any) -> Value:
     return Tag(name, content, value)
 
 
+def typed(value: Any, *dims: Any, dtype: str | tuple[str, ...] = (), constant: bool = False) -> Value:
+    """`value` of this shape and dtype: `typed(x, "B", ..., "K")`, `typed(w, "K", 64, dtype="float16")`.
+
+    A dimension is an integer, None for any, or a name: the same everywhere in the pattern, and handed to `check` and
+    `replace` under it (an integer, or the name of a dynamic dimension). `...` stands for any number of dimensions, once.
+    No dimensions: any shape; a scalar is asked for by `scalar`. `constant`: a weight, of any size.
+    """
+    if dims.count(...) > 1:
+        raise TypeError("'...' may stand once in a shape")
+    return Typed(_value(value), dims or None, (dtype,) if isinstance(dtype, str) else tuple(dtype), constant)
+
+
+def unless_nan(op: PatternBuilder, value: Value, name: str) -> Value:
+    """`value`, or `value` with its NaNs replaced by a number, bound under `name` (None if there is no such guard).
+
+    A guard changes the result where there is a NaN, so it is never looked through unasked: `replace` has to keep it.
+    """
+    return any_of(op.Where(op.IsNaN(value), scalar(name), value), value)
+
+
 def rest(name: str) -> Value:
     """The remaining inputs of a variadic node, handed on as a list called `name`."""
     return Rest(name)
@@ -223,7 +256,7 @@ def trace(function: Callable[..., Any]) -> tuple[tuple[Value, ...], tuple[str, .
     names = tuple(inspect.signature(function).parameters)[1:]
     result = function(PatternBuilder(), *(Var(n) for n in names))
     outputs = result if isinstance(result, tuple) else (result,)
-    if not outputs or not all(isinstance(o, (Op, AnyOf, Output, Tag)) for o in outputs):
+    if not outputs or not all(isinstance(o, (Op, AnyOf, Output, Tag, Typed)) for o in outputs):
         raise TypeError("a pattern returns one operator's output or a tuple of them")
     return outputs, names
 
@@ -231,13 +264,22 @@ def trace(function: Callable[..., Any]) -> tuple[tuple[Value, ...], tuple[str, .
 def walk(value: Value) -> Iterator[Value]:
     """`value` and everything below it."""
     yield value
-    below = value.inputs if isinstance(value, Op) else value.alternatives if isinstance(value, AnyOf) else ()
-    if isinstance(value, Output):
-        below = (value.node,)
-    if isinstance(value, Tag):
-        below = (value.value,)
-    for inner in below:
+    for inner in below(value):
         yield from walk(inner)
+
+
+def names(value: Value) -> set[str]:
+    """Everything the pattern may bind: variables, scalars, vectors, attributes, dimensions."""
+    found: set[str] = set()
+    for part in walk(value):
+        name = getattr(part, "name", None)
+        if isinstance(part, Typed):
+            found.update(d for d in part.dims or () if isinstance(d, str))
+        elif isinstance(part, Op):
+            found.update(a.name for a in part.attributes.values() if isinstance(a, Attr))
+        elif name is not None:
+            found.add(name)
+    return found
 
 
 def roots(value: Value) -> set[str]:
@@ -246,7 +288,7 @@ def roots(value: Value) -> set[str]:
         return value.ops
     if isinstance(value, Output):
         return value.node.ops
-    if isinstance(value, Tag):
+    if isinstance(value, (Tag, Typed)):
         return roots(value.value)
     if isinstance(value, AnyOf):
         return set().union(*(roots(a) for a in value.alternatives))
@@ -255,16 +297,62 @@ def roots(value: Value) -> set[str]:
 
 def required(value: Value) -> set[str]:
     """Operators without which the pattern cannot match at all: a cheap test before any matching."""
-    if isinstance(value, Output):
-        value = value.node
-    if isinstance(value, Tag):
-        return required(value.value)
+    if isinstance(value, (Output, Tag, Typed)):
+        return required(below(value)[0])
     if isinstance(value, AnyOf):
         return set.intersection(*(required(a) for a in value.alternatives))
     if isinstance(value, Op):
         own = set() if len(value.ops) > 1 else {value.name}
         return own.union(*(required(i) for i in value.inputs))
     return set()
+
+
+def operators(value: Value) -> set[str]:
+    """All operators that nodes of a match may have."""
+    return {op for part in walk(value) if isinstance(part, Op) for op in part.ops}
+
+
+def height(value: Value) -> int:
+    """How many operators lie on the longest way from the output to an input."""
+    own = 1 if isinstance(value, Op) else 0
+    return own + max(map(height, below(value)), default=0)
+
+
+def size(value: Value) -> int:
+    """How many operators a match has at least, optional ones left aside."""
+    if isinstance(value, AnyOf):
+        return min(map(size, value.alternatives))
+    own = 1 if isinstance(value, Op) else 0
+    return own + sum(map(size, below(value)))
+
+
+def below(value: Value) -> tuple[Value, ...]:
+    """The values that `value` is made of."""
+    if isinstance(value, Op):
+        return value.inputs
+    if isinstance(value, Output):
+        return (value.node,)
+    if isinstance(value, (Tag, Typed)):
+        return (value.value,)
+    return value.alternatives if isinstance(value, AnyOf) else ()
+
+
+def flattened(op: Op) -> Iterator[list[Value]]:
+    """The operands of an associative `op`, with each choice among alternatives that are the same operator taken apart."""
+
+    def choices(value: Value) -> list[tuple[Value, ...]]:
+        if isinstance(value, Op) and value.name == op.name:
+            return [tuple(w for part in combination for w in part) for combination in itertools.product(*map(choices, value.inputs))]
+        if isinstance(value, AnyOf) and any(isinstance(a, Op) and a.name == op.name for a in value.alternatives):
+            return [c for a in value.alternatives for c in choices(a)]
+        return [(value,)]
+
+    for combination in itertools.product(*map(choices, op.inputs)):
+        yield [w for part in combination for w in part]
+
+
+def dims_text(dims: tuple[Any, ...] | None) -> str:
+    return f"[{', '.join('...' if d is ... else '?' if d is None else str(d) for d in dims or ())}]"
 
 
 def text(value: Value) -> str:
@@ -279,7 +367,7 @@ def text(value: Value) -> str:
         return "None"
     if isinstance(value, AnyOf):
         return "(" + " | ".join(text(a) for a in value.alternatives) + ")"
-    if isinstance(value, Tag):
+    if isinstance(value, (Tag, Typed)):
         return text(value.value)
     if isinstance(value, Output):
         return f"{text(value.node)}[{value.index}]"

@@ -1,11 +1,15 @@
 """Rules and plugins: how they are declared, where they are found.
 
-Importing `rewrite` loads none of them. `library()` gathers, in this order: the built-in ones, those of installed
-packages (entry point group `rewrite.rules`), and those declared with the decorators in the user's own program.
+Importing `rewrite` loads none of them. A rule is known from where it was declared: built in, in an installed package
+(entry point group `rewrite.rules`), in a rules file, or with the decorator in the user's own program. `library()` always
+holds the first two; what it adds of the others is said by its caller, so that a rule made for one model never acts on
+another unasked. Plugins stay known once declared, because models that call them must run.
 """
 
 from __future__ import annotations
 
+import contextlib
+import difflib
 import importlib
 import importlib.metadata
 import importlib.util
@@ -13,7 +17,7 @@ import inspect
 import pkgutil
 import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -21,9 +25,10 @@ from types import ModuleType
 from typing import Any
 
 from rewrite import pattern as P
-from rewrite.errors import RewriteError
+from rewrite.errors import RewriteError, blame
 
 TIERS = ("lift", "fuse", "transform")
+FILE_MODULE = "rewrite_rules_"  # what the modules of rules files are called
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,7 +46,14 @@ class Rule:
     source: str
     roots: frozenset[str]
     required: frozenset[str]
+    function: Callable[..., Any] | None = None
     find: Callable[..., Any] | None = None
+
+    def __call__(self, op: Any, *values: Any) -> Any:
+        """The pattern on other values: a rule's pattern stands inside another rule's."""
+        if self.function is None:
+            raise RewriteError(f"rule '{self.name}' finds its matches itself; it has no pattern that could stand in another")
+        return self.function(op, *values)
 
     def call(self, function: Callable[..., Any], bindings: Mapping[str, Any], *first: Any) -> Any:
         """Call `check` or `replace` with the bindings it names; variables of untaken alternatives are None."""
@@ -74,8 +86,33 @@ def _snake(name: str) -> str:
     return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name).lower()
 
 
-_registered_rules: dict[str, Rule] = {}
-_registered_plugins: dict[str, Plugin] = {}
+@dataclass
+class Source:
+    """What one place declared: the built-in rules, the installed packages, a file, the user's program."""
+
+    label: str
+    rules: dict[str, Rule] = field(default_factory=dict)
+    plugins: dict[str, Plugin] = field(default_factory=dict)
+
+
+_builtin, _installed, _program = Source("built in"), Source("installed packages"), Source("")
+_files: dict[Path, tuple[tuple[int, int], Source]] = {}
+_declaring: list[Source] = [_program]
+
+
+@contextlib.contextmanager
+def _declared_in(source: Source) -> Iterator[None]:
+    """What the decorators declare meanwhile belongs to `source`."""
+    _declaring.append(source)
+    try:
+        yield
+    finally:
+        _declaring.pop()
+
+
+def _origin(module: str) -> str:
+    """Where a declaration stands, for people: the file of a rules file, else the module."""
+    return _declaring[-1].label if module.startswith(FILE_MODULE) else module
 
 
 def rule(cls: type | None = None, *, tier: str = "fuse", priority: int = 0) -> Any:
@@ -94,7 +131,7 @@ def rule(cls: type | None = None, *, tier: str = "fuse", priority: int = 0) -> A
     """
 
     def declare(cls: type) -> Rule:
-        where = f"rule {cls.__name__} ({cls.__module__})"
+        where = f"rule {cls.__name__} ({_origin(cls.__module__)})"
         if tier not in TIERS:
             raise RewriteError(f"{where}: tier {tier!r} is unknown; use one of {', '.join(TIERS)}")
         find = getattr(cls, "find", None)
@@ -110,7 +147,9 @@ def rule(cls: type | None = None, *, tier: str = "fuse", priority: int = 0) -> A
             if find is None:
                 outputs, variables = P.trace(cls.pattern)  # type: ignore[attr-defined]
         except Exception as error:
-            raise RewriteError(f"{where}: its pattern cannot be traced: {error}") from error
+            raise RewriteError(f"{where}: its pattern cannot be traced: {blame(error)}") from error
+        if find is None:
+            _check_parameters(cls, outputs, variables, where)
         made = Rule(
             name=_snake(cls.__name__),
             tier=tier,
@@ -120,15 +159,29 @@ def rule(cls: type | None = None, *, tier: str = "fuse", priority: int = 0) -> A
             replace=cls.replace,  # type: ignore[attr-defined]
             check=getattr(cls, "check", None),
             priority=priority,
-            source=cls.__module__,
+            source=_origin(cls.__module__),
             roots=frozenset(P.roots(outputs[0]) if outputs else root),
             required=frozenset().union(*(P.required(o) for o in outputs)),
+            function=getattr(cls, "pattern", None),
             find=find,
         )
-        _registered_rules[made.name] = made
+        _declaring[-1].rules[made.name] = made
         return made
 
     return declare if cls is None else declare(cls)
+
+
+def _check_parameters(cls: type, outputs: tuple[P.Value, ...], variables: tuple[str, ...], where: str) -> None:
+    """`check` and `replace` may ask only for what the pattern binds: a misspelled name would be None for ever."""
+    bound = {*variables, "output"}.union(*(P.names(o) for o in outputs))
+    for function, skipped in (("check", 0), ("replace", 1)):
+        if not hasattr(cls, function):
+            continue
+        for name in list(inspect.signature(getattr(cls, function)).parameters)[skipped:]:
+            if name not in bound:
+                close = difflib.get_close_matches(name, sorted(bound), 1)
+                hint = f"did you mean '{close[0]}'?" if close else f"it binds {', '.join(sorted(bound))}"
+                raise RewriteError(f"{where}: '{function}' takes '{name}', which the pattern does not bind; {hint}")
 
 
 def plugin(cls: type) -> Plugin:
@@ -142,7 +195,7 @@ def plugin(cls: type) -> Plugin:
 
     Raises RewriteError if the class is incomplete.
     """
-    where = f"plugin {cls.__name__} ({cls.__module__})"
+    where = f"plugin {cls.__name__} ({_origin(cls.__module__)})"
     for needed in ("inputs", "reference", "tolerance"):
         if not hasattr(cls, needed):
             raise RewriteError(f"{where}: it has no '{needed}'; add one")
@@ -158,9 +211,13 @@ def plugin(cls: type) -> Plugin:
         tolerance=dict(cls.tolerance),  # type: ignore[attr-defined]
         since=getattr(cls, "since", None),
         sample=getattr(cls, "sample", None),
-        source=cls.__module__,
+        source=_origin(cls.__module__),
     )
-    _registered_plugins[made.name] = made
+    try:
+        inspect.signature(made.reference).bind(*made.inputs, **made.attributes)
+    except TypeError as error:
+        raise RewriteError(f"{where}: its reference cannot be called with inputs {list(made.inputs)} and attributes {list(made.attributes)}: {error}") from error
+    _declaring[-1].plugins[made.name] = made
     return made
 
 
@@ -176,70 +233,108 @@ class Library:
         known = {r.name for r in self.rules}
         for name in names:
             if name not in known:
-                raise RewriteError(f"rule '{name}' is unknown; `rewrite list` shows the {len(known)} known ones")
+                raise RewriteError(unknown_rule(name, known))
         return Library([r for r in self.rules if r.name in names], self.plugins)
+
+
+def unknown_rule(name: str, known: Iterable[str]) -> str:
+    names = sorted(known)
+    close = difflib.get_close_matches(name, names, 1)
+    return f"rule '{name}' is unknown; " + (f"did you mean '{close[0]}'?" if close else f"`rewrite list` shows the {len(names)} known ones")
 
 
 @cache
 def _load_builtin() -> None:
-    for package in ("rewrite.plugins", "rewrite.patterns"):
-        module = importlib.import_module(package)
-        for info in sorted(pkgutil.iter_modules(module.__path__), key=lambda i: i.name):
-            importlib.import_module(f"{package}.{info.name}")
+    with _declared_in(_builtin):
+        for package in ("rewrite.plugins", "rewrite.patterns"):
+            module = importlib.import_module(package)
+            for info in sorted(pkgutil.iter_modules(module.__path__), key=lambda i: i.name):
+                importlib.import_module(f"{package}.{info.name}")
+            _adopt(_builtin, package)
 
 
 @cache
 def _load_entry_points() -> None:
     for entry in importlib.metadata.entry_points(group="rewrite.rules"):
         try:
-            entry.load()
+            with _declared_in(_installed):
+                entry.load()
         except Exception as error:
-            raise RewriteError(f"entry point {entry.name} = {entry.value} (group rewrite.rules) fails: {error}") from error
+            package = entry.dist.name if entry.dist is not None else "an installed package"
+            raise RewriteError(f"rules of {package} (entry point {entry.name} = {entry.value}): {blame(error)}; update or uninstall it") from error
+        _adopt(_installed, entry.module)
 
 
-def load_rules_file(path: str | Path) -> ModuleType:
-    """Import a user's Python file of rules and plugins. Raises RewriteError with the file and line if it fails."""
+def _adopt(owner: Source, package: str) -> None:
+    """A module that the user's program imported first declared its rules there; they are its owner's all the same."""
+    for name in [n for n, r in _program.rules.items() if f"{r.source}.".startswith(f"{package}.")]:
+        owner.rules[name] = _program.rules.pop(name)
+    for name in [n for n, p in _program.plugins.items() if f"{p.source}.".startswith(f"{package}.")]:
+        owner.plugins[name] = _program.plugins.pop(name)
+
+
+def load_rules_file(path: str | Path) -> Source:
+    """Run a user's Python file of rules and plugins. Raises RewriteError with the file and line if it fails."""
     path = Path(path)
     if not path.is_file():
-        raise RewriteError(f"rules file {path}: no such file")
-    name = "rewrite_rules_" + re.sub(r"\W", "_", str(path.resolve()))
-    if name in sys.modules:
-        return sys.modules[name]
+        raise RewriteError(f"rules file {path}: {'a directory, not a Python file' if path.is_dir() else 'no such file'}")
+    state = path.stat()
+    version, known = (state.st_mtime_ns, state.st_size), _files.get(path.resolve())
+    if known is not None and known[0] == version:
+        return known[1]
+    name = FILE_MODULE + re.sub(r"\W", "_", str(path.resolve()))
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:
         raise RewriteError(f"rules file {path}: not a Python file; its name must end in .py")
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
+    source = Source(str(path))
     try:
-        spec.loader.exec_module(module)
+        with _declared_in(source):
+            spec.loader.exec_module(module)
     except RewriteError as error:
         del sys.modules[name]
         raise RewriteError(f"rules file {path}: {error}") from error
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         del sys.modules[name]
-        line = _line_in(path, error)
-        raise RewriteError(f"rules file {path}, line {line}: {type(error).__name__}: {error}") from error
-    return module
+        raise RewriteError(f"rules file {path}: {blame(error)}") from error
+    if not source.rules and not source.plugins:
+        raise RewriteError(f"rules file {path}: it declares neither a rule nor a plugin; decorate a class with @rewrite.rule")
+    _files[path.resolve()] = version, source
+    return source
 
 
-def _line_in(path: Path, error: Exception) -> int | str:
-    if isinstance(error, SyntaxError):
-        return error.lineno or "?"
-    line: int | str = "?"
-    trace = error.__traceback__
-    while trace is not None:
-        if Path(trace.tb_frame.f_code.co_filename) == path:
-            line = trace.tb_lineno
-        trace = trace.tb_next
-    return line
+def library(sources: Iterable[Rule | ModuleType | str | Path] | None = None) -> Library:
+    """The built-in rules and those of installed packages, and those of `sources`: rules, modules, paths of Python files.
 
-
-def library(files: list[str | Path] | None = None) -> Library:
-    """All known rules and plugins, those of `files` included."""
+    None adds every rule that the program declared with the decorator, an empty list none. Plugins are all there.
+    Raises RewriteError for a file that fails, for two rules of one name, and for anything else in `sources`.
+    """
     _load_builtin()
     _load_entry_points()
-    for file in files or ():
-        load_rules_file(file)
+    if isinstance(sources, (str, Path, Rule, ModuleType)):
+        raise RewriteError("rules: give a list of rules, modules or paths, also of a single one")
+    added = list(_program.rules.values()) if sources is None else [r for s in sources for r in _rules_of(s)]
+    rules = {**_builtin.rules}
+    for rule in [*_installed.rules.values(), *added]:
+        if rules.setdefault(rule.name, rule) is not rule:
+            raise RewriteError(f"two rules are called '{rule.name}': of {rules[rule.name].source} and of {rule.source}; rename one class")
+    plugins = {**_program.plugins}
+    for _, source in _files.values():
+        plugins.update(source.plugins)
+    for plugin in [*_installed.plugins.values(), *plugins.values()]:
+        if plugin.name in _builtin.plugins:
+            raise RewriteError(f"plugin {plugin.name} of {plugin.source} has the name of a built-in one; rename the class")
     order = {tier: i for i, tier in enumerate(TIERS)}
-    rules = sorted(_registered_rules.values(), key=lambda r: (order[r.tier], -r.priority))
-    return Library(rules, dict(_registered_plugins))
+    return Library(sorted(rules.values(), key=lambda r: (order[r.tier], -r.priority)), {**_builtin.plugins, **_installed.plugins, **plugins})
+
+
+def _rules_of(source: Rule | ModuleType | str | Path) -> list[Rule]:
+    if isinstance(source, Rule):
+        return [source]
+    if isinstance(source, ModuleType):
+        return [r for r in vars(source).values() if isinstance(r, Rule)]
+    if isinstance(source, (str, Path)):
+        return list(load_rules_file(source).rules.values())
+    hint = "; decorate it with @rewrite.rule" if isinstance(source, type) else ""
+    raise RewriteError(f"rules: {source!r} is neither a rule, a module nor the path of a Python file{hint}")

@@ -10,12 +10,14 @@ from rewrite.registry import Rule
 
 @dataclass
 class RuleStats:
-    """Counts of one rule. `seconds` includes matching, checking and verification."""
+    """Counts of one rule: where the pattern fits (`matches`), where `check` refuses, where the replacement is rejected
+    because it is not what it replaces. `seconds` includes matching, checking and verification."""
 
     tier: str
     matches: int = 0
     applied: int = 0
     refusals: int = 0
+    rejected: int = 0
     seconds: float = 0.0
 
 
@@ -73,7 +75,11 @@ def _ranges(numbers: list[int]) -> str:
 
 @dataclass
 class NearMiss:
-    """Where a rule almost matched: the pattern's part and the graph node at which it stopped, and why."""
+    """Where a rule almost matched: the pattern's part and the graph node at which it stopped, and why.
+
+    `part` is "check" where the pattern fits and the rule's check refuses, "replacement" where the replacement was found
+    not to compute the same. `depth` operators were matched of the `size` that the pattern has at least: the nodes `covered`.
+    """
 
     rule: str
     at: str
@@ -81,24 +87,49 @@ class NearMiss:
     node: str
     reason: str
     bound: dict[str, str]
-    depth: int = 0
+    depth: float = 0
+    size: int = 1
+    covered: list[str] = field(default_factory=list)
+
+    @property
+    def fits(self) -> bool:
+        """The whole pattern is there."""
+        return self.part in ("check", "replacement")
+
+    @property
+    def nearness(self) -> float:
+        """Which part of the pattern is there: 0 to 1, and 2 if it fits."""
+        return 2.0 if self.fits else min(self.depth / max(self.size, 1), 1.0)
+
+    def why(self) -> str:
+        """The reason, for people."""
+        if self.part == "check":
+            return f"the pattern fits, but {self.reason}"
+        if self.part == "replacement":
+            return f"REJECTED: {self.reason}"
+        where = f"at {self.node}: " if self.node and self.node != self.at else ""
+        return f"{where}{self.reason} ({int(self.depth)} of at least {self.size} operators found)"
 
     def __str__(self) -> str:
-        where = f" at {self.node}" if self.node and self.node != self.at else ""
-        return f"{self.rule} at {self.at}: {self.part}{where}: {self.reason}"
+        return f"{self.rule} at {self.at}: {self.why()}"
 
 
 @dataclass
 class Report:
-    """The outcome of `optimize`."""
+    """The outcome of `optimize`.
+
+    `verified`: each site was checked. `model_error`: the largest relative difference of the whole model's outputs; None
+    if it was not run. `unknown`: operators that neither ONNX, ONNX Runtime nor the model defines, with their nodes.
+    """
 
     rules: dict[str, RuleStats] = field(default_factory=dict)
     sites: list[Site] = field(default_factory=list)
-    near_misses: list[NearMiss] = field(default_factory=list)
+    _misses: dict[tuple[str, str], NearMiss] = field(default_factory=dict)
     operators_before: dict[str, int] = field(default_factory=dict)
     operators_after: dict[str, int] = field(default_factory=dict)
     plugins: dict[str, int] = field(default_factory=dict)
     kinds: dict[str, int] = field(default_factory=dict)  # plugin nodes by attribute: `MatMulAct:gelu`
+    unknown: dict[str, list[str]] = field(default_factory=dict)
     verified: bool = False
     model_error: float | None = None
     seconds: float = 0.0
@@ -107,9 +138,26 @@ class Report:
     def start(self, rules: list[Rule]) -> None:
         self.rules = {r.name: RuleStats(r.tier) for r in rules}
 
+    @property
+    def rejected(self) -> list[NearMiss]:
+        """Where a rule fits, but its replacement was found not to compute the same."""
+        return [m for m in self.near_misses if m.part == "replacement"]
+
+    def missed(self, miss: NearMiss) -> None:
+        """Enter a near miss; a node visited again forgets what the rule said of it before."""
+        self._misses[miss.rule, miss.at] = miss
+
+    @property
+    def near_misses(self) -> list[NearMiss]:
+        """Every place where a rule came near, latest state, but for those where another rule took the node."""
+        taken = {n for s in self.sites for n in s.nodes}
+        return [m for m in self._misses.values() if m.at not in taken]
+
     def add(self, site: Site) -> None:
         self.sites.append(site)
         self.rules[site.rule].applied += 1
 
     def as_json(self) -> dict[str, Any]:
-        return asdict(self)
+        """Everything as plain data, for `json.dumps`."""
+        found = {k: v for k, v in asdict(self).items() if not k.startswith("_")}
+        return {**found, "near_misses": [asdict(m) for m in self.near_misses]}

@@ -11,7 +11,7 @@ import onnxruntime
 import pytest
 
 import rewrite
-from rewrite.model import MIN_OPSET
+from rewrite.validity import MIN_OPSET
 
 PARTS = 8
 

@@ -392,7 +392,7 @@ def test_build_inspect_and_run(tmp_path):
     (["run", "{plan}/segments", "--inputs", "x"], "not a plan"),
     (["inspect", "{plan}/manifest.json"], "not an ONNX model"),
     (["build", "{plan}/nothing.onnx", "-o", "{plan}"], "no such file"),
-    (["build", "{plan}", "-o", "{plan}/q"], "no such file"),
+    (["build", "{plan}", "-o", "{plan}/q"], "a directory"),
 ])  # fmt: skip
 def test_bad_input_is_one_line_and_exit_code_2(built, arguments, reason):
     done = command(*[a.format(plan=built) for a in arguments])

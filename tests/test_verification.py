@@ -193,8 +193,8 @@ def test_a_planted_bug_is_rolled_back_and_named(monkeypatch, plugin, model, argu
     before = model(*arguments)
     good = rewrite.optimize(before).model
     assert good.plugin_nodes().get(plugin) == 1, "the right plugin is accepted"
-    right = registry._registered_plugins[plugin]
-    monkeypatch.setitem(registry._registered_plugins, plugin, dataclasses.replace(right, reference=plant(right.reference)))
+    right = registry._builtin.plugins[plugin]
+    monkeypatch.setitem(registry._builtin.plugins, plugin, dataclasses.replace(right, reference=plant(right.reference)))
     result = rewrite.optimize(before)
     assert nodes(result.model.proto) != nodes(good.proto)
     assert any(f"plugin {plugin} differs" in m.reason for m in result.report.near_misses)
@@ -217,25 +217,25 @@ def test_a_half_precision_norm_that_overflows_is_fused_still():
 
 def test_values_near_the_largest_are_tried(monkeypatch):
     """A Swish in float16 that overflows above 5e4 is caught by the inputs near 6e4 alone."""
-    right = registry._registered_plugins["Swish"]
+    right = registry._builtin.plugins["Swish"]
 
     def overflows(x, *, alpha):
         y = right.reference(x, alpha=alpha)
         return np.where(y > 5e4, np.float16(np.inf), y)
 
-    monkeypatch.setitem(registry._registered_plugins, "Swish", dataclasses.replace(right, reference=overflows))
+    monkeypatch.setitem(registry._builtin.plugins, "Swish", dataclasses.replace(right, reference=overflows))
     assert nodes(rewrite.optimize(swish("float16")).model.proto) == ["Sigmoid", "Mul"]
 
 
 def test_fully_masked_rows_are_tried(monkeypatch):
     """A row whose scores are all the lowest value is the mean of the values; a kernel that gives 0 there is caught."""
-    right = registry._registered_plugins["FusedAttention"]
+    right = registry._builtin.plugins["FusedAttention"]
 
     def zero_when_masked(q, k, v, mask=None, **attributes):
         y = right.reference(q, k, v, mask, **attributes)
         return y if mask is None else np.where(np.broadcast_to(mask.any(-1, keepdims=True), y.shape), y, 0).astype(y.dtype)
 
-    monkeypatch.setitem(registry._registered_plugins, "FusedAttention", dataclasses.replace(right, reference=zero_when_masked))
+    monkeypatch.setitem(registry._builtin.plugins, "FusedAttention", dataclasses.replace(right, reference=zero_when_masked))
     result = rewrite.optimize(attention("float", "bool"))
     assert "FusedAttention" not in result.model.plugin_nodes()
 
@@ -257,8 +257,8 @@ def test_attention_in_half_precision_with_a_softmax_in_float32(mask):
 def test_bfloat16_is_checked_in_float32(monkeypatch):
     model = parse("(bfloat16[n, 8] x) => (bfloat16[n, 8] y) { m = MatMul(x, w) s = Add(m, b) y = Relu(s) }", w=W.astype(ml_dtypes.bfloat16), b=B.astype(ml_dtypes.bfloat16))
     assert nodes(rewrite.optimize(model).model.proto) == ["rewrite.MatMulAct"]
-    right = registry._registered_plugins["MatMulAct"]
-    monkeypatch.setitem(registry._registered_plugins, "MatMulAct", dataclasses.replace(right, reference=without(2)(right.reference)))
+    right = registry._builtin.plugins["MatMulAct"]
+    monkeypatch.setitem(registry._builtin.plugins, "MatMulAct", dataclasses.replace(right, reference=without(2)(right.reference)))
     assert nodes(rewrite.optimize(model).model.proto) == ["rewrite.MatMulAct", "Add", "Relu"]  # the product without a bias is right
 
 
