@@ -321,6 +321,38 @@ def test_the_reference_spelled_out():
     assert cached.tolist() == [[0, 0, 0, 0, -9], [0, 0, 0, 0, 0]]
 
 
+def test_the_report_tells_what_each_mask_is(tmp_path):
+    from click.testing import CliRunner
+
+    from rewrite.cli import main
+
+    onnx.save(two_layers("d = Sub(i, j)  n = Less(d, three)  keep2 = And(c, n)"), tmp_path / "m.onnx")
+    output = CliRunner().invoke(main, ["optimize", str(tmp_path / "m.onnx"), "--expect", "attention_mask=2"]).output
+    assert "AttentionMask: causal " in output
+    assert "AttentionMask: causal, window 3 " in output
+
+
+# --- rules that find their matches themselves -----------------------------------------------------------------------
+def test_a_find_that_raises_is_named():
+    found = next(r for r in library().rules if r.name == "attention_mask")
+
+    def broken(graph, node):
+        raise KeyError("mask")
+
+    old = found.find
+    object.__setattr__(found, "find", broken)
+    try:
+        with pytest.raises(rewrite.RewriteError, match=r"rule 'attention_mask' .*: its find fails at FusedAttention 'y_FusedAttention_1': KeyError: 'mask'"):
+            rewrite.optimize(attention(CAUSAL, inputs="", keys="s"))
+    finally:
+        object.__setattr__(found, "find", old)
+
+
+def test_a_rule_has_a_pattern_or_finds():
+    with pytest.raises(rewrite.RewriteError, match="a rule with 'find' has no pattern, but a tuple of operator names 'root'"):
+        rewrite.rule(type("Rootless", (), {"find": lambda graph, node: None, "replace": lambda op: None}))
+
+
 # --- real exports -------------------------------------------------------------------------------------------------
 @pytest.fixture(scope="session")
 def exports(tmp_path_factory):
