@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from math import prod
+
 from rewrite.pattern import any_of, attr
 from rewrite.registry import rule
 
@@ -53,11 +55,14 @@ class FlatGemm:
     def check(x, w, b, trans, output):
         if trans or w.shape is None or (b is not None and b.rank != 1):
             return f"the weight {w.shape} is transposed, or the bias {b} has not one dimension"
-        if x.shape is None or output.shape is None or None in x.shape or list(output.shape[:-1]) != list(x.shape[:-1]):
+        if x.shape is None or output.shape is None or None in output.shape or list(x.shape[: output.rank - 1]) != list(output.shape[:-1]):
             return f"the leading dimensions change, from {x.shape} to {output.shape}"
-        if output.shape[-1] != w.shape[1] or x.shape[-1] != w.shape[0]:
+        merged = x.shape[output.rank - 1 :]
+        if output.shape[-1] != w.shape[1] or not all(isinstance(n, int) for n in merged) or prod(merged) != w.shape[0]:
             return f"the last dimension is split: {x.shape}, {w.shape} -> {output.shape}"
         return None
 
-    def replace(op, x, w, b):
+    def replace(op, x, w, b, output):
+        if x.rank != output.rank:  # heads [B, S, H, D], put together by the same reshape
+            x = op.Reshape(x, [0] * (output.rank - 1) + [w.shape[0]])
         return op.MatMul(x, w) if b is None else op.Add(op.MatMul(x, w), b)

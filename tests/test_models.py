@@ -58,7 +58,8 @@ def test_every_attention_and_mlp_is_fused(name, exporter, attention, masked, tmp
     assert result.report.plugins.get("GatedMatMulAct", 0) == (layers if name in GATED else 0)
     assert activations(result.model).get(MLP[name]) == layers
     left = result.report.operators_after
-    assert not {"Softmax", "Erf", "Sigmoid", "Attention"} & set(left), left
+    assert not {"Softmax", "Erf", "Sigmoid", "Attention", "MatMul", "Gemm", "RotaryEmbedding"} & set(left), left
+    assert result.report.plugins.get("Rotary", 0) == (2 * layers if name in GATED else 0)
     source = exported.source(name, attention, masked)
     compare_with_torch(source, result.model)  # three shapes; left, right and no padding; to 1e-4
     plan = rewrite.build(result.model, tmp_path / "plan", engines=False, verify=False)

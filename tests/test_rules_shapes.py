@@ -87,6 +87,13 @@ def test_a_linear_layer_on_two_dimensions_in_between():
     assert nodes(split) == ["Reshape", "rewrite.MatMulAct", "Reshape"]
 
 
+def test_heads_put_together_by_the_reshape_before_a_linear_layer():
+    """GPT-2's projection after attention: [B, S, 4, 2] -> [B * S, 8] -> Gemm -> [B, S, 6], then the residual."""
+    body = "t = Transpose<perm = [0, 2, 1, 3]>(x) f = Reshape(t, flat) g = Gemm(f, w, b) o = Reshape(g, back) y = Add(o, r)"
+    options = {"w": np.ones((8, 6), np.float32), "b": np.ones(6, np.float32), "back": np.array([2, -1, 6])}
+    assert nodes(after(body, "float[2, 4, seq, 2] x, float[2, seq, 6] r", "float[2, seq, 6] y", **options)) == ["Transpose", "Reshape", "rewrite.MatMulAct"]
+
+
 @pytest.mark.parametrize(("body", "left"), [("e = Exp(x) y = Mul(e, unit)", ["Exp"]), ("e = Exp(x) y = Mul(unit, e)", ["Exp"]), ("e = Exp(x) y = Div(e, unit)", ["Exp"]),
                                             ("e = Exp(x) y = Mul(e, nearly)", ["Exp", "Mul"]), ("e = Exp(x) y = Add(e, unit)", ["Exp", "Add"])])  # fmt: skip
 def test_a_factor_of_one(body, left):
