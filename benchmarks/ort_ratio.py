@@ -22,8 +22,10 @@ import torch
 import transformers
 
 import rewrite
+from rewrite.export.compare import make_inputs
 from rewrite.export.huggingface import as_flat
-from rewrite.export.torch_export import Source, export, make_inputs
+from rewrite.export.source import Source
+from rewrite.export.torch_export import export
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 import exported
