@@ -370,6 +370,17 @@ class Mine:
 """
 
 
+PLUGIN = """
+import rewrite
+@rewrite.plugin
+class A:
+    inputs = ("x",)
+    attributes = {"k": 1}
+    tolerance = {}
+    def reference(x, *, kk): return x
+"""
+
+
 def rules(tmp_path, pattern="return op.Neg(x)", check="return None", replace="return op.Neg(x)", text=None):
     path = tmp_path / "my_rules.py"
     path.write_text(text or RULE.format(pattern=pattern, check=check, replace=replace))
@@ -385,7 +396,7 @@ def rules(tmp_path, pattern="return op.Neg(x)", check="return None", replace="re
     ({"text": "raise ValueError('a\\nb\\nc')\n"}, ["ValueError: a b c"]),
     ({"text": "import rewrite\n@rewrite.rule\nclass A:\n    pass\n"}, ["rule A", "no function 'pattern(op, ...)'"]),
     ({"text": "import rewrite\n@rewrite.rule(tier='best')\nclass A:\n    pass\n"}, ["tier 'best' is unknown"]),
-    ({"text": "import rewrite\n@rewrite.plugin\nclass A:\n    inputs = ('x',)\n    attributes = {'k': 1}\n    tolerance = {}\n    def reference(x, *, kk): return x\n"}, ["plugin A", "reference cannot be called"]),
+    ({"text": PLUGIN}, ["plugin A", "reference cannot be called"]),
     ({"pattern": "return 1 / 0"}, ["my_rules.py:7", "pattern cannot be traced", "ZeroDivisionError"]),
     ({"pattern": "return x"}, ["pattern cannot be traced"]),
     ({"check": "return 1 / 0"}, ["rule 'mine'", "check fails at Neg 'y'", "my_rules.py:9", "ZeroDivisionError"]),
@@ -471,7 +482,7 @@ def test_names_of_rules(tmp_path, model):
     refused(run("optimize", model, "--rules", rules(tmp_path, text=text)), "two rules are called 'attention'", "my_rules.py")
     with pytest.raises(rewrite.RewriteError, match="give a list"):
         rewrite.optimize(str(model), rules="my_rules.py")
-    with pytest.raises(rewrite.RewriteError, match="decorate it with @rewrite.rule"):
+    with pytest.raises(rewrite.RewriteError, match=r"decorate it with @rewrite\.rule"):
         rewrite.optimize(str(model), rules=[int])
 
 
