@@ -216,11 +216,9 @@ def optimize(model: str, output: str | None, files: tuple[str, ...], only: tuple
     check_names(expectations, set(known.plugins), {r.name for r in known.rules} if not only else set(only))
     source = load(model)
     feeds = _load_inputs(inputs, source)
-    settings: dict[str, Any] = {"rules": list(files), "only": list(only) or None, "verify": verify, "inputs": feeds, "tolerance": tolerance}
-    result = run(source, **settings, explain=bool(expect))
+    result = run(source, rules=list(files), only=list(only) or None, verify=verify, inputs=feeds, tolerance=tolerance, explain=bool(expect))
     if not result.report.sites and not expect:  # the user will want to know why
-        result = run(source, **{**settings, "verify": False}, explain=True)
-        result.report.verified = verify
+        result = run(source, rules=list(files), only=list(only) or None, verify=verify, explain=True)
     report = result.report
     failures = check_expectations(expectations, report, set(known.plugins))
     if not failures and output:
@@ -314,21 +312,20 @@ def best_near_misses(report: Report) -> list[NearMiss]:
 def explain(model: str, rule_name: str | None, node: str | None, files: tuple[str, ...], as_json: bool) -> None:
     """Tell what is fused in MODEL, what looks like a fusion and is none, and why.
 
-    MODEL may be rewritten already or not; nothing is written. Sites are not verified here: `rewrite optimize` says which
-    replacements were rejected.
+    MODEL may be rewritten already or not; nothing is written.
     """
     from dataclasses import asdict
 
     from rewrite.explain import unfused
     from rewrite.model import load
-    from rewrite.optimizer import optimize as run
-    from rewrite.registry import unknown_rule
+    from rewrite.optimizer import apply_rules
+    from rewrite.registry import library, unknown_rule
     from rewrite.validity import all_nodes
 
     source = load(model)
     if node is not None and node not in {n.name or o for n in all_nodes(source.proto.graph) for o in n.output}:
         raise RewriteError(f"{model}: it has no node '{node}'; `rewrite inspect {model} --steps` lists them")
-    result = run(source, rules=list(files), verify=False, explain=True)
+    result = apply_rules(source, library(files), verify=True, explain=True)
     report = result.report
     if rule_name is not None and rule_name not in report.rules:
         raise RewriteError(unknown_rule(rule_name, report.rules))

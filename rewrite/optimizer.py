@@ -16,7 +16,7 @@ from rewrite.driver import Driver, all_graphs
 from rewrite.functions import FunctionTable
 from rewrite.graph import Graph
 from rewrite.model import Model, close_graph, load, module_scope, names_in, open_graph, overridable
-from rewrite.registry import TIERS, Rule, library
+from rewrite.registry import TIERS, Library, Rule, library
 from rewrite.report import Report
 from rewrite.shapes import SymbolicShapes
 from rewrite.validity import check_feeds, unknown_operators
@@ -65,12 +65,28 @@ def optimize(
     for feeds in inputs or ():
         check_feeds(source.proto, feeds)
     chosen = library(rules) if only is None else library(rules).select(only)
+    result = apply_rules(source, chosen, verify=verify, explain=explain)
+    report = result.report
+    if verify and not report.sites:
+        report.model_error = 0.0  # it is the same model
+    elif verify and not report.unknown:
+        started = time.perf_counter()
+        report.model_error = check_models(source, result.model, inputs, tolerance)
+        report.verify_seconds += time.perf_counter() - started
+    return result
+
+
+def apply_rules(source: Model, rules: Library, *, verify: bool, explain: bool) -> Result:
+    """Rewrite a model with these rules, each site verified or not; the model as a whole is not run.
+
+    Raises RewriteError for a faulty rule or an inconsistent model.
+    """
     report = Report()
-    report.start(chosen.rules)
+    report.start(rules.rules)
     started = time.perf_counter()
     imported = open_graph(source)
     table = FunctionTable(list(source.proto.functions))
-    driver = Driver(chosen, table, report, verify, explain)
+    driver = Driver(rules, table, report, verify, explain)
     driver.scopes = {key: module_scope(node) for key, node in imported.sources.items()}
     names, inputs_too = names_in(source.proto), overridable(source.proto)
     graphs = [Graph(g, source.opset, names, inputs_too) for g in all_graphs(imported.graph)]
@@ -86,8 +102,4 @@ def optimize(
     report.operators_before, report.operators_after = source.operators(), result.operators()
     report.plugins, report.kinds, report.unknown = result.plugin_nodes(), result.plugin_kinds(), unknown_operators(source.proto)
     report.verified = verify
-    if verify and not report.unknown:
-        check_started = time.perf_counter()
-        report.model_error = check_models(source, result, inputs, tolerance)
-        report.verify_seconds += time.perf_counter() - check_started
     return Result(result, report)

@@ -24,15 +24,14 @@ Scopes = tuple[set[str], ...]
 
 def check_validity(proto: onnx.ModelProto, name: str) -> None:
     """Raises RewriteError, starting with `name`, if the model cannot be rewritten safely."""
-    try:
-        _check_versions(proto, name)
-        _check_graph(proto.graph, (), name)
-        for tensor in tensors(proto):
-            _check_size(tensor, name)
-        _check_calls(proto, name)
-    except UnicodeDecodeError as error:
-        text = error.object[max(0, error.start - 20) : error.end + 20]
-        raise RewriteError(f"{name}: a name in it is not UTF-8 text ({text!r}); rename it where the model is made") from error
+    for text in _texts(proto):
+        if isinstance(text, bytes):  # what protobuf makes of text that is none
+            raise RewriteError(f"{name}: a name in it is not UTF-8 text ({text[:60]!r}); rename it where the model is made")
+    _check_versions(proto, name)
+    _check_graph(proto.graph, (), name)
+    for tensor in tensors(proto):
+        _check_size(tensor, name)
+    _check_calls(proto, name)
 
 
 def _check_versions(proto: onnx.ModelProto, name: str) -> None:
@@ -56,6 +55,10 @@ def _check_graph(graph: onnx.GraphProto, outer: Scopes, name: str) -> None:
         twice = _first_twice(names)
         if twice is not None:
             raise RewriteError(f"{name}: {what} '{twice}' occurs twice; names must be unique")
+    twice = _first_twice(n.name for n in graph.node if n.name)
+    if twice is not None:
+        which = " and ".join(n.op_type for n in graph.node if n.name == twice)
+        raise RewriteError(f"{name}: nodes ({which}) share the name '{twice}', which ONNX Runtime refuses; rename one, or leave the names empty")
     sources = {*inputs, *initial}
     makers: dict[str, onnx.NodeProto] = {}
     for node in graph.node:
@@ -126,11 +129,25 @@ def _check_size(tensor: onnx.TensorProto, name: str) -> None:
     """The data of a tensor must be as long as its shape says."""
     if any(d < 0 for d in tensor.dims):
         raise RewriteError(f"{name}: tensor '{tensor.name}' has the shape {list(tensor.dims)}; export the model again")
+    if tensor.data_type not in onnx.TensorProto.DataType.values() or tensor.data_type == onnx.TensorProto.UNDEFINED:
+        raise RewriteError(f"{name}: tensor '{tensor.name}' is of type {tensor.data_type}, which ONNX {onnx.__version__} does not know; export the model again")
     needed = byte_size(tensor)
-    if needed is None or not tensor.HasField("raw_data") or tensor.data_location == onnx.TensorProto.EXTERNAL:
+    if tensor.data_location == onnx.TensorProto.EXTERNAL:
         return
-    if len(tensor.raw_data) != needed:
+    if not tensor.HasField("raw_data"):
+        _check_count(tensor, name)
+    elif needed is not None and len(tensor.raw_data) != needed:
         raise RewriteError(f"{name}: tensor '{tensor.name}' of shape {list(tensor.dims)} has {len(tensor.raw_data)} bytes of data instead of {needed}; export the model again")
+
+
+def _check_count(tensor: onnx.TensorProto, name: str) -> None:
+    """Data that is not raw bytes stands in a field of numbers or strings; complex and packed types are left to others."""
+    kind = onnx.TensorProto.DataType.Name(tensor.data_type)
+    if kind in PACKED - {"STRING"} or kind.startswith("COMPLEX"):
+        return
+    found, needed = len(getattr(tensor, onnx.helper.tensor_dtype_to_field(tensor.data_type))), math.prod(int(d) for d in tensor.dims)
+    if found != needed:
+        raise RewriteError(f"{name}: tensor '{tensor.name}' of shape {list(tensor.dims)} has {found} elements instead of {needed}; export the model again")
 
 
 def byte_size(tensor: onnx.TensorProto) -> int | None:
@@ -171,6 +188,32 @@ def check_feeds(proto: onnx.ModelProto, feeds: Mapping[str, np.ndarray]) -> None
 
 
 # --- walking a protobuf -------------------------------------------------------------------------------------------
+def _texts(proto: onnx.ModelProto) -> Iterator[str | bytes]:
+    """Every name in a model."""
+    pending = [proto.graph]
+    bodies = [n for f in proto.functions for n in f.node]
+    yield from (o.domain for o in proto.opset_import)
+    for function in proto.functions:
+        yield from (function.name, function.domain, *function.input, *function.output)
+    while pending or bodies:
+        made = bodies
+        if pending:
+            graph = pending.pop()
+            yield graph.name
+            for value in (*graph.input, *graph.output, *graph.value_info):
+                yield value.name
+                if value.type.HasField("tensor_type"):
+                    yield from (d.dim_param for d in value.type.tensor_type.shape.dim)
+            yield from (t.name for t in graph.initializer)
+            made = list(graph.node)
+        else:
+            bodies = []
+        for node in made:
+            yield from (node.op_type, node.domain, node.name, *node.input, *node.output)
+            yield from (a.name for a in node.attribute)
+            pending += subgraphs(node)
+
+
 def subgraphs(node: onnx.NodeProto) -> Iterator[onnx.GraphProto]:
     """The graphs inside a node, not those inside of these."""
     for attribute in node.attribute:

@@ -376,7 +376,10 @@ def file_session(model: Any) -> Any:
     import onnxruntime as ort
 
     if not model.external:
-        return session(widen_model(model.proto) if _has_bfloat16(model.proto) else model.proto)
+        try:
+            return session(widen_model(model.proto) if _has_bfloat16(model.proto) else model.proto)
+        except RewriteError as error:
+            raise RewriteError(f"{model.name}: {error}") from error
     options = ort.SessionOptions()
     options.log_severity_level = 4
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
