@@ -73,8 +73,7 @@ def bracketings(parts):
     if len(parts) == 1:
         yield parts[0]
     for cut in range(1, len(parts)):
-        for left, right in itertools.product(bracketings(parts[:cut]), bracketings(parts[cut:])):
-            yield (left, right)
+        yield from itertools.product(bracketings(parts[:cut]), bracketings(parts[cut:]))
 
 
 def chain(tree, op, between=()):
@@ -706,7 +705,7 @@ def test_rules_of_an_installed_package(distribution, before):
 
 def test_a_package_whose_rules_fail_is_named(distribution):
     (distribution / "acme_fusions" / "rules.py").write_text("1 / 0\n")
-    code = "import sys; sys.path.insert(0, {!r}); from rewrite.cli import main; main(['list'], standalone_mode=False)".format(str(distribution))
+    code = f"import sys; sys.path.insert(0, {str(distribution)!r}); from rewrite.cli import main; main(['list'], standalone_mode=False)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert "rules of acme-fusions (entry point acme = acme_fusions): rules.py:1: ZeroDivisionError" in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
