@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from rewrite.plugins.activations import Array, wide
+from rewrite.plugins.cuda_attention import attention
 from rewrite.registry import plugin
 
 
@@ -39,6 +40,7 @@ class FusedAttention:
     attributes = {"scale": 1.0, "softcap": 0.0, "fill": 0.0, "drop": 0, "zero_masked": 0, "causal": 0}
     tolerance = {"float64": (1e-9, 1e-9), "float32": (5e-5, 1e-5), "float16": (2e-3, 2e-3), "bfloat16": (1.6e-2, 1.6e-2)}
     sample = sample_mask
+    cuda = attention
 
     def reference(
         q: Array, k: Array, v: Array, mask: Array | None = None, *, scale: float, softcap: float, fill: float, drop: int, zero_masked: int, causal: int
@@ -55,7 +57,7 @@ class FusedAttention:
         elif mask is not None:
             scores = scores + wide(mask)
         if causal:
-            scores = np.where(np.tri(*scores.shape[-2:], dtype=np.bool_), scores, -np.inf)
+            scores = np.where(np.arange(scores.shape[-1], like=q) <= np.arange(scores.shape[-2], like=q)[:, None], scores, -np.inf)
         weights = np.exp(scores - scores.max(-1, keepdims=True))
         weights = weights / weights.sum(-1, keepdims=True)
         if zero_masked:

@@ -68,11 +68,13 @@ class AttentionMask:
         keys = queries if padding is None else padding.shape[1]
         if past is not None:
             keys = past.shape[past_axis] + queries
-        distance = np.arange(queries)[:, None] + (keys - queries if align == "end" else 0) - np.arange(keys)
+        # `like` makes arrays of the inputs' kind: on a GPU this runs on CuPy's.
+        rows, columns = np.arange(queries, like=sized), np.arange(keys, like=sized)
+        distance = rows[:, None] + (keys - queries if align == "end" else 0) - columns
         near = distance >= 0 if causal else np.ones_like(distance, bool)
         if window:
             near = near & (np.abs(distance) < window)
-        kept = np.ones((batch, keys), bool) if padding is None else TESTS[test](padding[:batch, :keys], np.asarray(against, padding.dtype))
+        kept = np.ones((batch, keys), bool, like=sized) if padding is None else TESTS[test](padding[:batch, :keys], padding.dtype.type(against))
         near, kept = near[None, None], kept[:, None, None]
         seen = near & kept
         if unmask_empty:

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from rewrite.plugins.activations import Array, activate, wide
+from rewrite.plugins.cuda_matmul import gated_matmul_act, matmul_act
 from rewrite.registry import plugin
 
 TOLERANCE = {"float64": (1e-9, 1e-9), "float32": (3e-5, 1e-5), "float16": (2e-3, 1e-3), "bfloat16": (1.6e-2, 8e-3)}
@@ -36,6 +37,7 @@ class MatMulAct:
     attributes = {"activation": "none", "trans_w": 0}
     tolerance = TOLERANCE
     sample = sample
+    cuda = matmul_act
 
     def reference(x: Array, w: Array, bias: Array | None = None, residual: Array | None = None, *, activation: str, trans_w: int) -> Array:
         y = activate(product(x, w, bias, trans_w), activation)
@@ -54,6 +56,7 @@ class GatedMatMulAct:
     attributes = {"activation": "swish", "merged": "none", "trans_w": 0}
     tolerance = TOLERANCE
     sample = sample
+    cuda = gated_matmul_act
 
     def reference(
         x: Array, w_gate: Array, w_up: Array | None = None, bias_gate: Array | None = None, bias_up: Array | None = None, *, activation: str, merged: str, trans_w: int

@@ -74,6 +74,7 @@ class Plugin:
     tolerance: Mapping[str, tuple[float, float]]
     since: int | None
     sample: Callable[..., Any] | None
+    cuda: Callable[..., Any] | None
     source: str
 
     @property
@@ -190,7 +191,9 @@ def plugin(cls: type) -> Plugin:
     The class has `inputs` and `outputs` (names; a trailing "?" marks an optional input), `attributes` (names and
     defaults), `reference(*inputs, **attributes)` on NumPy arrays (an absent input is None), and `tolerance`, by
     dtype: (relative, absolute) difference that a correct kernel may show. Optional: `sample(rng, name, shape, dtype)`
-    makes an input for the check of a fused site, or returns None for the default; `since` is the opset from which
+    makes an input for the check of a fused site, or returns None for the default; `cuda(inputs, outputs, **attributes)`,
+    on CuPy arrays at fixed addresses, returns a function that enqueues the kernels on the current stream, or None where it
+    has none for these types (then the reference runs on the GPU); `since` is the opset from which
     ONNX itself has the operator.
 
     Raises RewriteError if the class is incomplete.
@@ -211,6 +214,7 @@ def plugin(cls: type) -> Plugin:
         tolerance=dict(cls.tolerance),  # type: ignore[attr-defined]
         since=getattr(cls, "since", None),
         sample=getattr(cls, "sample", None),
+        cuda=getattr(cls, "cuda", None),
         source=_origin(cls.__module__),
     )
     try:

@@ -2,37 +2,49 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx
 
 from rewrite.errors import RewriteError
-from rewrite.runtime.executor import Array, Call
+from rewrite.registry import library
 from rewrite.runtime.partition import Step
 from rewrite.verify import session
 
 if TYPE_CHECKING:
     from rewrite.runtime.plan import Plan
 
+Array = np.ndarray[Any, Any]
+Call = Callable[[list[Any]], list[Any]]
 
-class CpuBackend:
-    """Arrays are NumPy's; one ONNX Runtime session for each distinct segment."""
+
+class CpuExecutor:
+    """A plan on the CPU: one ONNX Runtime session for each distinct segment; a value is dropped after its last reader."""
 
     def __init__(self, plan: Plan):
-        from rewrite.registry import library
-
         self.plan, self.plugins = plan, library().plugins
         self.sessions: dict[str, Any] = {}
+        self.weights = {name: np.ascontiguousarray(array).reshape(array.shape) for name, array in plan.weights.items()}
+        steps, self.outputs = plan.manifest.steps, plan.manifest.outputs
+        self.calls = [(step, self._segment(step) if step.kind == "segment" else self._plugin(step)) for step in steps]
+        last = {name: index for index, step in enumerate(steps) for name in (*step.inputs, *step.outputs)}
+        kept = {*self.outputs.values(), *self.weights}
+        self.dropped: list[list[str]] = [[] for _ in steps]
+        for name, index in last.items():
+            if name and name not in kept:
+                self.dropped[index].append(name)
 
-    def upload(self, array: Array) -> Array:
-        return np.ascontiguousarray(array).reshape(array.shape)
-
-    def download(self, value: Array) -> Array:
-        return value
-
-    def compile(self, step: Step) -> Call:
-        return self._segment(step) if step.kind == "segment" else self._plugin(step)
+    def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        self.plan.check(inputs)
+        values = {**self.weights, **{name: np.ascontiguousarray(a).reshape(a.shape) for name, a in inputs.items()}}
+        for (step, call), dropped in zip(self.calls, self.dropped, strict=True):
+            results = call([values[name] if name else None for name in step.inputs])
+            values.update(zip(step.outputs, results, strict=True))
+            for name in dropped:
+                values.pop(name, None)
+        return {name: values[value] for name, value in self.outputs.items()}
 
     def _segment(self, step: Step) -> Call:
         if step.name not in self.sessions:

@@ -30,7 +30,8 @@ def version() -> str:
 
 
 @cache
-def _logger() -> Any:
+def logger() -> Any:
+    """TensorRT's logger of this process."""
     trt = tensorrt()
 
     class Log(trt.ILogger):  # type: ignore[name-defined,misc]
@@ -52,7 +53,7 @@ def build_engine(segment: onnx.ModelProto, shapes: Mapping[str, tuple[Dim, ...]]
 
     Precision is what the model says (strongly typed, no TF32). Raises RewriteError that names the node TensorRT stops at.
     """
-    trt, log = tensorrt(), _logger()
+    trt, log = tensorrt(), logger()
     log.lines.clear()
     builder = trt.Builder(log)
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
@@ -98,3 +99,21 @@ def _decompose_attention(trt: ModuleType, network: Any) -> None:
         if layer.type == trt.LayerType.ATTENTION_INPUT:
             layer.__class__ = trt.IAttentionInputLayer  # the bindings' way to downcast a layer
             layer.attention.decomposable = True
+
+
+# --- running ------------------------------------------------------------------------------------------------------
+def complaint() -> str:
+    """What TensorRT last complained about."""
+    lines = logger().lines
+    return lines[-1].splitlines()[0][:300] if lines else "it gives no reason"
+
+
+def execution_context(loaded: Any) -> Any:
+    """A context of an engine; TensorRT for RTX compiles kernels for the sizes at hand at once, not in the background."""
+    trt = tensorrt()
+    if not hasattr(loaded, "create_runtime_config"):
+        return loaded.create_execution_context()
+    config = loaded.create_runtime_config()
+    if hasattr(trt, "DynamicShapesKernelSpecializationStrategy"):
+        config.dynamic_shapes_kernel_specialization_strategy = trt.DynamicShapesKernelSpecializationStrategy.EAGER
+    return loaded.create_execution_context(config)

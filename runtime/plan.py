@@ -127,16 +127,15 @@ class Plan:
 
     @cached_property
     def executor(self) -> Executor:
-        from rewrite.runtime.executor import Executor, make_backend
+        from rewrite.runtime.executor import make_executor
 
-        return Executor(self, make_backend(self))
+        return make_executor(self)
 
     def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         """Compute the outputs, by name, from arrays of the declared dtypes and shapes.
 
         Raises RewriteError for an input that is missing, unknown, or of another dtype or shape than declared.
         """
-        self.check(inputs)
         return self.executor.run(inputs)
 
     def check(self, inputs: Mapping[str, Array]) -> dict[str, int]:

@@ -1,0 +1,154 @@
+"""CUDA kernels of attention: cuDNN's fused one where it computes exactly this, else products by cuBLAS around a softmax.
+
+cuDNN: float16, no soft cap, no boolean mask, no rows of NaN to mend, head sizes up to 128. The softmax here handles every
+mask that the plugin takes, in float32, one block a row: scores are read once and weights written once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+Launch = Callable[[], None]
+
+SOFTMAX = r"""
+#include <cuda_fp16.h>
+#define INF __int_as_float(0x7f800000)
+template <typename T, int MASK>  // MASK: 0 none, 1 boolean, 2 added
+__device__ void row(T* x, const void* mask, long long t, long long s, int heads, const long long* strides,
+                    float scale, float cap, float fill, int drop, int zero, int causal) {
+    extern __shared__ float buffer[];
+    __shared__ float shared[32];
+    const long long r = blockIdx.x;
+    const long long q = r % s, h = (r / s) % heads, b = r / s / heads;
+    const char* base = nullptr;
+    if (MASK) base = (const char*)mask + (b * strides[0] + h * strides[1] + q * strides[2]) * (MASK == 1 ? 1 : (long long)sizeof(T));
+    T* p = x + r * t;
+    float top = -INF;
+    bool broken = false;
+    for (long long i = threadIdx.x; i < t; i += blockDim.x) {
+        float v = (float)p[i] * scale;
+        if (cap != 0.f) v = cap * tanhf(v / cap);
+        if (MASK == 1) v = ((((const bool*)base)[i * strides[3]]) != (bool)drop) ? v : fill;
+        if (MASK == 2) v += (float)((const T*)base)[i * strides[3]];
+        if (causal && i > q) v = -INF;
+        buffer[i] = v;
+        broken |= isnan(v);
+        top = fmaxf(top, v);
+    }
+    for (int o = 16; o; o >>= 1) top = fmaxf(top, __shfl_xor_sync(~0u, top, o));
+    if ((threadIdx.x & 31) == 0) shared[threadIdx.x >> 5] = top;
+    __syncthreads();
+    top = shared[0];
+    for (int i = 1; i < (blockDim.x >> 5); ++i) top = fmaxf(top, shared[i]);
+    broken = __syncthreads_or(broken);
+    float sum = 0.f;
+    for (long long i = threadIdx.x; i < t; i += blockDim.x) { float e = expf(buffer[i] - top); buffer[i] = e; sum += e; }
+    for (int o = 16; o; o >>= 1) sum += __shfl_xor_sync(~0u, sum, o);
+    __syncthreads();
+    if ((threadIdx.x & 31) == 0) shared[threadIdx.x >> 5] = sum;
+    __syncthreads();
+    sum = 0.f;
+    for (int i = 0; i < (blockDim.x >> 5); ++i) sum += shared[i];
+    if (broken) sum = __int_as_float(0x7fc00000);
+    for (long long i = threadIdx.x; i < t; i += blockDim.x) {
+        float w = buffer[i] / sum;
+        p[i] = (T)((zero && isnan(w)) ? 0.f : w);
+    }
+}
+#define KERNEL(NAME, T, MASK) extern "C" __global__ void NAME(T* x, const void* mask, long long t, long long s, int heads, \
+    const long long* strides, float scale, float cap, float fill, int drop, int zero, int causal) \
+    { row<T, MASK>(x, mask, t, s, heads, strides, scale, cap, fill, drop, zero, causal); }
+KERNEL(softmax_float32_0, float, 0) KERNEL(softmax_float32_1, float, 1) KERNEL(softmax_float32_2, float, 2)
+KERNEL(softmax_float16_0, __half, 0) KERNEL(softmax_float16_1, __half, 1) KERNEL(softmax_float16_2, __half, 2)
+"""
+LONGEST = 12000  # keys: a row of scores lies in 48 KB of shared memory
+
+
+@cache
+def _module() -> Any:
+    import cupy
+
+    return cupy.RawModule(code=SOFTMAX, options=("--std=c++17",))
+
+
+@cache
+def _cudnn() -> Any:
+    """The cuDNN front end and a handle, or None if it is not installed."""
+    try:
+        import cudnn
+    except ImportError:
+        return None
+    return cudnn, cudnn.create_handle()
+
+
+def attention(
+    inputs: list[Any], outputs: list[Any], *, scale: float, softcap: float, fill: float, drop: int, zero_masked: int, causal: int
+) -> Launch | None:
+    q, k, v, mask = inputs
+    if q.ndim != 4 or q.dtype.name not in ("float16", "float32") or k.shape[2] > LONGEST:
+        return None
+    if mask is not None and mask.dtype.name not in ("bool", q.dtype.name):
+        return None
+    plain = mask is None or (mask.dtype.name == "float16" and mask.ndim == 4)
+    sizes = max(q.shape[-1], v.shape[-1]) <= 128 and q.shape[-1] % 8 == 0 and v.shape[-1] % 8 == 0
+    if q.dtype.name == "float16" and plain and not softcap and not zero_masked and sizes and (not causal or q.shape[2] == k.shape[2]) and _cudnn() is not None:
+        return _fused(q, k, v, mask, outputs[0], scale, bool(causal))
+    return _unfused(q, k, v, mask, outputs[0], (scale, softcap, fill, drop, zero_masked, causal))
+
+
+def _fused(q: Any, k: Any, v: Any, mask: Any, y: Any, scale: float, causal: bool) -> Launch:
+    import cupy
+
+    cudnn, handle = _cudnn()
+    graph = cudnn.pygraph(io_data_type=cudnn.data_type.HALF, intermediate_data_type=cudnn.data_type.FLOAT, compute_data_type=cudnn.data_type.FLOAT, handle=handle)
+
+    def tensor(a: Any) -> Any:
+        return graph.tensor(dim=list(a.shape), stride=[n // a.itemsize for n in a.strides], data_type=cudnn.data_type.HALF)
+
+    tensors = [tensor(a) for a in (q, k, v)]
+    bias = None if mask is None else tensor(mask)
+    out, _ = graph.sdpa(q=tensors[0], k=tensors[1], v=tensors[2], bias=bias, attn_scale=scale, use_causal_mask=causal, is_inference=True)
+    out.set_output(True).set_dim(list(y.shape)).set_stride([n // y.itemsize for n in y.strides])
+    graph.validate()
+    graph.build_operation_graph()
+    graph.create_execution_plans([cudnn.heur_mode.A, cudnn.heur_mode.FALLBACK])
+    graph.check_support()
+    graph.build_plans()
+    workspace = cupy.empty(max(graph.get_workspace_size(), 1), cupy.uint8)
+    pack = {t: int(a.data.ptr) for t, a in zip([*tensors, out], [q, k, v, y], strict=True)}
+    if bias is not None:
+        pack[bias] = int(mask.data.ptr)
+
+    def launch() -> None:
+        cudnn.set_stream(handle=handle, stream=cupy.cuda.get_current_stream().ptr)
+        graph.execute(pack, workspace.data.ptr, handle=handle)
+
+    return launch
+
+
+def _unfused(q: Any, k: Any, v: Any, mask: Any, y: Any, options: tuple[Any, ...]) -> Launch:
+    import cupy
+
+    batch, heads, queries, _ = q.shape
+    groups, keys = k.shape[1], k.shape[2]
+    shape = (batch, groups, heads // groups * queries, keys)  # the query heads of a key head, one under another
+    scores = cupy.empty((batch, heads, queries, keys), q.dtype)
+    kind = 0 if mask is None else 1 if mask.dtype.name == "bool" else 2
+    wide = None if mask is None else cupy.broadcast_to(mask, scores.shape)
+    strides = cupy.array([n // wide.itemsize for n in wide.strides] if wide is not None else [0] * 4, cupy.int64)
+    kernel = _module().get_function(f"softmax_{q.dtype.name}_{kind}")
+    scale, softcap, fill, drop, zero_masked, causal = options
+    pointer = 0 if mask is None else int(mask.data.ptr)
+    f32, i32, i64 = cupy.float32, cupy.int32, cupy.int64
+    arguments = (scores, i64(pointer), i64(keys), i64(queries), i32(heads), strides, f32(scale), f32(softcap), f32(fill), i32(drop), i32(zero_masked), i32(causal))
+    rows = q.reshape(batch, groups, -1, q.shape[-1])
+    turned, results = k.swapaxes(-1, -2), y.reshape(batch, groups, -1, y.shape[-1])
+
+    def launch() -> None:
+        cupy.matmul(rows, turned, out=scores.reshape(shape))
+        kernel((batch * heads * queries,), (128,), arguments, shared_mem=keys * 4)
+        cupy.matmul(scores.reshape(shape), v, out=results)
+
+    return launch

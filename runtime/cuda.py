@@ -1,0 +1,221 @@
+"""The CUDA backend: TensorRT engines between plugin kernels, on one stream, captured in a CUDA graph for each set of sizes.
+
+Values between steps lie in one arena, at offsets planned by when they are needed; weights are uploaded once. A plugin
+without a kernel for the types at hand runs its NumPy reference on CuPy arrays, in a memory pool of its own, so that it
+can be captured, too. What is executed was checked against the manifest's SHA-256 before it is deserialized.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import onnx
+
+from rewrite.errors import RewriteError
+from rewrite.registry import library
+from rewrite.runtime import engine
+from rewrite.runtime.partition import Step, ValueType
+from rewrite.verify import resolve
+
+if TYPE_CHECKING:
+    from rewrite.runtime.plan import Plan
+
+ALIGNMENT = 512  # bytes
+GRAPHS = 8  # sets of sizes kept captured; the least recently used one is dropped for a ninth
+Launch = Callable[[], None]
+
+
+def device() -> Any:
+    """The CuPy module. Raises RewriteError if CuPy is not installed or sees no GPU."""
+    try:
+        import cupy
+    except ImportError as error:
+        raise RewriteError("device cuda needs CuPy; install the extra: pip install 'rewrite-onnx[gpu]', or use --device cpu") from error
+    try:
+        count = cupy.cuda.runtime.getDeviceCount()
+    except cupy.cuda.runtime.CUDARuntimeError as error:
+        raise RewriteError(f"device cuda: no usable GPU ({error}); use --device cpu") from error
+    if not count:
+        raise RewriteError("device cuda: there is no GPU; use --device cpu")
+    return cupy
+
+
+def plan_arena(sizes: Mapping[str, int], lives: Mapping[str, tuple[int, int]]) -> tuple[dict[str, int], int]:
+    """Offsets such that values alive at the same time do not overlap, and the bytes needed.
+
+    `lives` gives the first and last step at which a value is needed. Largest first, each at the lowest free place.
+    """
+    offsets: dict[str, int] = {}
+    total = 0
+    for name in sorted(sizes, key=lambda n: (-sizes[n], n)):
+        size = -(-max(sizes[name], 1) // ALIGNMENT) * ALIGNMENT
+        first, last = lives[name]
+        taken = sorted((offsets[o], offsets[o] - (-max(sizes[o], 1) // ALIGNMENT) * ALIGNMENT) for o in offsets if lives[o][0] <= last and first <= lives[o][1])
+        place = 0
+        for start, end in taken:
+            if place + size <= start:
+                break
+            place = max(place, end)
+        offsets[name] = place
+        total = max(total, place + size)
+    return offsets, total
+
+
+class CudaExecutor:
+    """A plan on the GPU."""
+
+    def __init__(self, plan: Plan):
+        self.cupy, self.plan = device(), plan
+        if not plan.has_engines:
+            raise RewriteError(f"{plan.directory}: the plan was built without engines; build it again without --no-engines")
+        trt = engine.tensorrt()
+        built, here = plan.manifest.versions["tensorrt"], engine.version()
+        if built != here:
+            raise RewriteError(f"{plan.directory}: the plan was built with {built}, this machine has {here}; build it again")
+        self.plugins = library().plugins
+        self.stream = self.cupy.cuda.Stream(non_blocking=True)
+        self.runtime = trt.Runtime(engine.logger())
+        self.engines: dict[str, Any] = {}
+        self.contexts: dict[str, Any] = {}
+        for key in dict.fromkeys(s.name for s in plan.manifest.steps if s.kind == "segment"):
+            loaded = self.runtime.deserialize_cuda_engine(plan.engine_file(key).read_bytes())
+            if loaded is None:
+                raise RewriteError(f"{plan.engine_file(key)}: TensorRT refuses it on this GPU: {engine.complaint()}; build the plan again on this machine")
+            self.engines[key] = loaded
+            self.contexts[key] = engine.execution_context(loaded)
+        with self.stream:
+            self.weights = {name: self.cupy.asarray(array) for name, array in plan.weights.items()}
+        self.frames: OrderedDict[tuple[int, ...], Frame] = OrderedDict()
+
+    def run(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """The outputs, as NumPy arrays if all inputs are NumPy's, else as CuPy arrays on the device."""
+        host = all(isinstance(a, np.ndarray) for a in inputs.values())
+        arrays = {n: a if isinstance(a, np.ndarray) else self._view(a) for n, a in inputs.items()}
+        sizes = self.plan.check(arrays)
+        with self.stream:
+            results = self.frame(sizes).run(arrays)
+            if host:
+                results = {n: self.cupy.asnumpy(a, stream=self.stream) for n, a in results.items()}
+        self.stream.synchronize()
+        return results
+
+    def _view(self, array: Any) -> Any:
+        return self.cupy.asarray(array) if hasattr(array, "__cuda_array_interface__") else self.cupy.from_dlpack(array)
+
+    def frame(self, sizes: Mapping[str, int]) -> Frame:
+        """The captured work for these sizes of the named dimensions; made on first use."""
+        key = tuple(sizes.values())
+        if key not in self.frames:
+            while len(self.frames) >= GRAPHS:
+                self.frames.popitem(last=False)
+            self.frames[key] = Frame(self, sizes)
+        self.frames.move_to_end(key)
+        return self.frames[key]
+
+
+class Frame:
+    """A plan's work for one set of sizes: memory with fixed addresses, and the graph that runs it."""
+
+    def __init__(self, executor: CudaExecutor, sizes: Mapping[str, int]):
+        self.executor, self.cupy, manifest = executor, executor.cupy, executor.plan.manifest
+        self.sizes = dict(sizes)
+        types = {**manifest.inputs, **manifest.values}
+        shapes = {name: self._shape(name, kind) for name, kind in types.items()}
+        steps = manifest.steps
+        lives = {name: (0, len(steps)) for name in (*manifest.inputs, *manifest.outputs.values())}
+        for index, step in enumerate(steps):
+            for name in (*step.inputs, *step.outputs):
+                if name and name not in executor.weights:
+                    first, last = lives.get(name, (index, index))
+                    lives[name] = (min(first, index), max(last, index))
+        dtypes = {name: self._dtype(kind) for name, kind in types.items()}
+        needed = {n: int(np.prod(shapes[n], dtype=np.int64)) * dtypes[n].itemsize for n in lives if n not in executor.weights}
+        offsets, total = plan_arena(needed, lives)
+        self.arena = self._allocate(total)
+        self.values = dict(executor.weights)
+        for name, offset in offsets.items():
+            self.values[name] = self.cupy.ndarray(shapes[name], dtypes[name], self.arena.data + offset)
+        self.pool = self.cupy.cuda.MemoryPool()  # what references allocate: kept, so that captured addresses stay theirs
+        with self.cupy.cuda.using_allocator(self.pool.malloc):
+            launches = [self._segment(s) if s.kind == "segment" else self._plugin(s) for s in steps]
+            for _ in range(2):  # first runs compile and allocate, which a capture may not
+                for launch in launches:
+                    launch()
+            executor.stream.synchronize()
+            executor.stream.begin_capture()
+            try:
+                for launch in launches:
+                    launch()
+            finally:
+                self.graph = executor.stream.end_capture()
+        self.graph.upload(executor.stream)
+
+    def _shape(self, name: str, kind: ValueType) -> tuple[int, ...]:
+        def unknown() -> int:
+            raise RewriteError(f"the shape of '{name}', {list(kind.shape)}, does not follow from the sizes of the inputs")
+
+        return tuple(resolve(d, dict(self.sizes), unknown) for d in kind.shape)
+
+    def _dtype(self, kind: ValueType) -> np.dtype[Any]:
+        import ml_dtypes
+
+        return np.dtype(ml_dtypes.bfloat16 if kind.dtype == "bfloat16" else kind.dtype)
+
+    def _allocate(self, total: int) -> Any:
+        try:
+            return self.cupy.empty(max(total, 1), np.uint8)
+        except self.cupy.cuda.memory.OutOfMemoryError as error:
+            free = self.cupy.cuda.runtime.memGetInfo()[0]
+            raise RewriteError(f"out of GPU memory: the values for {self.sizes} need {total / 1e6:.0f} MB, {free / 1e6:.0f} MB are free; run smaller batches") from error
+
+    def _segment(self, step: Step) -> Launch:
+        loaded, context = self.executor.engines[step.name], self.executor.contexts[step.name]
+        names = {loaded.get_tensor_name(i) for i in range(loaded.num_io_tensors)}
+        given = {f"i{i}": v for i, v in enumerate(step.inputs) if f"i{i}" in names}
+        model = onnx.load(self.executor.plan.segment_file(step.name))
+        made = dict(zip([o.name for o in model.graph.output], step.outputs, strict=True))
+        addresses = {n: int(self.values[v].data.ptr) for n, v in {**given, **made}.items()}
+        shapes = {n: tuple(self.values[v].shape) for n, v in given.items()}
+        stream = self.executor.stream
+
+        def launch() -> None:
+            for name, shape in shapes.items():
+                context.set_input_shape(name, shape)
+            for name, address in addresses.items():
+                context.set_tensor_address(name, address)
+            if not context.execute_async_v3(stream.ptr):
+                raise RewriteError(f"TensorRT fails to run segment {step.name} at {self.sizes}: {engine.complaint()}")
+
+        return launch
+
+    def _plugin(self, step: Step) -> Launch:
+        if step.name not in self.executor.plugins:
+            raise RewriteError(f"the plan calls plugin {step.name}, which no loaded rules file declares; give it with --rules")
+        plugin = self.executor.plugins[step.name]
+        attributes = {**plugin.attributes, **step.attributes}
+        inputs = [self.values[n] if n else None for n in step.inputs]
+        inputs += [None] * (len(plugin.inputs) - len(inputs))
+        outputs = [self.values[n] for n in step.outputs]
+        made = plugin.cuda(inputs, outputs, **attributes) if plugin.cuda is not None else None
+        if made is not None:
+            return made  # type: ignore[no-any-return]
+
+        def launch() -> None:
+            result = plugin.reference(*inputs, **attributes)
+            for value, target in zip(result if isinstance(result, tuple) else (result,), outputs, strict=True):
+                target[...] = self.cupy.asarray(value)
+
+        return launch
+
+    def run(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """Copy the inputs in, replay the graph, copy the outputs out (the arena is overwritten by the next run)."""
+        for name, array in inputs.items():
+            if isinstance(array, np.ndarray):
+                self.values[name].set(np.ascontiguousarray(array))
+            else:
+                self.values[name][...] = array
+        self.graph.launch(self.executor.stream)
+        return {name: self.values[value].copy() for name, value in self.executor.plan.manifest.outputs.items()}
