@@ -10,6 +10,8 @@ from collections.abc import Callable
 from functools import cache
 from typing import Any
 
+from rewrite.plugins.cublaslt import product
+
 Launch = Callable[[], None]
 
 SOFTMAX = r"""
@@ -133,7 +135,6 @@ def _unfused(q: Any, k: Any, v: Any, mask: Any, y: Any, options: tuple[Any, ...]
 
     batch, heads, queries, _ = q.shape
     groups, keys = k.shape[1], k.shape[2]
-    shape = (batch, groups, heads // groups * queries, keys)  # the query heads of a key head, one under another
     scores = cupy.empty((batch, heads, queries, keys), q.dtype)
     kind = 0 if mask is None else 1 if mask.dtype.name == "bool" else 2
     wide = None if mask is None else cupy.broadcast_to(mask, scores.shape)
@@ -143,12 +144,14 @@ def _unfused(q: Any, k: Any, v: Any, mask: Any, y: Any, options: tuple[Any, ...]
     pointer = 0 if mask is None else int(mask.data.ptr)
     f32, i32, i64 = cupy.float32, cupy.int32, cupy.int64
     arguments = (scores, i64(pointer), i64(keys), i64(queries), i32(heads), strides, f32(scale), f32(softcap), f32(fill), i32(drop), i32(zero_masked), i32(causal))
-    rows = q.reshape(batch, groups, -1, q.shape[-1])
-    turned, results = k.swapaxes(-1, -2), y.reshape(batch, groups, -1, y.shape[-1])
+    # One product for each key head: the query heads it serves lie one under another.
+    flat, head = batch * groups, heads // groups * queries
+    multiply = product(scores.reshape(flat, head, keys), q.reshape(flat, head, -1), k.reshape(flat, keys, -1), trans_w=True)
+    weigh = product(y.reshape(flat, head, -1), scores.reshape(flat, head, keys), v.reshape(flat, keys, -1))
 
     def launch() -> None:
-        cupy.matmul(rows, turned, out=scores.reshape(shape))
+        multiply()
         kernel((batch * heads * queries,), (128,), arguments, shared_mem=keys * 4)
-        cupy.matmul(scores.reshape(shape), v, out=results)
+        weigh()
 
     return launch

@@ -1,6 +1,5 @@
-"""CUDA kernels of the matrix products: the product by cuBLAS, bias, activation, gate and residual in one pass after it.
-
-Sums are in float32. The pass reads and writes each element once.
+"""CUDA kernels of the matrix products: cuBLASLt with bias, ReLU and residual in its epilogue; other activations and the
+gate in one pass after it. Sums are in float32.
 """
 
 from __future__ import annotations
@@ -8,6 +7,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import cache
 from typing import Any
+
+from rewrite.plugins.cublaslt import product
 
 Launch = Callable[[], None]
 
@@ -24,48 +25,49 @@ ACTIVATIONS = {
 
 
 @cache
-def _epilogue(activation: str, bias: bool, residual: bool) -> Any:
-    """y = activation(y + bias) + residual, in place; n is the number of columns."""
+def _epilogue(activation: str, residual: bool) -> Any:
+    """y = activation(y) + residual, in place."""
     import cupy
 
-    lines = [f"float v = (float)y{' + (float)bias[i % n]' if bias else ''};", f"v = {ACTIVATIONS[activation]};"]
-    if residual:
-        lines.append("v += (float)residual;")
-    inputs = ["raw T bias"] * bias + ["T residual"] * residual + ["int64 n"]
-    return cupy.ElementwiseKernel(", ".join(inputs), "T y", " ".join([*lines, "y = (T)v;"]), f"epilogue_{activation}_{int(bias)}{int(residual)}")
+    added = " + (float)residual" if residual else ""
+    return cupy.ElementwiseKernel("T residual" if residual else "", "T y", f"float v = (float)y; y = (T)(({ACTIVATIONS[activation]}){added});", f"epilogue_{activation}_{int(residual)}")
 
 
 @cache
-def _gate(activation: str, bias_gate: bool, bias_up: bool) -> Any:
-    """y = activation(gate + bias_gate) * (up + bias_up)."""
+def _gate(activation: str) -> Any:
+    """y = activation(gate) * up."""
     import cupy
 
-    first = f"float v = (float)gate{' + (float)bias_gate[i % n]' if bias_gate else ''};"
-    second = f"float u = (float)up{' + (float)bias_up[i % n]' if bias_up else ''};"
-    inputs = ["T gate", "T up"] + ["raw T bias_gate"] * bias_gate + ["raw T bias_up"] * bias_up + ["int64 n"]
-    return cupy.ElementwiseKernel(", ".join(inputs), "T y", f"{first} {second} y = (T)(({ACTIVATIONS[activation]}) * u);", f"gate_{activation}_{int(bias_gate)}{int(bias_up)}")
+    return cupy.ElementwiseKernel("T gate, T up", "T y", f"float v = (float)gate; y = (T)(({ACTIVATIONS[activation]}) * (float)up);", f"gate_{activation}")
 
 
 def _supported(*arrays: Any) -> bool:
     return all(a is None or a.dtype.name in ("float16", "float32") for a in arrays)
 
 
-def matmul_act(inputs: list[Any], outputs: list[Any], *, activation: str, trans_w: int) -> Launch | None:
-    import cupy
+def _matrix(a: Any) -> Any:
+    """[..., N] as one batch of rows, [1, M, N]."""
+    return a.reshape(1, -1, a.shape[-1])
 
+
+def matmul_act(inputs: list[Any], outputs: list[Any], *, activation: str, trans_w: int) -> Launch | None:
     x, w, bias, residual = inputs
     if not _supported(*inputs):
         return None
-    rows, columns = x.reshape(-1, x.shape[-1]), outputs[0].shape[-1]
-    weight, flat = (w.T if trans_w else w), outputs[0].reshape(-1, columns)
-    if bias is None and residual is None and activation == "none":
-        return lambda: cupy.matmul(rows, weight, out=flat) and None
-    kernel = _epilogue(activation, bias is not None, residual is not None)
-    operands = [a for a in (bias, None if residual is None else residual.reshape(flat.shape)) if a is not None]
+    y = _matrix(outputs[0])
+    added = None if residual is None else _matrix(residual)
+    late = activation not in ("none", "relu") or (activation == "relu" and residual is not None)
+    multiply = product(
+        y, _matrix(x), w[None], trans_w=bool(trans_w), bias=bias, residual=None if late else added, relu=activation == "relu" and not late,
+    )  # fmt: skip
+    if not late:
+        return multiply
+    kernel = _epilogue(activation, residual is not None)
+    operands = () if added is None else (added,)
 
     def launch() -> None:
-        cupy.matmul(rows, weight, out=flat)
-        kernel(*operands, columns, flat)
+        multiply()
+        kernel(*operands, y)
 
     return launch
 
@@ -76,16 +78,15 @@ def gated_matmul_act(inputs: list[Any], outputs: list[Any], *, activation: str, 
     x, w_gate, w_up, bias_gate, bias_up = inputs
     if not _supported(*inputs) or merged != "none" or w_up is None:
         return None
-    rows, columns = x.reshape(-1, x.shape[-1]), outputs[0].shape[-1]
-    flat = outputs[0].reshape(-1, columns)
-    gate, up = cupy.empty_like(flat), cupy.empty_like(flat)
-    weights = [w.T if trans_w else w for w in (w_gate, w_up)]
-    kernel = _gate(activation, bias_gate is not None, bias_up is not None)
-    biases = [b for b in (bias_gate, bias_up) if b is not None]
+    y = _matrix(outputs[0])
+    gate, up = cupy.empty_like(y), cupy.empty_like(y)
+    first = product(gate, _matrix(x), w_gate[None], trans_w=bool(trans_w), bias=bias_gate)
+    second = product(up, _matrix(x), w_up[None], trans_w=bool(trans_w), bias=bias_up)
+    kernel = _gate(activation)
 
     def launch() -> None:
-        cupy.matmul(rows, weights[0], out=gate)
-        cupy.matmul(rows, weights[1], out=up)
-        kernel(gate, up, *biases, columns, flat)
+        first()
+        second()
+        kernel(gate, up, y)
 
     return launch

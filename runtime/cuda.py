@@ -7,6 +7,7 @@ can be captured, too. What is executed was checked against the manifest's SHA-25
 
 from __future__ import annotations
 
+import contextlib
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
@@ -145,13 +146,23 @@ class Frame:
                 for launch in launches:
                     launch()
             executor.stream.synchronize()
-            executor.stream.begin_capture()
-            try:
-                for launch in launches:
-                    launch()
-            finally:
-                self.graph = executor.stream.end_capture()
-        self.graph.upload(executor.stream)
+            self.launches = launches
+            self.graph = self._capture()
+
+    def _capture(self) -> Any:
+        """The launches as a CUDA graph; None if one of them cannot be captured (a reference that calls CuPy's cuBLAS)."""
+        stream = self.executor.stream
+        stream.begin_capture()
+        try:
+            for launch in self.launches:
+                launch()
+        except NotImplementedError:
+            with contextlib.suppress(self.cupy.cuda.runtime.CUDARuntimeError):
+                stream.end_capture()
+            return None
+        graph = stream.end_capture()
+        graph.upload(stream)
+        return graph
 
     def _shape(self, name: str, kind: ValueType) -> tuple[int, ...]:
         def unknown() -> int:
@@ -217,5 +228,10 @@ class Frame:
                 self.values[name].set(np.ascontiguousarray(array))
             else:
                 self.values[name][...] = array
-        self.graph.launch(self.executor.stream)
+        if self.graph is not None:
+            self.graph.launch(self.executor.stream)
+        else:
+            with self.cupy.cuda.using_allocator(self.pool.malloc):
+                for launch in self.launches:
+                    launch()
         return {name: self.values[value].copy() for name, value in self.executor.plan.manifest.outputs.items()}
