@@ -9,9 +9,10 @@ from typing import Any
 
 import numpy as np
 import onnx
+import torch
 
 from rewrite.errors import CheckFailed, RewriteError
-from rewrite.export.source import Source, first_line, torch
+from rewrite.export.source import Source, first_line
 from rewrite.model import Model
 from rewrite.precision import widen_model
 from rewrite.verify import file_session

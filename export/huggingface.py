@@ -7,8 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from rewrite.errors import RewriteError
-from rewrite.export.source import Source, first_line, quiet, torch
+from rewrite.export.source import Source, first_line, quiet
 
 try:
     import transformers

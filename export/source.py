@@ -14,12 +14,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from rewrite.errors import RewriteError
+import torch
 
-try:
-    import torch as torch
-except ImportError as error:
-    raise RewriteError("exporting needs PyTorch; install the extra: pip install 'rewrite-onnx[export]'") from error
+from rewrite.errors import RewriteError
 
 
 @dataclass

@@ -21,10 +21,11 @@ from pathlib import Path
 from typing import Any
 
 import onnx
+import torch
 
 from rewrite.errors import RewriteError
 from rewrite.export.compare import compare_with_torch
-from rewrite.export.source import Source, first_line, quiet, torch
+from rewrite.export.source import Source, first_line, quiet
 from rewrite.export.source import as_source as as_source
 from rewrite.export.source import load_callable as load_callable
 from rewrite.files import move_into_place
@@ -142,6 +143,8 @@ def _export(source: Source, file: Path, data: str, opset: int, exporter: str) ->
                 _with_torchscript(source, file, opset)
             else:
                 _with_dynamo(source, file, data if size > LARGE else None, opset)
+    except RewriteError:
+        raise
     except Exception as error:
         if isinstance(error, OSError) and error.errno is not None:  # a full disk, say: no fault of the model
             raise
@@ -161,10 +164,23 @@ def _with_dynamo(source: Source, file: Path, data: str | None, opset: int) -> No
     shapes = {n: source.dynamic.get(n) or None for n in names}
     dimensions = {n: None if axes is None else dict.fromkeys(axes, torch.export.Dim.AUTO) for n, axes in shapes.items()}
     program = torch.export.export(source.module, (), dict(source.inputs), dynamic_shapes=dimensions, strict=False)
+    _refuse_fixed(program, source)
     made = torch.onnx.export(program, dynamo=True, opset_version=opset, input_names=names, output_names=source.outputs, dynamic_shapes=shapes, optimize=False, verbose=False)
     assert made is not None
     _simplify(made)
     onnx_ir.save(made.model, file, external_data=data)
+
+
+def _refuse_fixed(program: Any, source: Source) -> None:
+    """Raise RewriteError for a dynamic dimension that the module fixes: the exporter would write its name all the same."""
+    from torch.fx.experimental.symbolic_shapes import is_concrete_int
+
+    values = {n.name: n.meta.get("val") for n in program.graph.nodes if n.op == "placeholder"}
+    for name, traced in zip(source.inputs, program.graph_signature.user_inputs, strict=True):
+        for axis, dimension in source.dynamic.get(name, {}).items():
+            size = values[traced].shape[axis]
+            if is_concrete_int(size):
+                raise RewriteError(f"{type(source.module).__name__} fixes dimension '{dimension}' (axis {axis} of input {name}) at {size}; leave it out of the dynamic shapes")
 
 
 def _simplify(program: Any) -> None:
@@ -213,11 +229,6 @@ def _checked(file: Path, source: Source, opset: int, exporter: str) -> Model:
     found = next(o.version for o in proto.opset_import if o.domain in ("", "ai.onnx"))
     if found != opset:
         raise RewriteError(f"PyTorch's {exporter} exporter cannot write opset {opset}: it wrote {found}; use {found} or {OPSET}")
-    for value in proto.graph.input:
-        for axis, name in source.dynamic.get(value.name, {}).items():
-            size = value.type.tensor_type.shape.dim[axis]
-            if size.HasField("dim_value"):
-                raise RewriteError(f"{type(source.module).__name__} fixes dimension '{name}' (axis {axis} of input {value.name}) at {size.dim_value}; leave it out of the dynamic shapes")
     if opset == 23 and _expand_rotary(proto):
         onnx.save(proto, file)
     try:

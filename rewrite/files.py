@@ -54,11 +54,20 @@ def write_atomically(path: str | os.PathLike[str], write: Callable[[BinaryIO], o
 
 
 def move_into_place(files: list[Path], folder: Path) -> None:
-    """Flush files to the disk and rename them into `folder`, in order. Raises OSError if one cannot be written."""
+    """Flush files to the disk and rename them into `folder`, in order; the last one is what makes the others count.
+
+    Raises OSError if one cannot be written; those that are new in `folder` are gone then.
+    """
     for file in files:
         _flush(file)
-    for file in files:
-        os.replace(file, folder / file.name)
+    new = [folder / file.name for file in files if not (folder / file.name).exists()]
+    try:
+        for file in files:
+            os.replace(file, folder / file.name)
+    except OSError:
+        for path in new:
+            path.unlink(missing_ok=True)
+        raise
     _flush(folder)
 
 

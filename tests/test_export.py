@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import exported
 import numpy as np
@@ -17,7 +20,7 @@ from click.testing import CliRunner
 import rewrite
 from rewrite.cli import main
 from rewrite.export.compare import PADDINGS, compare_with_torch, make_inputs
-from rewrite.export.huggingface import load_directory
+from rewrite.export.huggingface import as_flat, load_directory
 from rewrite.export.torch_export import Source, as_source, export
 
 
@@ -55,12 +58,143 @@ def test_an_example_batch_of_one_stays_dynamic(tmp_path):
     assert dims(tmp_path / "m.onnx") == {"x": ["batch", 8]}
 
 
-def test_a_tiny_epsilon_survives(tmp_path):
-    export(as_source(TinyNorm(), torch.randn(2, 8)), tmp_path / "m.onnx")
+def with_buffer(value):
+    class Buffered(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("small", torch.tensor(value))
+
+        def forward(self, x):
+            return x / torch.sqrt((x * x).mean(-1, keepdim=True) + self.small)
+
+    return Buffered()
+
+
+class Calls(torch.nn.Module):
+    """A module of one function."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, x):
+        return self.function(x)
+
+
+def mean_square(x):
+    return (x * x).mean(-1, keepdim=True)
+
+
+@pytest.mark.parametrize("module", [
+    TinyNorm(),
+    with_buffer(1e-12),
+    Calls(lambda x: x / torch.sqrt(mean_square(x) - -1e-12)),
+    Calls(lambda x: x / torch.sqrt(torch.add(mean_square(x), 1, alpha=1e-12))),
+    Calls(lambda x: x * (mean_square(x).sum() + 1e-9) / (mean_square(x).sum() + 1e-9)),
+], ids=["add", "buffer", "sub", "alpha", "scalar"])  # fmt: skip
+def test_a_tiny_epsilon_survives(module, tmp_path):
+    """PyTorch's own export divides zero by zero here."""
+    export(as_source(module, torch.randn(2, 8)), tmp_path / "m.onnx")
     (out,) = rewrite.verify.run_model(rewrite.load(tmp_path / "m.onnx"), {"x": np.zeros((3, 8), np.float32)}).values()
     np.testing.assert_array_equal(out, 0)
 
 
+@pytest.mark.parametrize("function", [lambda x: x * 1.000008, lambda x: 1.000008 * x, lambda x: x / 0.999992], ids=["mul", "mul_first", "div"])
+def test_a_factor_near_one_survives(function, tmp_path):
+    done = export(as_source(Calls(function), torch.randn(2, 8)), tmp_path / "m.onnx")
+    assert done.error < 1e-6  # 8e-6 without the factor, which is within the tolerance of the comparison
+
+
+def test_what_is_neutral_is_still_optimized_away(tmp_path):
+    export(as_source(Calls(lambda x: torch.relu((x + 0.0) * 1.0)), torch.randn(2, 8)), tmp_path / "m.onnx")
+    assert [n.op_type for n in onnx.load(tmp_path / "m.onnx").graph.node] == ["Relu"]
+
+
+@pytest.mark.parametrize("verify", [True, False])
+def test_a_dimension_the_module_fixes_is_refused(tmp_path, verify):
+    with pytest.raises(rewrite.RewriteError, match=r"Calls fixes dimension 'batch' \(axis 0 of input x\) at 2"):
+        export(as_source(Calls(lambda x: x + torch.ones(2, 8)), torch.randn(2, 8)), tmp_path / "m.onnx", verify=verify)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_sizes_that_the_module_does_not_take_are_not_asked_for(tmp_path):
+    """There are positions for eight tokens; the usual twelve fail in PyTorch."""
+
+    class Positions(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table = torch.nn.Embedding(8, 4)
+
+        def forward(self, ids):
+            return self.table(torch.arange(ids.shape[1], device=ids.device)) + ids[..., None]
+
+    done = export(as_source(Positions(), torch.ones(2, 8, dtype=torch.long)), tmp_path / "m.onnx")
+    assert [tuple(s.values()) for s in done.shapes] == [(2, 7), (1, 8), (3, 5)]
+
+
+@pytest.mark.parametrize("mode", [True, False])
+def test_the_module_keeps_its_mode(tmp_path, mode):
+    module = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Dropout(0.5)).train(mode)
+    export(as_source(module, torch.randn(2, 8)), tmp_path / "m.onnx")
+    assert [m.training for m in module.modules()] == [mode] * 3
+    with pytest.raises(rewrite.RewriteError):
+        export(as_source(module, torch.randn(2, 9)), tmp_path / "m.onnx")
+    assert [m.training for m in module.modules()] == [mode] * 3
+
+
+@pytest.mark.parametrize(("opset", "exporter", "reason"), [
+    (12, "dynamo", "opset 12 is not supported"),
+    (99, "dynamo", "opset 99 is not supported"),
+    (20, "onnx2torch", "exporter 'onnx2torch' is unknown"),
+])  # fmt: skip
+def test_what_no_exporter_writes_is_refused(tmp_path, opset, exporter, reason):
+    with pytest.raises(rewrite.RewriteError, match=reason):
+        export(as_source(Mlp(), torch.randn(2, 8)), tmp_path / "m.onnx", opset=opset, exporter=exporter)
+
+
+def test_another_opset_than_asked_for_is_refused(tmp_path):
+    """The converter of opsets gives up in silence on LayerNormalization, which opset 16 has not."""
+    with pytest.raises(rewrite.RewriteError, match="cannot write opset 16: it wrote 18"):
+        export(as_source(torch.nn.LayerNorm(8), torch.randn(2, 8)), tmp_path / "m.onnx", opset=16)
+    assert list(tmp_path.iterdir()) == []
+
+
+# --- 16 bits ------------------------------------------------------------------------------------------------------
+def half(name, attention, dtype=torch.float16):
+    import transformers
+
+    torch.manual_seed(0)
+    kind = transformers.AutoModelForCausalLM if name in exported.DECODERS else transformers.AutoModel
+    return as_flat(kind.from_config(exported.config(name), attn_implementation=attention).to(dtype))
+
+
+@pytest.mark.parametrize(("name", "opset", "exporter", "advice"), [("gemma3", 23, "dynamo", "try opset 20"), ("gpt2", 18, "torchscript", "try the dynamo exporter")])
+def test_an_invalid_fp16_graph_is_refused_with_what_works(tmp_path, name, opset, exporter, advice):
+    with pytest.raises(rewrite.RewriteError, match=f"made an invalid model at opset {opset}: .*{advice}"):
+        export(half(name, "sdpa"), tmp_path / "m.onnx", opset=opset, exporter=exporter, verify=False)
+    assert list(tmp_path.iterdir()) == []
+    assert 0 < export(half(name, "sdpa"), tmp_path / "m.onnx").error < 1e-2
+
+
+def test_bfloat16_is_compared_in_float32(tmp_path):
+    source = half("llama", "eager", torch.bfloat16)
+    assert export(source, tmp_path / "m.onnx").error < 1e-5
+    model = rewrite.load(tmp_path / "m.onnx")
+    with torch.no_grad():
+        source.module.model.lm_head.weight.mul_(1.01)
+    with pytest.raises(rewrite.CheckFailed, match=r"output 'logits' differs from PyTorch by 1\.0e-02"):
+        compare_with_torch(source, model)
+
+
+# --- rotary embeddings at opset 23 ----------------------------------------------------------------------------------
+@pytest.mark.parametrize("masked", [True, False])
+def test_rotary_without_positions_has_the_batch_it_needs(masked):
+    nodes = onnx.load(exported.exported("llama", "dynamo", 23, "sdpa", masked)).graph.node
+    expanded = [n.input[1].endswith("_expanded") and n.input[2].endswith("_expanded") for n in nodes if n.op_type == "RotaryEmbedding"]
+    assert expanded == [not masked] * 4
+
+
+# --- outputs --------------------------------------------------------------------------------------------------------
 def test_several_outputs_and_inputs_by_name(tmp_path):
     class Pair(torch.nn.Module):
         def forward(self, a, b):
@@ -80,6 +214,12 @@ def test_several_outputs_and_inputs_by_name(tmp_path):
 def test_what_cannot_be_exported_is_said(module, example, reason):
     with pytest.raises(rewrite.RewriteError, match=reason):
         as_source(module, example)
+
+
+@pytest.mark.parametrize("axes", [{2: "batch"}, {-1: "batch"}, {0: 3}, {0: "a b"}, ["batch"], {"batch": 0}])
+def test_dynamic_shapes_that_are_none_are_refused(axes):
+    with pytest.raises(rewrite.RewriteError, match="the dynamic shape of input x is"):
+        as_source(Mlp(), torch.ones(2, 8), {"x": axes})
 
 
 def test_dynamic_shapes_of_unknown_inputs_are_refused():
@@ -125,6 +265,43 @@ def test_large_weights_are_stored_beside_the_model(tmp_path, monkeypatch):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["m.onnx", "m.onnx.data"]
     result = rewrite.optimize(tmp_path / "m.onnx")
     assert result.report.plugins
+
+
+def test_new_large_weights_replace_the_old_ones_only_with_their_model(tmp_path, monkeypatch):
+    monkeypatch.setattr("rewrite.export.torch_export.LARGE", 100)
+    source, path = as_source(torch.nn.Linear(64, 128), torch.randn(2, 64)), tmp_path / "m.onnx"
+    (tmp_path / "m.onnx.data7").write_text("not ours")
+    export(source, path)
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    with torch.no_grad():
+        source.module.weight.mul_(2)
+    real = os.replace
+
+    def full_disk(old, new):
+        if Path(new) == path:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(old, new)
+
+    monkeypatch.setattr("os.replace", full_disk)
+    with pytest.raises(rewrite.RewriteError, match=r"m\.onnx: cannot be written: No space left on device"):
+        export(source, path)
+    monkeypatch.setattr("os.replace", real)
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
+    export(source, path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["m.onnx", "m.onnx.data1", "m.onnx.data7"]
+    (out,) = rewrite.verify.run_model(rewrite.load(path), {"input": np.ones((1, 64), np.float32)}).values()
+    np.testing.assert_allclose(out, source.run({"input": torch.ones(1, 64)})[0], rtol=1e-4, atol=1e-5)
+
+
+def test_the_torchscript_exporter_refuses_large_weights(tmp_path, monkeypatch):
+    monkeypatch.setattr("rewrite.export.torch_export.LARGE", 100)
+    with pytest.raises(rewrite.RewriteError, match=r"TorchScript exporter cannot write .* GB of weights; use the dynamo exporter"):
+        export(as_source(Mlp(), torch.randn(2, 8)), tmp_path / "m.onnx", exporter="torchscript")
+
+
+def test_a_folder_that_takes_no_files_is_one_line():
+    with pytest.raises(rewrite.RewriteError, match=r"/proc/m\.onnx: cannot be written"):
+        export(as_source(Mlp(), torch.randn(2, 8)), "/proc/m.onnx")
 
 
 def test_padding_hides_tokens_on_the_right_side():
@@ -184,6 +361,33 @@ def test_a_vision_model_takes_pixels(tmp_path):
     assert rewrite.optimize(tmp_path / "m.onnx").report.plugins["FusedAttention"] == 1
 
 
+def test_a_decoder_without_a_head_keeps_no_cache(tmp_path):
+    import transformers
+
+    transformers.AutoModel.from_config(exported.config("llama")).save_pretrained(tmp_path / "llama")
+    source = load_directory(tmp_path / "llama", attention="sdpa")
+    assert source.outputs == ["last_hidden_state"]
+    assert export(source, tmp_path / "m.onnx").error < 1e-5
+
+
+def break_head(path):
+    """The weights of a bare model under the name of one with a head: transformers would draw the head at random."""
+    import safetensors.torch
+
+    weights = safetensors.torch.load_file(path / "model.safetensors")
+    del weights["lm_head.weight"]
+    safetensors.torch.save_file(weights, path / "model.safetensors", {"format": "pt"})
+    return "the weights lack 1 of LlamaForCausalLM's tensors, first lm_head.weight"
+
+
+def break_trust(path):
+    """Code of the directory's own must not run, nor be asked about."""
+    config = json.loads((path / "config.json").read_text())
+    (path / "own.py").write_text("raise SystemExit('ran')")
+    (path / "config.json").write_text(json.dumps({**config, "model_type": "own", "auto_map": {"AutoConfig": "own.Config"}}))
+    return "custom code"
+
+
 def break_config(path):
     (path / "config.json").write_text("{")
 
@@ -204,7 +408,7 @@ def break_safetensors(path):
         file.write_bytes(b"\xff" * 100)
 
 
-@pytest.mark.parametrize("damage", [break_config, break_architecture, break_weights, break_safetensors])
+@pytest.mark.parametrize("damage", [break_config, break_architecture, break_weights, break_safetensors, break_head, break_trust])
 def test_a_damaged_directory_is_one_line(directory, tmp_path, damage):
     import shutil
 
@@ -241,8 +445,13 @@ def models(tmp_path, monkeypatch):
             raise ValueError("out of cheese")
         def nothing():
             pass
+        def leaves():
+            raise SystemExit("bye")
+        def three():
+            return 1, 2, 3
     """))
     (tmp_path / "broken_models.py").write_text("import nothing_of_this_name\n")
+    (tmp_path / "leaving_models.py").write_text("raise SystemExit(3)")
     monkeypatch.chdir(tmp_path)
     yield tmp_path
     sys.modules.pop("my_models", None)
@@ -261,6 +470,23 @@ def test_a_callable_is_exported(models):
     assert dims("m.onnx") == {"input": ["rows", 8]}
 
 
+def test_json_is_all_that_is_printed(models):
+    done = command("my_models:good", "-o", "m.onnx", "--json", "--opset", "18", "--exporter", "torchscript")
+    said = json.loads(done.stdout)
+    assert said["error"] < 1e-6
+    assert (said["opset"], said["exporter"], len(said["shapes"])) == (18, "torchscript", 3)
+    assert "exporting with PyTorch's torchscript exporter, opset 18" in done.stderr
+    assert onnx.load("m.onnx").opset_import[0].version == 18
+    assert json.loads(command("my_models:good", "-o", "m.onnx", "--json", "--no-verify").stdout)["error"] is None
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_a_directory_is_exported_with_the_attention_asked_for(directory, tmp_path, attention):
+    done = command(directory, "-o", tmp_path / "m.onnx", "--opset", "23", "--attention", attention)
+    assert done.exit_code == 0, done.stderr
+    assert ("Attention" in {n.op_type for n in onnx.load(tmp_path / "m.onnx").graph.node}) == (attention == "sdpa")
+
+
 @pytest.mark.parametrize(("source", "reason"), [
     ("nothing", "neither a folder nor MODULE:CALLABLE"),
     ("my_models:", "neither a folder nor MODULE:CALLABLE"),
@@ -270,6 +496,9 @@ def test_a_callable_is_exported(models):
     ("my_models:text", "the call fails: TypeError"),
     ("my_models:fails", "the call fails: ValueError: out of cheese"),
     ("my_models:nothing", "it returned NoneType"),
+    ("my_models:leaves", "the call fails: SystemExit: bye"),
+    ("my_models:three", "the model to export is a int"),
+    ("leaving_models:f", "module leaving_models cannot be imported: SystemExit"),
     (".", "it has no config.json"),
 ])  # fmt: skip
 def test_bad_sources_are_one_line(models, source, reason):
@@ -291,6 +520,11 @@ def test_without_torch_the_extra_is_named(tmp_path):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 2
     assert "rewrite-onnx[export]" in done.stderr.splitlines()[-1]
+
+
+def test_the_package_and_its_listing_load_no_torch():
+    code = "import sys, rewrite; from rewrite.cli import main; main(['list'], standalone_mode=False); sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
 
 
 def test_sources_are_plain_data():
