@@ -17,7 +17,12 @@ PRODUCTS = {"MatMul", "Gemm", "MatMulAct"}
 BEFORE_SOFTMAX = {"Add", "Sub", "Mul", "Div", "Where", "Cast", "Tanh", "Reshape", "Identity", "Clip", "Max", "Min"}
 AFTER_SOFTMAX = {"Cast", "Where", "IsNaN", "Dropout", "Identity", "Reshape", "Mul", "Div", "Add", "Transpose", "Relu", "Clip"}
 BEFORE_ACTIVATION = {"Add", "Reshape", "Cast", "Identity", "Mul", "Div"}
-NEAR = 1 / 3  # of a pattern's operators: what came less far says nothing
+# Every model is full of these: a pattern of which nothing else is there says little.
+COMMON = {
+    "Transpose", "Reshape", "Unsqueeze", "Squeeze", "Expand", "Tile", "Concat", "Slice", "Split", "Gather", "Identity", "Cast", "Shape",
+    "Add", "Mul", "Sub", "Div", "Where", *PRODUCTS,
+}  # fmt: skip
+NEAR, NEARER = 1 / 3, 3 / 4  # of a pattern's operators, with and without a telling one: what came less far is noise
 FAR = 8  # steps
 
 
@@ -53,7 +58,8 @@ def significant(miss: NearMiss) -> bool:
         return True
     if miss.fits:
         return len(miss.covered) >= 2 and "already" not in miss.reason
-    return miss.depth >= 2 and miss.nearness >= NEAR
+    telling = any(covered.split(" ", 1)[0] not in COMMON for covered in miss.covered)
+    return miss.depth >= 2 and miss.nearness >= (NEAR if telling else NEARER)
 
 
 def _explain(kind: str, node: onnx.NodeProto, links: _Links, misses: Iterable[NearMiss]) -> Unfused:
