@@ -108,7 +108,7 @@ def _load_inputs(files: tuple[str, ...], model: Model) -> list[dict[str, Any]] |
 
 
 # --- export -------------------------------------------------------------------------------------------------------
-@main.command()
+@main.command(short_help="Export a PyTorch model to ONNX.")
 @click.argument("source")
 @click.option("-o", "--output", required=True, metavar="FILE", help="Where to write the ONNX model.")
 @click.option("--opset", default=20, show_default=True, help="ONNX opset; 20 is what PyTorch's exporters get right.")
@@ -190,7 +190,7 @@ def check_expectations(expectations: list[tuple[str, str, int]], report: Report,
     return failures
 
 
-@main.command()
+@main.command(short_help="Rewrite a model, verify it, write it.")
 @click.argument("model")
 @click.option("-o", "--output", metavar="FILE", help="Where to write the rewritten model.")
 @rules_option
@@ -303,7 +303,7 @@ def best_near_misses(report: Report) -> list[NearMiss]:
     return sorted(best.values(), key=lambda m: (-m.nearness, -m.depth))
 
 
-@main.command()
+@main.command(short_help="Tell what is not fused, and why.")
 @click.argument("model")
 @click.option("--rule", "rule_name", metavar="RULE", help="Every place where this rule came near, however little.")
 @click.option("--node", metavar="NAME", help="What every rule says of this node, by its name in the graph.")
@@ -354,7 +354,7 @@ def explain(model: str, rule_name: str | None, node: str | None, files: tuple[st
         click.echo(f"{'' if taken else 'nothing fused; '}no near miss{of}")
 
 
-@main.command()
+@main.command(short_help="Write a model without plugins.")
 @click.argument("model")
 @click.option("-o", "--output", required=True, metavar="FILE", help="Where to write the model without plugins.")
 def unfuse(model: str, output: str) -> None:
@@ -370,7 +370,7 @@ def unfuse(model: str, output: str) -> None:
     click.echo(f"{model}: {sum(source.plugin_nodes().values())} plugin nodes unfused; written to {output}")
 
 
-@main.command("list")
+@main.command("list", short_help="List rules and plugins.")
 @rules_option
 @json_option
 @click.option("--markdown", "as_page", is_flag=True, help="Print a page with every pattern (docs/rules.md).")
@@ -394,13 +394,13 @@ def list_(files: tuple[str, ...], as_json: bool, as_page: bool) -> None:
     table("Plugins", ["plugin", "what"], [[p["name"], p["doc"]] for p in plugins])
 
 
-@main.command()
+@main.command(short_help="Compare the outputs of two models.")
 @click.argument("first")
 @click.argument("second")
 @click.option("--inputs", multiple=True, metavar="FILE", help=".npz with inputs (repeatable); generated if absent.")
 @click.option("--tolerance", default=1e-4, show_default=True, help="Largest relative difference allowed.")
 def verify(first: str, second: str, inputs: tuple[str, ...], tolerance: float) -> None:
-    """Compare the outputs of two models on the same inputs."""
+    """Compare the outputs of two models on the same inputs; exit code 1 if they differ."""
     from rewrite.model import load
     from rewrite.verify import check_models
 
@@ -423,7 +423,7 @@ def progress() -> Iterator[Callable[[str], None]]:
         yield lambda line: status.update(line)
 
 
-@main.command()
+@main.command(short_help="Compile a model into a plan.")
 @click.argument("model")
 @click.option("-o", "--output", required=True, metavar="DIR", help="Directory of the plan; an older plan there is replaced.")
 @click.option("--profile", metavar="SIZES", help="Sizes of the named dimensions: batch=1:8:32,seq=1:128:512 (smallest, best, largest).")
@@ -476,7 +476,7 @@ def print_plan(plan: Plan, steps: bool) -> None:
         table("", ["step", "calls", "inputs", "outputs"], [[str(i), s.name, " ".join(n or "-" for n in s.inputs), " ".join(s.outputs)] for i, s in enumerate(manifest.steps)])
 
 
-@main.command()
+@main.command(short_help="Show what is in a plan or a model.")
 @click.argument("path")
 @click.option("--steps", is_flag=True, help="Of a plan: each step. Of a model: each node, as Polygraphy shows layers.")
 @click.option("--attributes", is_flag=True, help="Show the attributes of nodes.")
@@ -539,7 +539,7 @@ def load_feeds(file: str, names: list[str]) -> dict[str, Any]:
         raise RewriteError(f"{file}: not a readable .npz or .npy file of arrays ({error})") from error
 
 
-@main.command()
+@main.command(short_help="Run a plan or a model on arrays.")
 @click.argument("path")
 @click.option("--inputs", "file", required=True, metavar="FILE", help=".npz with the inputs by name, or .npy with the only one.")
 @click.option("-o", "--output", metavar="FILE", help="Where to write the outputs, as .npz.")

@@ -12,12 +12,17 @@ from rewrite.report import NearMiss, Report
 from rewrite.validity import subgraphs
 
 ACTIVATIONS = {"Gelu", "Swish", "Relu", "Tanh", "Sigmoid", "Erf", "HardSwish", "LeakyRelu", "Elu", "Softplus", "Mish"}
-PRODUCTS = {"MatMul", "Gemm"}
+PRODUCTS = {"MatMul", "Gemm", "MatMulAct"}
 # What may stand between the product and the softmax, the softmax and the product, the product and its activation.
 BEFORE_SOFTMAX = {"Add", "Sub", "Mul", "Div", "Where", "Cast", "Tanh", "Reshape", "Identity", "Clip", "Max", "Min"}
-AFTER_SOFTMAX = {"Cast", "Where", "IsNaN", "Dropout", "Identity", "Reshape", "Mul", "Transpose"}
+AFTER_SOFTMAX = {"Cast", "Where", "IsNaN", "Dropout", "Identity", "Reshape", "Mul", "Div", "Add", "Transpose", "Relu", "Clip"}
 BEFORE_ACTIVATION = {"Add", "Reshape", "Cast", "Identity", "Mul", "Div"}
-NEAR = 1 / 3  # of a pattern's operators: what came less far says nothing
+# Every model is full of these: a pattern of which nothing else is there says little.
+COMMON = {
+    "Transpose", "Reshape", "Unsqueeze", "Squeeze", "Expand", "Tile", "Concat", "Slice", "Split", "Gather", "Identity", "Cast", "Shape",
+    "Add", "Mul", "Sub", "Div", "Where", *PRODUCTS,
+}  # fmt: skip
+NEAR, NEARER = 1 / 3, 3 / 4  # of a pattern's operators, with and without a telling one: what came less far is noise
 FAR = 8  # steps
 
 
@@ -42,29 +47,40 @@ def unfused(proto: onnx.ModelProto, report: Report) -> list[Unfused]:
         for node in graph.node:
             kind = _kind(node, links)
             if kind:
-                found.append(_explain(kind, _name(node), misses))
+                found.append(_explain(kind, node, links, misses))
             pending += subgraphs(node)
     return found
 
 
 def significant(miss: NearMiss) -> bool:
-    """Whether a near miss is worth telling unasked: the pattern fits, or a good part of one that is no mere operator does."""
+    """Whether a near miss is worth telling unasked: the pattern, of more than an operator, fits, or a good part of it."""
+    if miss.part == "replacement":
+        return True
     if miss.fits:
-        return "already" not in miss.reason
-    return miss.depth >= 2 and miss.nearness >= NEAR
+        return len(miss.covered) >= 2 and "already" not in miss.reason
+    telling = any(covered.split(" ", 1)[0] not in COMMON for covered in miss.covered)
+    return miss.depth >= 2 and miss.nearness >= (NEAR if telling else NEARER)
 
 
-def _explain(kind: str, node: str, misses: Iterable[NearMiss]) -> Unfused:
-    near = [m for m in misses if node == m.at or node == m.node or node in m.covered]
+def _explain(kind: str, node: onnx.NodeProto, links: _Links, misses: Iterable[NearMiss]) -> Unfused:
+    """The near miss that came furthest among those that got to the node, or looked for it on their way up to it."""
+    name, readers = _name(node), links.readers_until(node, PRODUCTS)
+    near = [m for m in misses if name in (m.at, m.node) or name in m.covered or (m.at in readers and _operator(node) in m.reason)]
     if not near:
-        return Unfused(kind, node, "", "no rule comes near it; `rewrite list` shows what rules there are, --rules adds your own")
-    best = max(near, key=lambda m: (m.nearness, m.depth))
-    return Unfused(kind, node, best.rule, best.why())
+        return Unfused(kind, name, "", "no rule comes near it; `rewrite list` shows what rules there are, --rules adds your own")
+    best = max(near, key=lambda m: (m.fits, m.depth, m.size))
+    return Unfused(kind, name, best.rule, best.why())
+
+
+def _operator(node: onnx.NodeProto) -> str:
+    """As rules write it: the operators that rules lift to live in our domain."""
+    if node.domain == DOMAIN:
+        return str(node.op_type).split("_", 1)[0]
+    return str(node.op_type) if node.domain in ("", "ai.onnx") else f"{node.domain}::{node.op_type}"
 
 
 def _name(node: onnx.NodeProto) -> str:
-    label = node.op_type.split("_", 1)[0] if node.domain == DOMAIN else node.op_type
-    return f"{label} '{node.name or (node.output[0] if node.output else '?')}'"
+    return f"{_operator(node)} '{node.name or (node.output[0] if node.output else '?')}'"
 
 
 class _Links:
@@ -84,20 +100,29 @@ class _Links:
     def below(self, node: onnx.NodeProto, through: set[str], wanted: set[str]) -> bool:
         return self._search(node, through, wanted, lambda n: [r for o in n.output for r in self.readers.get(o, ())])
 
+    def readers_until(self, node: onnx.NodeProto, wanted: set[str]) -> set[str]:
+        """The names of the nodes that read what `node` computes, directly or not, up to the first of `wanted`."""
+        found: set[str] = set()
+        front = [node]
+        for _ in range(FAR):
+            front = [r for n in front for o in n.output for r in self.readers.get(o, ())]
+            found.update(map(_name, front))
+            front = [n for n in front if _operator(n) not in wanted]
+        return found
+
     @staticmethod
     def _search(node: onnx.NodeProto, through: set[str], wanted: set[str], step: Callable[[onnx.NodeProto], list[onnx.NodeProto]]) -> bool:
         front = [node]
         for _ in range(FAR):
             front = [n for m in front for n in step(m)]
-            if any(n.op_type in wanted and not n.domain for n in front):
+            if any(_operator(n) in wanted for n in front):
                 return True
-            front = [n for n in front if n.op_type in through and not n.domain]
+            front = [n for n in front if _operator(n) in through]
         return False
 
 
 def _kind(node: onnx.NodeProto, links: _Links) -> str:
-    own = not node.domain or node.domain == DOMAIN  # lifted operators live in our domain
-    op = _name(node).split(" ", 1)[0] if own else ""
+    op = _operator(node)
     if op == "Softmax" and links.above(node, BEFORE_SOFTMAX, PRODUCTS) and links.below(node, AFTER_SOFTMAX, PRODUCTS):
         return "attention"
     if op == "Attention":

@@ -118,9 +118,9 @@ def make_inputs(specs: list[Spec], attempt: int, sample: Callable[..., Any] | No
 def default_sample(rng: np.random.Generator, shape: tuple[int, ...], dtype: np.dtype[Any], scale: float | None = 1.0) -> np.ndarray:
     """Random data: normal for floats, uniform up to near the largest if `scale` is None; fair coins for bools, 0..2 for integers."""
     if dtype == np.bool_:
-        return rng.random(shape) < 0.5
+        return np.asarray(rng.random(shape) < 0.5)
     if dtype.kind in "iu":
-        return rng.integers(0, 3, shape).astype(dtype)
+        return np.asarray(rng.integers(0, 3, shape)).astype(dtype)
     if scale is None:
         largest = NEAR_LARGEST * float(np.finfo(np.float16).max)
         return np.asarray(rng.uniform(-largest, largest, shape)).astype(dtype)
@@ -308,10 +308,10 @@ def model_inputs(proto: onnx.ModelProto, attempt: int, sizes: Mapping[str, int] 
         low = value.name.lower()
         if dtype.kind in "iu" and "mask" in low and len(shape) == 2:
             made[value.name] = _padding(rng, shape, attempt).astype(dtype)
-        elif dtype.kind in "iu" and "position" in low:
+        elif dtype.kind in "iu" and "position" in low and shape:
             made[value.name] = np.broadcast_to(np.arange(shape[-1]), shape).astype(dtype)
         elif dtype.kind in "iu":
-            made[value.name] = rng.integers(0, ranges.get(value.name, 2), shape).astype(dtype)
+            made[value.name] = np.asarray(rng.integers(0, ranges.get(value.name, 2), shape)).astype(dtype)
         elif dtype.kind in "fb" or dtype.name == "bfloat16":
             made[value.name] = default_sample(rng, shape, dtype)
         else:

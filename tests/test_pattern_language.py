@@ -119,16 +119,14 @@ def test_every_order_and_bracketing_matches(order, data, op):
 @settings(max_examples=30, deadline=None, derandomize=True)
 @given(st.permutations(["n", "a", "e", "c"]), st.data())
 def test_a_replaced_chain_is_verified_in_every_order(order, data):
-    tree = data.draw(st.sampled_from(list(bracketings(order))))
-    made = declare(lambda op, x: op.Neg(x) * op.Abs(x) * op.Exp(x) * scalar("c"), lambda op, x, c: op.Mul(op.Mul(op.Mul(op.Abs(x), op.Neg(x)), op.Exp(x)), op.constant(c, "float32")), priority=1,
-                   check=lambda output: "done" if output.name == "done" else None)  # fmt: skip
-    once = []
+    def replace(op, x, c):
+        return op.Mul(op.Exp(op.Identity(x)), op.Mul(op.Mul(op.Abs(x), op.Neg(x)), op.constant([c], "float32")))
 
     def check(x):
-        once.append(x)
-        return None if len(once) == 1 else "once is enough"
+        return "replaced before" if any(u.op == "Identity" for u in x.graph.consumers(x.tensor)) else None
 
-    object.__setattr__(made, "check", check)
+    tree = data.draw(st.sampled_from(list(bracketings(order))))
+    made = declare(lambda op, x: op.Neg(x) * op.Abs(x) * op.Exp(x) * scalar("c"), replace, check)
     result = rewrite.optimize(parse(f"(float[4] x) => (float[4] y) {{ {LEAVES} {chain(tree, 'Mul')} }}"), rules=[made], only=["tried"])
     assert result.report.rules["tried"].applied == 1
     assert result.report.model_error < 1e-6
@@ -247,9 +245,6 @@ def test_three_transposes_that_cancel_together():
 
 
 def test_a_mask_of_dropout_is_no_copy_of_its_input():
-    text = "(float[4] x) => (bool[4] y) { a = Not(b)\n b = Identity(c) \n c = Greater(x, x)\n y = Not(a) }"
-    with pytest.raises(rewrite.RewriteError):
-        rewrite.load(onnx.helper.make_model(onnx.parser.parse_graph("g " + text), opset_imports=[onnx.helper.make_opsetid("", 18)]))
     dropped = "(float[4] x) => (bool[4] y) { a = Neg(x)\n d, m = Dropout(a)\n y = Not(m) }"
     assert fits(lambda op, x: op.Not(op.Neg(x)), dropped) == []
 
@@ -511,14 +506,13 @@ def test_matches_inside_loop_and_scan(text):
 
 
 def test_an_initializer_of_a_branch_is_a_constant():
-    inner = onnx.parser.parse_graph("b () => (float[n, 8] o) { m = Mul(x, half)  e = Div(x, root)  f = Erf(e)  s = Add(f, one)  o = Mul(m, s) }")
+    inner = onnx.parser.parse_graph("then () => (float[n, 8] o) { m = Mul(x, half)  e = Div(x, root)  f = Erf(e)  s = Add(f, one)  o = Mul(m, s) }")
     for name, value in (("half", 0.5), ("root", 2**0.5), ("one", 1.0)):
         inner.initializer.append(onnx.numpy_helper.from_array(np.float32(value), name))
     model = parse("(float[n, 8] x, bool c) => (float[n, 8] y) { y = Identity(x) }", 20)
-    other = onnx.parser.parse_graph("b () => (float[n, 8] q) { q = Neg(x) }")
+    other = onnx.parser.parse_graph("way () => (float[n, 8] q) { q = Neg(x) }")
     model.graph.node[0].CopyFrom(onnx.helper.make_node("If", ["c"], ["y"], then_branch=inner, else_branch=other))
-    assert inner_nodes(rewrite.optimize(model).model.proto)["b"] in (["Gelu"], ["Neg"])
-    assert ["Gelu"] in [[n.op_type for n in a.g.node] for a in rewrite.optimize(model).model.proto.graph.node[0].attribute]
+    assert sorted(inner_nodes(rewrite.optimize(model).model.proto).items()) == [("then", ["Gelu"]), ("way", ["Neg"])]
 
 
 def test_new_names_are_new_in_the_whole_model():
@@ -594,16 +588,15 @@ def test_the_fixpoint_reaches_far_above_a_change(steps):
 
 
 def test_a_site_held_by_another_reader_is_tried_again_when_that_is_gone(rng):
-    w = rng.standard_normal((4, 4)).astype(np.float32)
     wide = declare(lambda op, x, w: op.Exp(x @ w), lambda op, x, w: op.Reciprocal(op.Exp(op.Neg(op.MatMul(x, w)))), name="Wide", priority=9)
-    drop = declare(lambda op, x: op.Mul(op.Sub(x, x), 1.0), lambda op, x: op.Sub(op.Abs(x), op.Abs(x)), name="Drop", priority=1, check=lambda x, output: None)
-    text = "(float[4, 4] x) => (float[4, 4] y, float[4, 4] z) { m = MatMul(x, w) o = Constant<value_float=1.0>() y = Exp(m) k = Sub(m, m) z = Mul(k, o) }"
-    result = rewrite.optimize(parse(text, w=w), rules=[wide, drop], only=["wide", "drop"])
-    assert result.report.rules["wide"].applied == 0  # Abs reads it still
-    gone = declare(lambda op, x, w: op.Mul(op.Relu(x @ w), 1.0), lambda op, x, w: op.Relu(op.MatMul(x, w)), name="Gone", priority=1)
-    text = "(float[4, 4] x) => (float[4, 4] y, float[4, 4] z) { m = MatMul(x, w) o = Constant<value_float=1.0>() y = Exp(m) k = Relu(m) z = Mul(k, o) }"
-    result = rewrite.optimize(parse(text, w=w), rules=[wide, gone], only=["wide", "gone"])
-    assert result.report.rules["wide"].applied + result.report.rules["gone"].applied == 0  # each holds the other
+    drop = declare(lambda op, c, a, b: op.Where(c, a, b), lambda op, b: b, lambda c: None if c.value is not None and not c.value.any() else "not always false", name="Drop", priority=1)
+    text = "(float[4, 4] x) => (float[4, 4] y, float[4, 4] z) {{ m = MatMul(x, w) never = Constant<value=bool {{{}}}>() y = Exp(m) z = Where(never, m, x) }}"
+    w = rng.standard_normal((4, 4)).astype(np.float32)
+    result = rewrite.optimize(parse(text.format(0), w=w), rules=[wide, drop], only=["wide", "drop"])
+    assert [s.rule for s in result.report.sites] == ["drop", "wide"]
+    result = rewrite.optimize(parse(text.format(1), w=w), rules=[wide, drop], only=["wide", "drop"])
+    assert result.report.sites == []
+    assert any("needed elsewhere" in m.reason for m in result.report.near_misses)
 
 
 def test_a_long_chain_is_folded_to_the_end():
@@ -716,7 +709,7 @@ UNARY = ["Neg", "Abs", "Exp", "Sigmoid", "Tanh", "Erf", "Sqrt", "Reciprocal", "R
 BINARY = ["Add", "Mul", "Sub", "Div", "MatMul", "Max"]
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=40, deadline=None, derandomize=True)
 @given(st.lists(st.tuples(st.sampled_from(UNARY + BINARY), st.integers(0, 99), st.integers(0, 99)), min_size=1, max_size=14))
 def test_random_graphs_stay_right(steps):
     """No rule crashes on a random graph, and what comes out is a valid model that computes the same."""
