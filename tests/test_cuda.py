@@ -6,7 +6,6 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import onnx
 import pytest
 
 import rewrite
@@ -67,24 +66,11 @@ def test_an_unknown_device_is_refused(tmp_path):
 
 
 # --- with one -----------------------------------------------------------------------------------------------------
-def half(model):
-    """The same model in float16."""
-    made = onnx.ModelProto()
-    made.CopyFrom(model)
-    for tensor in made.graph.initializer:
-        if tensor.data_type == onnx.TensorProto.FLOAT:
-            tensor.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(tensor).astype(np.float16), tensor.name))
-    for value in (*made.graph.input, *made.graph.output):
-        if value.type.tensor_type.elem_type == onnx.TensorProto.FLOAT:
-            value.type.tensor_type.elem_type = onnx.TensorProto.FLOAT16
-    return made
-
-
 @gpu
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 @pytest.mark.parametrize("kind", ["bert", "llama"])
 def test_a_plan_computes_on_the_gpu_what_it_does_on_the_cpu(kind, dtype, tmp_path):
-    model = graphs.model(3, kind) if dtype == "float32" else half(graphs.model(3, kind))
+    model = graphs.model(3, kind) if dtype == "float32" else graphs.half(graphs.model(3, kind))
     plan_on(tmp_path / "p", model, verify=False)
     cpu, cuda = rewrite.Plan(tmp_path / "p"), rewrite.Plan(tmp_path / "p", device="cuda")
     for seed, (batch, seq) in enumerate([(2, 16), (1, 1), (3, 77), (8, 256), (2, 16), (5, 33)]):
