@@ -41,6 +41,7 @@ class FusedAttention:
     tolerance = {"float64": (1e-9, 1e-9), "float32": (5e-5, 1e-5), "float16": (2e-3, 2e-3), "bfloat16": (1.6e-2, 1.6e-2)}
     sample = sample_mask
     cuda = attention
+    strided = True
 
     def reference(
         q: Array, k: Array, v: Array, mask: Array | None = None, *, scale: float, softcap: float, fill: float, drop: int, zero_masked: int, causal: int

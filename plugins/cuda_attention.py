@@ -133,6 +133,9 @@ def _fused(q: Any, k: Any, v: Any, mask: Any, y: Any, scale: float, causal: bool
 def _unfused(q: Any, k: Any, v: Any, mask: Any, y: Any, options: tuple[Any, ...]) -> Launch:
     import cupy
 
+    given = [(a, a if a.flags.c_contiguous else cupy.empty(a.shape, a.dtype)) for a in (q, k, v, y)]
+    (q, k, v, y) = (packed for _, packed in given)
+    copies = [(a, packed) for a, packed in given if a is not packed]
     batch, heads, queries, _ = q.shape
     groups, keys = k.shape[1], k.shape[2]
     scores = cupy.empty((batch, heads, queries, keys), q.dtype)
@@ -150,8 +153,14 @@ def _unfused(q: Any, k: Any, v: Any, mask: Any, y: Any, options: tuple[Any, ...]
     weigh = product(y.reshape(flat, head, -1), scores.reshape(flat, head, keys), v.reshape(flat, keys, -1))
 
     def launch() -> None:
+        for source, packed in copies:
+            if packed is not y:
+                packed[...] = source
         multiply()
         kernel((batch * heads * queries,), (128,), arguments, shared_mem=keys * 4)
         weigh()
+        for target, packed in copies:
+            if packed is y:
+                target[...] = packed
 
     return launch

@@ -75,6 +75,7 @@ class Plugin:
     since: int | None
     sample: Callable[..., Any] | None
     cuda: Callable[..., Any] | None
+    strided: bool
     source: str
 
     @property
@@ -193,7 +194,8 @@ def plugin(cls: type) -> Plugin:
     dtype: (relative, absolute) difference that a correct kernel may show. Optional: `sample(rng, name, shape, dtype)`
     makes an input for the check of a fused site, or returns None for the default; `cuda(inputs, outputs, **attributes)`,
     on CuPy arrays at fixed addresses, returns a function that enqueues the kernels on the current stream, or None where it
-    has none for these types (then the reference runs on the GPU); `since` is the opset from which
+    has none for these types (then the reference runs on the GPU); `strided` = True tells that `cuda` takes inputs and outputs
+    that are not packed; `since` is the opset from which
     ONNX itself has the operator.
 
     Raises RewriteError if the class is incomplete.
@@ -215,6 +217,7 @@ def plugin(cls: type) -> Plugin:
         since=getattr(cls, "since", None),
         sample=getattr(cls, "sample", None),
         cuda=getattr(cls, "cuda", None),
+        strided=bool(getattr(cls, "strided", False)),
         source=_origin(cls.__module__),
     )
     try:

@@ -18,6 +18,7 @@ import onnx
 from rewrite.errors import RewriteError
 from rewrite.registry import library
 from rewrite.runtime import engine
+from rewrite.runtime.layout import Views, apply
 from rewrite.runtime.partition import Step, ValueType
 from rewrite.verify import resolve
 
@@ -79,6 +80,7 @@ class CudaExecutor:
         self.plugins = library().plugins
         self.stream = self.cupy.cuda.Stream(non_blocking=True)
         self.runtime = trt.Runtime(engine.logger())
+        self.models: dict[str, onnx.ModelProto] = {}
         self.engines: dict[str, Any] = {}
         self.contexts: dict[str, Any] = {}
         for key in dict.fromkeys(s.name for s in plan.manifest.steps if s.kind == "segment"):
@@ -102,6 +104,12 @@ class CudaExecutor:
                 results = {n: self.cupy.asnumpy(a, stream=self.stream) for n, a in results.items()}
         self.stream.synchronize()
         return results
+
+    def segment(self, key: str) -> onnx.ModelProto:
+        """The model of a segment, read once."""
+        if key not in self.models:
+            self.models[key] = onnx.load(self.plan.segment_file(key))
+        return self.models[key]
 
     def _view(self, array: Any) -> Any:
         return self.cupy.asarray(array) if hasattr(array, "__cuda_array_interface__") else self.cupy.from_dlpack(array)
@@ -133,21 +141,36 @@ class Frame:
                     first, last = lives.get(name, (index, index))
                     lives[name] = (min(first, index), max(last, index))
         dtypes = {name: self._dtype(kind) for name, kind in types.items()}
+        fixed = {*manifest.inputs, *manifest.outputs.values(), *executor.weights}
+        views = Views(steps, executor.segment, shapes, lambda s: s.kind == "plugin" and executor.plugins[s.name].strided, fixed)
+        for name in views.of:
+            first, last = lives.pop(name)
+            root = views.root(name)
+            if root not in executor.weights:
+                lives[root] = (min(first, lives[root][0]), max(last, lives[root][1]))
         needed = {n: int(np.prod(shapes[n], dtype=np.int64)) * dtypes[n].itemsize for n in lives if n not in executor.weights}
         offsets, total = plan_arena(needed, lives)
         self.arena = self._allocate(total)
         self.values = dict(executor.weights)
         for name, offset in offsets.items():
             self.values[name] = self.cupy.ndarray(shapes[name], dtypes[name], self.arena.data + offset)
+        for name in views.of:
+            self._view(name, views)
         self.pool = self.cupy.cuda.MemoryPool()  # what references allocate: kept, so that captured addresses stay theirs
         with self.cupy.cuda.using_allocator(self.pool.malloc):
-            launches = [self._segment(s) if s.kind == "segment" else self._plugin(s) for s in steps]
+            launches = [self._segment(s) if s.kind == "segment" else self._plugin(s) for i, s in enumerate(steps) if i not in views.skipped]
             for _ in range(2):  # first runs compile and allocate, which a capture may not
                 for launch in launches:
                     launch()
             executor.stream.synchronize()
             self.launches = launches
             self.graph = self._capture()
+
+    def _view(self, name: str, views: Views) -> Any:
+        if name not in self.values:
+            source, done = views.of[name]
+            self.values[name] = apply(self._view(source, views), done)
+        return self.values[name]
 
     def _capture(self) -> Any:
         """The launches as a CUDA graph; None if one of them cannot be captured (a reference that calls CuPy's cuBLAS)."""
@@ -186,8 +209,7 @@ class Frame:
         loaded, context = self.executor.engines[step.name], self.executor.contexts[step.name]
         names = {loaded.get_tensor_name(i) for i in range(loaded.num_io_tensors)}
         given = {f"i{i}": v for i, v in enumerate(step.inputs) if f"i{i}" in names}
-        model = onnx.load(self.executor.plan.segment_file(step.name))
-        made = dict(zip([o.name for o in model.graph.output], step.outputs, strict=True))
+        made = dict(zip([o.name for o in self.executor.segment(step.name).graph.output], step.outputs, strict=True))
         addresses = {n: int(self.values[v].data.ptr) for n, v in {**given, **made}.items()}
         shapes = {n: tuple(self.values[v].shape) for n, v in given.items()}
         stream = self.executor.stream

@@ -6,10 +6,13 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
+from conftest import parse
 
 import rewrite
 from rewrite.registry import library
+from rewrite.runtime import layout
 from rewrite.runtime.cuda import ALIGNMENT, plan_arena
 from rewrite.verify import compare, model_inputs
 
@@ -45,6 +48,58 @@ def test_memory_is_used_again():
     offsets, total = plan_arena(sizes, {n: (i, i + 1) for i, n in enumerate("abcdef")})
     assert total == 2 * 1024
     assert len(set(offsets.values())) == 2
+
+
+# --- layout -------------------------------------------------------------------------------------------------------
+HEADS = [("reshape", (0, 0, 4, 8)), ("transpose", (0, 2, 1, 3))]
+BACK = [("transpose", (0, 2, 1, 3)), ("reshape", (0, 0, -1))]
+
+
+def test_heads_are_a_view_and_back_is_one_of_the_result():
+    packed = np.arange(2 * 5 * 32).reshape(2, 5, 32)
+    assert layout.is_view(packed, HEADS)
+    heads = layout.apply(packed, HEADS)
+    assert not layout.is_view(np.ascontiguousarray(heads), BACK)
+    back = layout.inverse((2, 4, 5, 8), BACK)
+    assert layout.is_view(packed, back)
+    np.testing.assert_array_equal(layout.apply(packed, back), heads)
+
+
+def test_segments_that_compute_are_no_layout():
+    assert layout.changes(parse("(float[n, 8] x) => (float[8, n] y) { t = Transpose<perm = [1, 0]>(x)\n y = Identity(t) }")) == {"y": ("x", [("transpose", (1, 0))])}
+    assert layout.changes(parse("(float[n, 8] x) => (float[n, 8] y) { y = Neg(x) }")) is None
+    assert layout.changes(parse("(float[n, 8] x, int64[1] s) => (float[m] y) { y = Reshape(x, s) }")) is None
+
+
+def views_of(plan, sizes):
+    manifest = plan.manifest
+    shapes = {n: tuple(sizes.get(d, d) for d in v.shape) for n, v in {**manifest.inputs, **manifest.values}.items()}
+    shapes |= {n: a.shape for n, a in plan.weights.items()}
+    plugins = library().plugins
+    segments = {s.name: onnx.load(plan.segment_file(s.name)) for s in manifest.steps if s.kind == "segment"}
+    fixed = {*manifest.inputs, *manifest.outputs.values(), *plan.weights}
+    return layout.Views(manifest.steps, segments.get, shapes, lambda s: s.kind == "plugin" and plugins[s.name].strided, fixed)
+
+
+def test_the_transposes_around_attention_cost_nothing(tmp_path):
+    plan = plan_on(tmp_path / "p", graphs.model(3, "bert"), engines=False)
+    views = views_of(plan, {"batch": 2, "seq": 5})
+    steps = plan.manifest.steps
+    attentions = [s for s in steps if s.name == "FusedAttention"]
+    assert len(attentions) == 3
+    for step in attentions:
+        assert {*step.inputs[:3], *step.outputs} <= set(views.of)
+        assert not {*step.inputs[:3], *step.outputs} & {views.root(n) for n in views.of}
+    left = [s for i, s in enumerate(steps) if s.kind == "segment" and i not in views.skipped]
+    assert all({n.op_type for n in onnx.load(plan.segment_file(s.name)).graph.node} - layout.OPERATORS for s in left)
+
+
+def test_values_that_engines_read_stay_packed(tmp_path):
+    plan = plan_on(tmp_path / "p", graphs.model(1, "llama"), engines=False)
+    views = views_of(plan, {"batch": 2, "seq": 5})
+    for index, step in enumerate(plan.manifest.steps):
+        if index not in views.skipped and not (step.kind == "plugin" and library().plugins[step.name].strided):
+            assert not set(step.inputs) & set(views.of)
 
 
 # --- without a GPU ------------------------------------------------------------------------------------------------
