@@ -6,13 +6,12 @@ Source: https://docs.nvidia.com/cuda/cublas/#using-the-cublaslt-api
 from __future__ import annotations
 
 import ctypes
-import functools
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 from rewrite.errors import RewriteError
 
-CANDIDATES = 12  # kernels that cuBLASLt proposes for a product; the fastest is kept
 WORKSPACE = 32 << 20  # bytes; what NVIDIA recommends for Hopper
 TYPES = {"float32": 0, "float16": 2, "bfloat16": 14}  # cudaDataType_t
 COMPUTE_32F = 68  # sums in float32; float32 inputs are not rounded to TF32
@@ -25,7 +24,7 @@ class _Heuristic(ctypes.Structure):
     _fields_ = [("algorithm", ctypes.c_uint64 * 8), ("workspace", ctypes.c_size_t), ("state", ctypes.c_int), ("waves", ctypes.c_float), ("reserved", ctypes.c_int * 4)]
 
 
-@functools.cache
+@cache
 def _library() -> tuple[Any, ctypes.c_void_p]:
     import cupy  # loads the CUDA libraries of its version
 
@@ -41,7 +40,7 @@ def _library() -> tuple[Any, ctypes.c_void_p]:
     raise RewriteError("libcublasLt is not found; install the extra: pip install 'rewrite-onnx[gpu]'")
 
 
-@functools.cache
+@cache
 def _workspace() -> Any:
     import cupy
 
@@ -67,8 +66,7 @@ def product(y: Any, x: Any, w: Any, *, trans_w: bool = False, bias: Any = None, 
     """A function that enqueues y = relu?(x @ w + bias) or y = x @ w + bias + residual on the current stream.
 
     CuPy arrays, packed, of one dtype: x [B, M, K], w [B, K, N] ([B, N, K] with `trans_w`), bias [N], residual and y
-    [B, M, N]. The first product of its shape measures the kernels that cuBLASLt proposes, on the arrays given: y holds
-    nothing of worth afterwards. Raises RewriteError if cuBLASLt has no kernel.
+    [B, M, N]. Raises RewriteError if cuBLASLt has no kernel.
     """
     import cupy
 
@@ -90,8 +88,8 @@ def product(y: Any, x: Any, w: Any, *, trans_w: bool = False, bias: Any = None, 
     preference, limit = ctypes.c_void_p(), ctypes.c_uint64(WORKSPACE)
     _check(lib.cublasLtMatmulPreferenceCreate(ctypes.byref(preference)), "cublasLtMatmulPreferenceCreate")
     _check(lib.cublasLtMatmulPreferenceSetAttribute(preference, 1, ctypes.byref(limit), 8), "cublasLtMatmulPreferenceSetAttribute")
-    found, count = (_Heuristic * CANDIDATES)(), ctypes.c_int()
-    status = lib.cublasLtMatmulAlgoGetHeuristic(handle, description, first, second, result, result, preference, CANDIDATES, found, ctypes.byref(count))
+    found, count = (_Heuristic * 1)(), ctypes.c_int()
+    status = lib.cublasLtMatmulAlgoGetHeuristic(handle, description, first, second, result, result, preference, 1, found, ctypes.byref(count))
     lib.cublasLtMatmulPreferenceDestroy(preference)
     if status or not count.value:
         raise RewriteError(f"cuBLASLt has no kernel for {x.dtype} [{batch}, {rows}, {inner}] @ [{inner}, {columns}]")
@@ -99,43 +97,14 @@ def product(y: Any, x: Any, w: Any, *, trans_w: bool = False, bias: Any = None, 
     source = y if residual is None else residual
     pointers = [ctypes.c_void_p(int(a.data.ptr)) for a in (w, x, source, y)]
     workspace = _workspace()
+    kept = (x, w, bias, residual, y, workspace, found)  # what the captured call points at
 
-    def call(algorithm: _Heuristic) -> int:
+    def launch() -> None:
         stream = ctypes.c_void_p(cupy.cuda.get_current_stream().ptr)
-        return lib.cublasLtMatmul(  # type: ignore[no-any-return]
+        status = lib.cublasLtMatmul(
             handle, description, ctypes.byref(one), pointers[0], first, pointers[1], second, ctypes.byref(zero), pointers[2], result, pointers[3], result,
-            ctypes.byref(algorithm), ctypes.c_void_p(workspace.ptr), ctypes.c_size_t(WORKSPACE), stream,
+            ctypes.byref(kept[-1][0]), ctypes.c_void_p(workspace.ptr), ctypes.c_size_t(WORKSPACE), stream,
         )  # fmt: skip
+        _check(status, "cublasLtMatmul")
 
-    key = (kind, batch, rows, inner, columns, trans_w, bias is not None, residual is not None, relu)
-    if key not in _fastest:
-        _fastest[key] = _measure(call, list(found[: count.value]))
-    return functools.partial(_launch, call, found[_fastest[key]], (x, w, bias, residual, y, found))
-
-
-def _launch(call: Callable[[_Heuristic], int], algorithm: _Heuristic, kept: tuple[Any, ...]) -> None:
-    """Enqueue; `kept` is what a captured call points at, alive as long as the call is."""
-    _check(call(algorithm), "cublasLtMatmul")
-
-
-_fastest: dict[tuple[Any, ...], int] = {}  # by the product's kind and shape: the place of the fastest kernel among those proposed
-
-
-def _measure(call: Callable[[_Heuristic], int], proposed: list[_Heuristic]) -> int:
-    """Which of the proposed kernels is fastest here: the least of five times each, on the current stream."""
-    import cupy
-
-    best, least = 0, float("inf")
-    for index, algorithm in enumerate(proposed):
-        if call(algorithm):
-            continue
-        for _ in range(5):
-            start, stop = cupy.cuda.Event(), cupy.cuda.Event()
-            start.record()
-            call(algorithm)
-            stop.record()
-            stop.synchronize()
-            time = cupy.cuda.get_elapsed_time(start, stop)
-            if time < least:
-                best, least = index, time
-    return best
+    return launch
