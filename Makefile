@@ -22,7 +22,7 @@ $(VENV)/wheel: $(VENV)/dependencies $(SOURCES)
 	touch $@
 
 test: $(VENV)/wheel
-	cd tests && ../$(VENV)/bin/python -m pytest . -n 2 --dist worksteal -m "not gpu"
+	cd tests && ../$(VENV)/bin/python -m pytest . -n 2 --dist worksteal -m "not gpu and not slow"
 
 demo: $(VENV)/wheel
 	$(VENV)/bin/python examples/minilm.py

@@ -71,15 +71,37 @@ def divide(a: Dim, b: Dim) -> Dim:
     return result
 
 
+def _terms(d: Dim) -> tuple[list[str], int] | None:
+    """The names and the number in a sum without brackets: "seq + past + 1" is (["past", "seq"], 1); None for others."""
+    parts = str(d).replace(" - ", " + -").split(" + ")
+    numbers = [p for p in parts if p.lstrip("-").isdigit()]
+    names = sorted(p for p in parts if p not in numbers)
+    return None if set("".join(names)) & set("()-/ ") else (names, sum(map(int, numbers)))
+
+
+def _sum(names: list[str], number: int) -> Dim:
+    if not names:
+        return number
+    text = " + ".join(sorted(names))
+    return f"{text} + {number}" if number > 0 else f"{text} - {-number}" if number < 0 else text
+
+
+def ordered(d: Dim) -> Dim:
+    """A sum with its terms in our order: exporters write "seq + past" and "past + seq" in one model."""
+    terms = _terms(d) if isinstance(d, str) and " + " in d else None
+    return d if terms is None else _sum(*terms)
+
+
 def plus(a: Dim, b: Dim) -> Dim:
     if a is None or b is None:
         return None
-    if isinstance(a, int) and isinstance(b, int):
-        return a + b
-    if a == 0 or b == 0:
-        return b if a == 0 else a
     if (isinstance(b, str) and str(a) == f"-({b})") or (isinstance(a, str) and str(b) == f"-({a})"):
         return 0
+    left, right = _terms(a), _terms(b)
+    if left is not None and right is not None:
+        return _sum(left[0] + right[0], left[1] + right[1])
+    if a == 0 or b == 0:
+        return b if a == 0 else a
     return f"{a} + {b}" if not isinstance(b, int) or b >= 0 else f"{a} - {-b}"
 
 
@@ -90,12 +112,12 @@ def minus(a: Dim, b: Dim) -> Dim:
         return 0
     if isinstance(b, int):
         return plus(a, -b)
-    if isinstance(a, str):
-        for left, right in ((f"{b} + ", ""), ("", f" + {b}")):
-            if a.startswith(left) and a.endswith(right) and left + right in (left, right):
-                rest = a[len(left) : len(a) - len(right)] if left or right else a
-                if rest and rest != a:
-                    return int(rest) if rest.lstrip("-").isdigit() else rest
+    left, right = _terms(a), _terms(b)
+    if left is not None and right is not None and all(left[0].count(n) >= right[0].count(n) for n in right[0]):
+        names = list(left[0])
+        for name in right[0]:
+            names.remove(name)
+        return _sum(names, left[1] - right[1])
     return f"{a} - ({b})"
 
 
@@ -140,6 +162,9 @@ class SymbolicShapes:
         self.floats: dict[int, np.ndarray] = {}
 
     def run(self) -> None:
+        for tensor in (*self.graph.gs.inputs, *(t for n in self.graph.live.values() for t in n.outputs)):
+            if tensor.shape is not None:
+                tensor.shape = [ordered(d) for d in tensor.shape]
         declared = self._forget_output_names()
         for node in self.graph:
             handler = HANDLERS.get(canonical(node))

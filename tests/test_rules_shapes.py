@@ -109,3 +109,13 @@ def test_a_value_replaced_by_another_leaves_no_dead_node():
     proto = after("a = Mul(x, unit) b = Mul(z, unit) y = Add(a, b)", "float[n, 8] x, float[n, 8] z", "float[n, 8] y")
     assert nodes(proto) == ["Add"]
     assert list(proto.graph.node[0].input) == ["x", "z"]
+
+
+def test_sums_of_sizes_have_one_spelling():
+    """PyTorch writes "seq + past" and "past + seq" for the sizes of caches in one model."""
+    from rewrite.shapes import minus, ordered, plus
+
+    assert ordered("seq + past") == plus("seq", "past") == plus("past", "seq") == "past + seq"
+    assert (minus("past + seq", "seq"), minus("past + seq", "past"), minus("a + b + c", "b")) == ("past", "seq", "a + c")
+    assert (plus("seq", 1), plus("seq + 1", -1), plus("seq", -3), minus("seq + 1", "seq"), plus(2, 3)) == ("seq + 1", "seq", "seq - 3", 1, 5)
+    assert (ordered("b//2 + a"), minus("seq", "past")) == ("b//2 + a", "seq - (past)")
