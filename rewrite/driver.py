@@ -8,6 +8,7 @@ stopped with an error that names it.
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -326,7 +327,7 @@ def _identity(graph: Graph, value: Any) -> Any:
     if not isinstance(value, gs.Tensor):
         return [_identity(graph, v) for v in value] if isinstance(value, list) else value
     array = graph.constant(value)
-    return value.name if array is None else (str(array.dtype), array.tolist())
+    return value.name if array is None else (str(array.dtype), array.shape, hashlib.sha256(array.tobytes()).hexdigest())
 
 
 def _runs_back(match: Match) -> str | None:

@@ -328,7 +328,7 @@ class Matcher:
 
     def _operands(self, op: P.Op, node: gs.Node) -> Iterator[None]:
         if op.name in P.ASSOCIATIVE:
-            for values in P.flattened(op):
+            for values in op.operand_lists:
                 for operands, covered in self._decompositions(op, len(values), node):
                     self.nodes.extend(covered)
                     yield from self._assign(self._order(values), operands)
