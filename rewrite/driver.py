@@ -25,6 +25,7 @@ from rewrite.errors import RewriteError, blame
 from rewrite.functions import CaptureError, FunctionTable, capture, fingerprint
 from rewrite.graph import DOMAIN, Graph, canonical, describe, dtype_name, reads
 from rewrite.matcher import BoundValue, Match, Matcher, Trace, interior_use
+from rewrite.outlook import may_match
 from rewrite.registry import Library, Rule
 from rewrite.report import NearMiss, Report, Site, common_scope
 from rewrite.shapes import is_named
@@ -56,7 +57,7 @@ class Driver:
         changes, limit = 0, 10 * len(graph.live) + 1000
         for node, rules in worklist:
             for rule in rules:
-                if not self.explain and any(graph.counts.get(op, 0) == 0 for op in rule.required):
+                if not self.explain and _is_hopeless(graph, rule, node):
                     continue
                 touched = self._try(graph, rule, node)
                 if self._blocked:
@@ -309,6 +310,10 @@ class Driver:
             self.metadata[id(node)] = {"rewrite.rule": rule.name}
             self._keep.append(node)
             self._take_over(graph, old, node, 0)
+
+
+def _is_hopeless(graph: Graph, rule: Rule, node: gs.Node) -> bool:
+    return any(not graph.counts.get(op) for op in rule.required) or (rule.find is None and not may_match(graph, rule.pattern[0], node))
 
 
 def _nearest(graph: Graph, rule: Rule, node: gs.Node) -> Trace:
