@@ -8,6 +8,7 @@ stopped with an error that names it.
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -24,6 +25,7 @@ from rewrite.errors import RewriteError, blame
 from rewrite.functions import CaptureError, FunctionTable, capture, fingerprint
 from rewrite.graph import DOMAIN, Graph, canonical, describe, dtype_name, reads
 from rewrite.matcher import BoundValue, Match, Matcher, Trace, interior_use
+from rewrite.outlook import may_match
 from rewrite.registry import Library, Rule
 from rewrite.report import NearMiss, Report, Site, common_scope
 from rewrite.shapes import is_named
@@ -55,7 +57,7 @@ class Driver:
         changes, limit = 0, 10 * len(graph.live) + 1000
         for node, rules in worklist:
             for rule in rules:
-                if not self.explain and any(graph.counts.get(op, 0) == 0 for op in rule.required):
+                if not self.explain and _is_hopeless(graph, rule, node):
                     continue
                 touched = self._try(graph, rule, node)
                 if self._blocked:
@@ -310,6 +312,10 @@ class Driver:
             self._take_over(graph, old, node, 0)
 
 
+def _is_hopeless(graph: Graph, rule: Rule, node: gs.Node) -> bool:
+    return any(not graph.counts.get(op) for op in rule.required) or (rule.find is None and not may_match(graph, rule.pattern[0], node))
+
+
 def _nearest(graph: Graph, rule: Rule, node: gs.Node) -> Trace:
     """How near the rule comes at a node at which it does not match."""
     trace = Trace()
@@ -326,7 +332,7 @@ def _identity(graph: Graph, value: Any) -> Any:
     if not isinstance(value, gs.Tensor):
         return [_identity(graph, v) for v in value] if isinstance(value, list) else value
     array = graph.constant(value)
-    return value.name if array is None else (str(array.dtype), array.tolist())
+    return value.name if array is None else (str(array.dtype), array.shape, hashlib.sha256(array.tobytes()).hexdigest())
 
 
 def _runs_back(match: Match) -> str | None:

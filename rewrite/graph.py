@@ -7,6 +7,7 @@ an edit never scans the consumers of a constant that ten thousand nodes share.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cache
 
@@ -116,8 +117,8 @@ class Graph:
             return "it is an output of the graph"
         if id(tensor) in self.captured:
             return "an inner graph (If, Loop or Scan) reads it"
-        for user in self.consumers(tensor):
-            if id(user) not in nodes:
+        for user in reversed(tensor.outputs):  # the newest first: of a value that thousands of replaced nodes read, these are alive
+            if id(user) in self.live and id(user) not in nodes:
                 return f"{describe(user)} reads it too"
         return None
 
@@ -256,7 +257,7 @@ def small_values(tensor: gs.Constant, limit: int = SMALL) -> np.ndarray | None:
     proto = getattr(lazy, "tensor", None)
     if isinstance(proto, onnx.TensorProto):
         external = proto.data_location == onnx.TensorProto.EXTERNAL
-        if external or int(np.prod(proto.dims, dtype=np.int64)) > limit or proto.data_type == onnx.TensorProto.STRING:
+        if external or math.prod(proto.dims) > limit or proto.data_type == onnx.TensorProto.STRING:
             return None
         cached = getattr(tensor, "_rewrite_values", None)
         if cached is None:

@@ -8,7 +8,7 @@ A `Trace` given to it records how far the best attempt came and why it stopped t
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +19,7 @@ from rewrite import pattern as P
 from rewrite.graph import Dim, Graph, canonical, describe
 from rewrite.graph import dtype_name as dtype_name
 from rewrite.noops import look_through
+from rewrite.outlook import may_be
 
 # Never computed twice: an interior value of a match that others read keeps its node alive, and these cost too much.
 HEAVY = {"MatMul", "Gemm", "Conv", "Softmax", "Attention", "Einsum", "ConvTranspose", "LSTM", "GRU", "FusedAttention", "MatMulAct", "GatedMatMulAct"}
@@ -189,26 +190,38 @@ class Matcher:
 
     # --- values ------------------------------------------------------------------------------------------------
     def _value(self, value: P.Value, tensor: gs.Tensor) -> Iterator[None]:
-        if isinstance(value, P.Var):
-            yield from self._bind(value.name, tensor, tensor is self.bindings.get(value.name, tensor))
-        elif isinstance(value, (P.Const, P.Scalar, P.Ints)):
-            yield from self._constant(value, self.graph.constant(tensor), tensor)
-        elif isinstance(value, P.AnyOf):
-            for alternative in value.alternatives:
+        return MATCHES[type(value)](self, value, tensor)
+
+    def _variable(self, value: P.Var, tensor: gs.Tensor) -> Iterator[None]:
+        return self._bind(value.name, tensor, tensor is self.bindings.get(value.name, tensor))
+
+    def _fixed(self, value: P.Value, tensor: gs.Tensor) -> Iterator[None]:
+        return self._constant(value, self.graph.constant(tensor), tensor)
+
+    def _any_of(self, value: P.AnyOf, tensor: gs.Tensor) -> Iterator[None]:
+        for alternative in value.alternatives:
+            if self.trace is not None or may_be(self.graph, alternative, tensor):
                 yield from self._value(alternative, tensor)
-        elif isinstance(value, P.Tag):
-            for _ in self._bind(value.name, value.label, self.bindings.get(value.name, value.label) == value.label):
-                yield from self._value(value.value, tensor)
-        elif isinstance(value, P.Typed):
-            for _ in self._typed(value, tensor):
-                yield from self._value(value.value, tensor)
-        elif isinstance(value, P.Missing):
-            if tensor.is_empty():
-                yield
-        elif isinstance(value, P.Output):
-            yield from self._produced(value.node, tensor, value.index)
-        elif isinstance(value, P.Op):
-            yield from self._produced(value, tensor, 0)
+
+    def _tagged(self, value: P.Tag, tensor: gs.Tensor) -> Iterator[None]:
+        for _ in self._bind(value.name, value.label, self.bindings.get(value.name, value.label) == value.label):
+            yield from self._value(value.value, tensor)
+
+    def _missing(self, value: P.Missing, tensor: gs.Tensor) -> Iterator[None]:
+        return iter((None,) if tensor.is_empty() else ())
+
+    def _output(self, value: P.Output, tensor: gs.Tensor) -> Iterator[None]:
+        return self._produced(value.node, tensor, value.index)
+
+    def _operator(self, value: P.Op, tensor: gs.Tensor) -> Iterator[None]:
+        return self._produced(value, tensor, 0)
+
+    def _nothing(self, value: P.Value, tensor: gs.Tensor) -> Iterator[None]:
+        return iter(())
+
+    def _of_type(self, value: P.Typed, tensor: gs.Tensor) -> Iterator[None]:
+        for _ in self._typed(value, tensor):
+            yield from self._value(value.value, tensor)
 
     def _typed(self, value: P.Typed, tensor: gs.Tensor) -> Iterator[None]:
         """`tensor` is of the dtype and shape asked for; names of dimensions are bound, the same everywhere."""
@@ -328,7 +341,7 @@ class Matcher:
 
     def _operands(self, op: P.Op, node: gs.Node) -> Iterator[None]:
         if op.name in P.ASSOCIATIVE:
-            for values in P.flattened(op):
+            for values in op.operand_lists:
                 for operands, covered in self._decompositions(op, len(values), node):
                     self.nodes.extend(covered)
                     yield from self._assign(self._order(values), operands)
@@ -454,6 +467,12 @@ class Matcher:
 
     def _state(self) -> tuple[dict[str, str], list[str]]:
         return {k: getattr(v, "name", str(v)) for k, v in self.bindings.items()}, [describe(n) for n in self.nodes]
+
+
+MATCHES: dict[type[P.Value], Callable[[Matcher, Any, gs.Tensor], Iterator[None]]] = {
+    P.Var: Matcher._variable, P.Const: Matcher._fixed, P.Scalar: Matcher._fixed, P.Ints: Matcher._fixed, P.AnyOf: Matcher._any_of, P.Tag: Matcher._tagged,
+    P.Typed: Matcher._of_type, P.Missing: Matcher._missing, P.Output: Matcher._output, P.Op: Matcher._operator, P.Rest: Matcher._nothing,
+}  # fmt: skip
 
 
 def _may_be_missing(value: P.Value) -> bool:

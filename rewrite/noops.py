@@ -14,6 +14,7 @@ WIDENING = {
     ("int8", "float32"), ("uint8", "float32"), ("int32", "float64"),
 }  # fmt: skip
 VIEWS = {"Reshape", "Flatten", "Squeeze", "Unsqueeze"}
+PASSING = VIEWS | {"Identity", "Dropout", "Cast", "Transpose", "Expand"}  # may change nothing
 LONGEST = 4  # nodes in a row that together may change nothing
 
 

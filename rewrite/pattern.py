@@ -14,6 +14,7 @@ import inspect
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import cache, cached_property
 from typing import Any
 
 ASSOCIATIVE = {"Add", "Mul", "And", "Or"}
@@ -140,10 +141,15 @@ class Op(Value):
     attributes: dict[str, Any] = field(default_factory=dict)
     outputs: int = 1
 
-    @property
-    def ops(self) -> set[str]:
+    @cached_property
+    def ops(self) -> frozenset[str]:
         """The operators whose nodes this pattern can match."""
-        return {"Mul", "Div"} if self.name == "Mul" else {"Add", "Sub"} if self.name == "Add" else {self.name}
+        return frozenset({"Mul": ("Mul", "Div"), "Add": ("Add", "Sub")}.get(self.name, (self.name,)))
+
+    @cached_property
+    def operand_lists(self) -> list[list[Value]]:
+        """What `flattened` gives, once."""
+        return list(flattened(self))
 
 
 @dataclass(eq=False)
@@ -262,10 +268,14 @@ def trace(function: Callable[..., Any]) -> tuple[tuple[Value, ...], tuple[str, .
 
 
 def walk(value: Value) -> Iterator[Value]:
-    """`value` and everything below it."""
-    yield value
-    for inner in below(value):
-        yield from walk(inner)
+    """`value` and everything below it, each once: alternatives share what is below them, so a pattern is no tree."""
+    stack, seen = [value], {id(value)}
+    while stack:
+        part = stack.pop()
+        yield part
+        fresh = {id(v): v for v in below(part) if id(v) not in seen}
+        seen.update(fresh)
+        stack += fresh.values()
 
 
 def names(value: Value) -> set[str]:
@@ -282,7 +292,8 @@ def names(value: Value) -> set[str]:
     return found
 
 
-def roots(value: Value) -> set[str]:
+@cache
+def roots(value: Value) -> frozenset[str]:
     """The operators a node may have to be this value's producer."""
     if isinstance(value, Op):
         return value.ops
@@ -291,33 +302,37 @@ def roots(value: Value) -> set[str]:
     if isinstance(value, (Tag, Typed)):
         return roots(value.value)
     if isinstance(value, AnyOf):
-        return set().union(*(roots(a) for a in value.alternatives))
-    return set()
+        return frozenset().union(*(roots(a) for a in value.alternatives))
+    return frozenset()
 
 
-def required(value: Value) -> set[str]:
+@cache
+def required(value: Value) -> frozenset[str]:
     """Operators without which the pattern cannot match at all: a cheap test before any matching."""
     if isinstance(value, (Output, Tag, Typed)):
         return required(below(value)[0])
     if isinstance(value, AnyOf):
-        return set.intersection(*(required(a) for a in value.alternatives))
+        return frozenset.intersection(*(required(a) for a in value.alternatives))
     if isinstance(value, Op):
-        own = set() if len(value.ops) > 1 else {value.name}
+        own: frozenset[str] = frozenset() if len(value.ops) > 1 else value.ops
         return own.union(*(required(i) for i in value.inputs))
-    return set()
+    return frozenset()
 
 
-def operators(value: Value) -> set[str]:
+@cache
+def operators(value: Value) -> frozenset[str]:
     """All operators that nodes of a match may have."""
-    return {op for part in walk(value) if isinstance(part, Op) for op in part.ops}
+    return frozenset(op for part in walk(value) if isinstance(part, Op) for op in part.ops)
 
 
+@cache
 def height(value: Value) -> int:
     """How many operators lie on the longest way from the output to an input."""
     own = 1 if isinstance(value, Op) else 0
     return own + max(map(height, below(value)), default=0)
 
 
+@cache
 def size(value: Value) -> int:
     """How many operators a match has at least, optional ones left aside."""
     if isinstance(value, AnyOf):

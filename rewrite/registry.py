@@ -57,8 +57,12 @@ class Rule:
 
     def call(self, function: Callable[..., Any], bindings: Mapping[str, Any], *first: Any) -> Any:
         """Call `check` or `replace` with the bindings it names; variables of untaken alternatives are None."""
-        names = list(inspect.signature(function).parameters)[len(first):]
-        return function(*first, *(bindings.get(n) for n in names))
+        return function(*first, *(bindings.get(n) for n in _parameters(function)[len(first) :]))
+
+
+@cache
+def _parameters(function: Callable[..., Any]) -> tuple[str, ...]:
+    return tuple(inspect.signature(function).parameters)
 
 
 @dataclass(frozen=True, eq=False)
