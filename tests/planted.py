@@ -276,8 +276,9 @@ def linear_residual(b: Block, wrong: int | None = None) -> str:
 def gated_linear(b: Block, wrong: int | None = None) -> str:
     x = b.value("B", "S", 8)
     bias = b.flip()
-    gate = _product(b, x, 8, 6, _third(wrong, 0), bias)
-    if wrong is None:  # weights stored the same way
+    if _third(wrong, 0) is not None:
+        gate = _product(b, x, 8, 6, _third(wrong, 0), bias)
+    else:  # both weights are stored the same way
         gate = b.op("MatMul", x, b.matrix(8, 6))
         gate = b.add(gate, b.vector(6)) if bias else gate
     up = b.op("MatMul", x if _third(wrong, 1) is None else b.op("Sin", x), b.matrix(8, 6))
@@ -303,11 +304,11 @@ def merged_gated_linear(b: Block, wrong: int | None = None) -> str:
 
 def flat_gemm(b: Block, wrong: int | None = None) -> str:
     x = b.value("B", "S", 8)
-    flat = b.op("Reshape", x, b.ints(-1, 8 if wrong is None else b.pick(4, 2, 16)) if wrong is None or wrong % 2 else b.ints(-1, 8))
     if wrong is not None and wrong % 2:
         rows = int(b.pick(4, 2))
         flat = b.op("Reshape", x, b.ints(-1, rows))
         return str(b.op("Reshape", b.op("Gemm", flat, b.matrix(rows, 6), b.vector(6)), b.ints(0, -1, 6) if b.flip() else b.ints(-1, 6)))
+    flat = b.op("Reshape", x, b.ints(-1, 8))
     y = b.op("Gemm", flat, b.matrix(8, 6), b.vector(6), **({} if wrong is None else {"alpha": 0.5 + wrong}))
     shape = b.op("Concat", b.op("Shape", x, start=0, end=2), b.ints(6), axis=0)
     return str(b.op("Reshape", y, shape))
@@ -346,7 +347,8 @@ def rotary_parts(b: Block, wrong: int | None = None) -> str:
 def _evens(b: Block, x: str, wrong: int | None) -> tuple[str, str]:
     if wrong is None and b.flip():
         pairs = b.op("Reshape", x, b.ints(0, 0, 0, 4, 2))
-        return str(b.op("Gather", pairs, b.weight(np.array(0)), axis=b.pick(-1, 4))), str(b.op("Gather", pairs, b.weight(np.array(1)), axis=-1))
+        axis = b.pick(-1, 4)
+        return str(b.op("Gather", pairs, b.weight(np.array(0)), axis=axis)), str(b.op("Gather", pairs, b.weight(np.array(1)), axis=axis))
     axes, end, step = b.ints(-1), b.ints(2**63 - 1), b.ints(2)
     first, second = (0, 1) if wrong is None else (1, 0) if wrong % 2 else (0, 0)
     return str(b.op("Slice", x, b.ints(first), end, axes, step)), str(b.op("Slice", x, b.ints(second), end, axes, step))

@@ -139,7 +139,7 @@ def noise(block: Block) -> None:
         block.pool.append((y, shape))
 
 
-def inferred(block: Block) -> dict[str, tuple[int, tuple[Any, ...] | None]]:
+def inferred(block: Block, ranks: dict[str, int] | None = None) -> dict[str, tuple[int, tuple[Any, ...] | None]]:
     """Types and, where known, shapes of the values so far."""
     graph = onnx.helper.make_graph(block.nodes, "g", inputs_of(block), [], [onnx.numpy_helper.from_array(a, n) for n, a in block.weights.items()])
     model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", block.opset)], ir_version=10)
@@ -149,6 +149,8 @@ def inferred(block: Block) -> dict[str, tuple[int, tuple[Any, ...] | None]]:
         dims = tuple(d.dim_value if d.HasField("dim_value") else d.dim_param for d in tensor.shape.dim)
         known = tensor.HasField("shape") and dims and all(isinstance(d, int) or d in ("B", "S", "T") for d in dims)
         found[value.name] = (tensor.elem_type, dims if known else None)
+        if ranks is not None and tensor.HasField("shape"):
+            ranks[value.name] = len(dims)
     return found
 
 
@@ -158,10 +160,11 @@ def inputs_of(block: Block) -> list[onnx.ValueInfoProto]:
 
 def finish(block: Block) -> onnx.ModelProto:
     """The model; whatever nobody reads is an output."""
-    types = inferred(block)
+    ranks: dict[str, int] = {}
+    types = inferred(block, ranks)
     read = {i for n in block.nodes for i in n.input}
     ends = [o for n in block.nodes for o in n.output if o not in read and n.op_type != "Constant"]
-    outputs = [onnx.helper.make_tensor_value_info(o, types[o][0], None) for o in ends]
+    outputs = [onnx.helper.make_tensor_value_info(o, types[o][0], [None] * ranks[o]) for o in ends]
     weights = [onnx.numpy_helper.from_array(a, n) for n, a in block.weights.items()]
     graph = onnx.helper.make_graph(block.nodes, "random", inputs_of(block), outputs, weights)
     return onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", block.opset)], ir_version=10)
