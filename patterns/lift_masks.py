@@ -6,7 +6,8 @@ from rewrite.graph import canonical
 from rewrite.pattern import any_of, attr, scalar
 from rewrite.registry import rule
 
-HIDDEN = -6e4  # a score from which on adding to it, or setting it, changes nothing that softmax would show
+# A score so low that adding another to it gives it back: where every key of a row is hidden, its scores must not show.
+HIDDEN = {"float16": -6e4, "bfloat16": -1e30, "float32": -1e30, "float64": -1e30}
 
 
 def _are_scores(x, depth=6):
@@ -52,7 +53,7 @@ class ChosenAndAddedMasks:
     def check(scores, b, low, drop_low):
         if not _are_scores(scores) or _are_scores(b):
             return f"'{scores.name}' is not a product to which '{b.name}' is added"
-        if (low if low is not None else drop_low) > HIDDEN:
+        if (low if low is not None else drop_low) > HIDDEN.get(scores.dtype, -1e30):
             return f"hidden scores become {low if low is not None else drop_low}, which may show"
         return None
 

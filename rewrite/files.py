@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import errno
 import os
 import tempfile
 from collections.abc import Callable
@@ -69,6 +71,43 @@ def move_into_place(files: list[Path], folder: Path) -> None:
             path.unlink(missing_ok=True)
         raise
     _flush(folder)
+
+
+def swap_directory(new: Path, target: Path) -> None:
+    """Flush the folder `new` to the disk and put it in the place of `target`, which is then `new`, if it existed.
+
+    On Linux the two change places in one step, so that there is a whole folder at every moment; where the file system
+    cannot do that, the old one is moved away first. Raises OSError.
+    """
+    for path in sorted(new.rglob("*")):
+        _flush(path)
+    _flush(new)
+    if not target.exists():
+        os.rename(new, target)
+    elif not _exchange(new, target):
+        aside = new.with_name(new.name + ".old")
+        os.rename(target, aside)
+        try:
+            os.rename(new, target)
+        except OSError:
+            os.rename(aside, target)
+            raise
+        os.rename(aside, new)
+    _flush(target.parent)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Let two paths change places; False where the system cannot."""
+    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if renameat2 is None:
+        return False
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    if renameat2(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0:
+        return True
+    code = ctypes.get_errno()
+    if code in (errno.EINVAL, errno.ENOSYS):
+        return False
+    raise OSError(code, os.strerror(code))
 
 
 def _flush(path: Path) -> None:

@@ -14,6 +14,7 @@ import onnx
 
 import rewrite
 from rewrite.errors import CheckFailed, RewriteError
+from rewrite.files import swap_directory
 from rewrite.model import Model, load
 from rewrite.registry import library
 from rewrite.runtime import engine, weights
@@ -61,18 +62,20 @@ def build(
     names = dict.fromkeys(d for v in cut.inputs.values() for d in v.shape if isinstance(d, str))
     sizes = Profile.parse(profile, names)
     compiled = _compile(cut, sizes, say) if engines else {}
-    work = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent))
+    work: Path | None = None
     try:
+        work = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent))
         say("writing the plan")
         _write(work, source, cut, sizes, compiled)
         if verify:
             say("comparing the plan's outputs with the model's")
             check_plan(Plan(work), source, tolerance)
-        _move(work, target)
+        swap_directory(work, target)  # an older plan stays until the new one stands
     except OSError as error:
         raise RewriteError(f"{target}: cannot be written: {error.strerror or error}; nothing was changed") from error
     finally:
-        shutil.rmtree(work, ignore_errors=True)
+        if work is not None:
+            shutil.rmtree(work, ignore_errors=True)
     return Plan(target)
 
 
@@ -113,23 +116,6 @@ def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
-
-
-def _move(work: Path, target: Path) -> None:
-    """Put the finished directory in its place; an older plan stays until the new one stands."""
-    old = None
-    if target.exists():
-        old = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".old", dir=target.parent))
-        os.rename(target, old / "plan")
-    try:
-        os.rename(work, target)
-    except OSError:
-        if old is not None:
-            os.rename(old / "plan", target)
-        raise
-    finally:
-        if old is not None:
-            shutil.rmtree(old, ignore_errors=True)
 
 
 def check_plan(plan: Plan, model: Model, tolerance: float, attempts: int = 2) -> float:

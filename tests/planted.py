@@ -255,7 +255,7 @@ def linear_activation(b: Block, wrong: int | None = None) -> str:
 
 
 def _residual(b: Block, wrong: int | None) -> str:
-    return b.value("B", "S", 6) if wrong is None else b.value("S", 6) if wrong % 2 else b.value("B", "S", 1)
+    return b.given(onnx.TensorProto.FLOAT, "B", "S", 6) if wrong is None else b.value("S", 6) if wrong % 2 else b.value("B", "S", 1)
 
 
 def linear_activation_residual(b: Block, wrong: int | None = None) -> str:
@@ -556,7 +556,7 @@ def chosen_and_added_masks(b: Block, wrong: int | None = None) -> str:
     if wrong is not None and wrong % 2:
         s = b.value("B", 2, "S", "T")
     keep = b.given(onnx.TensorProto.BOOL, "B", 1, "S", "T")
-    low = b.scalar(-1e9 if wrong is None or wrong % 2 else float(b.pick(-10.0, -100.0, -1.0, 0.0, 5.0)))
+    low = b.scalar(LOW if wrong is None or wrong % 2 else float(b.pick(-1e9, -1e4, -100.0, -1.0, 0.0, 5.0)))
     chosen = b.op("Where", keep, s, low) if b.flip() else b.op("Where", keep, low, s)
     return str(b.op("Softmax", b.add(chosen, b.value(1, 1, "S", "T")), axis=-1))
 

@@ -258,12 +258,13 @@ def main() -> None:
     started, counts, failures = time.perf_counter(), Counter[str](), list[str]()
     for seed in range(arguments.start, arguments.start + arguments.count):
         try:
-            failures += check(seed, counts, verify=seed % 10 == 0)
+            found = check(seed, counts, verify=seed % 10 == 0)
         except Exception as error:
-            failures.append(f"seed {seed}: {type(error).__name__}: {str(error)[:300]}")
+            found = [f"seed {seed}: {type(error).__name__}: {str(error)[:300]}"]
+        failures += found
+        for line in found:
+            print(line[:400], flush=True)
     seconds = time.perf_counter() - started
-    for line in failures[:40]:
-        print(line[:400])
     planted, missed = ({k.split(": ")[1]: v for k, v in sorted(counts.items()) if k.startswith(kind)} for kind in ("planted", "near miss"))
     summary = {"graphs": arguments.count, "inputs": ATTEMPTS, "rewrites": counts["rewrites"], "sites": counts["sites"], "problems": len(failures),
                "planted": sum(planted.values()), "near_misses": sum(missed.values()), "seconds": round(seconds, 1)}  # fmt: skip
