@@ -43,7 +43,7 @@ class Cone:
     sizes: list[Dim] = field(default_factory=list)
 
 
-@rule
+@rule(exact=True)
 class AttentionMask:
     """The mask of an attention, where it is causal, key padding, a sliding window, or several of these at once."""
 

@@ -6,7 +6,7 @@ from rewrite.pattern import any_of, tag
 from rewrite.registry import rule
 
 
-@rule(tier="lift", priority=10)
+@rule(tier="lift", priority=10, exact=True)
 class StaticRepeat:
     """The repetition of key heads for their query heads, by Expand or Tile, with constant shapes."""
 
@@ -35,7 +35,7 @@ def _check_repeat(k, output, heads):
     return None
 
 
-@rule(tier="lift", priority=11)
+@rule(tier="lift", priority=11, exact=True)
 class RepeatBeforeTranspose:
     """Key heads repeated while positions still come first, [B, T, G, D]: transposed first, then repeated."""
 
@@ -55,7 +55,7 @@ class RepeatBeforeTranspose:
         return op.Reshape(op.Expand(op.Unsqueeze(op.Transpose(k, perm=[0, 2, 1, 3]), [2]), [1, 1, h // g, 1, 1]), [0, h, -1, d])
 
 
-@rule(tier="lift", priority=20)
+@rule(tier="lift", priority=20, exact=True)
 class KeyTranspose:
     """The transpose of keys that PyTorch's sdpa decomposition takes through three dimensions."""
 

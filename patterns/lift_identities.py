@@ -6,7 +6,7 @@ from rewrite.pattern import scalar
 from rewrite.registry import rule
 
 
-@rule(tier="lift", priority=15)
+@rule(tier="lift", priority=15, exact=True)
 class FactorOne:
     """x * 1 -> x: the alpha and beta of TorchScript's baddbmm."""
 

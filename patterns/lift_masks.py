@@ -63,7 +63,7 @@ class ChosenAndAddedMasks:
         return op.Softmax(op.Add(scores, op.Add(mask, b)), axis=axis)
 
 
-@rule(tier="lift")
+@rule(tier="lift", exact=True)
 class ChosenMasks:
     """softmax(where(a, where(b, scores, low), low)) -> softmax(where(a and b, scores, low)), and the other way round."""
 

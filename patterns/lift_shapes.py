@@ -23,7 +23,7 @@ def _static_target(source, target):
     return dims if dims.count(-1) <= 1 else None
 
 
-@rule(tier="lift", priority=10)
+@rule(tier="lift", priority=10, exact=True)
 class StaticReshape:
     """Reshape by computed shape -> Reshape by constant shape."""
 

@@ -199,10 +199,11 @@ def check_expectations(expectations: list[tuple[str, str, int]], report: Report,
 @click.option("--verify/--no-verify", default=True, show_default=True, help="Check each fused site and the whole model.")
 @click.option("--inputs", multiple=True, metavar="FILE", help=".npz with inputs by name, for the check of the whole model (repeatable); generated if absent.")
 @click.option("--tolerance", default=1e-4, show_default=True, help="Largest relative difference of the whole model's outputs.")
+@click.option("--bitwise", is_flag=True, help="Use only rules that change no bit of any result (docs/numerics.md).")
 @click.option("--report", "report_file", metavar="FILE", help="Write a JSON report: rules, matches, refusals, sites, times.")
 @json_option
 def optimize(model: str, output: str | None, files: tuple[str, ...], only: tuple[str, ...], expect: tuple[str, ...], verify: bool,
-             inputs: tuple[str, ...], tolerance: float, report_file: str | None, as_json: bool) -> None:  # fmt: skip
+             inputs: tuple[str, ...], tolerance: float, bitwise: bool, report_file: str | None, as_json: bool) -> None:  # fmt: skip
     """Rewrite MODEL with all rules, verify it, and write it to --output (which may be MODEL itself)."""
     from rewrite.files import check_target
     from rewrite.model import load
@@ -216,9 +217,9 @@ def optimize(model: str, output: str | None, files: tuple[str, ...], only: tuple
     check_names(expectations, set(known.plugins), {r.name for r in known.rules} if not only else set(only))
     source = load(model)
     feeds = _load_inputs(inputs, source)
-    result = run(source, rules=list(files), only=list(only) or None, verify=verify, inputs=feeds, tolerance=tolerance, explain=bool(expect))
+    result = run(source, rules=list(files), only=list(only) or None, verify=verify, inputs=feeds, tolerance=tolerance, explain=bool(expect), bitwise=bitwise)
     if not result.report.sites and not expect:  # the user will want to know why
-        result = run(source, rules=list(files), only=list(only) or None, verify=verify, explain=True)
+        result = run(source, rules=list(files), only=list(only) or None, verify=verify, explain=True, bitwise=bitwise)
     report = result.report
     failures = check_expectations(expectations, report, set(known.plugins))
     if not failures and output:

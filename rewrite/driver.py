@@ -38,9 +38,9 @@ BROUGHT = 1 << 20  # elements: a constant that a replacement brings along is che
 class Driver:
     """One run of a library of rules over one model's graphs."""
 
-    def __init__(self, library: Library, table: FunctionTable, report: Report, verify: bool, explain: bool):
+    def __init__(self, library: Library, table: FunctionTable, report: Report, verify: bool, explain: bool, bitwise: bool = False):
         self.library, self.table, self.report = library, table, report
-        self.verify, self.explain = verify, explain
+        self.verify, self.explain, self.bitwise = verify, explain, bitwise
         self.metadata: dict[int, dict[str, str]] = {}
         self.scopes: dict[int, str] = {}  # the PyTorch module each node came from, where the exporter tells
         self.verdicts: dict[str, Verdict] = {}
@@ -261,7 +261,7 @@ class Driver:
             specs: list[Spec] = [spec_of(n, t, (contents or {}).get(id(t)), brought.get(n)) for n, t in inputs.items()]
             specs = [replace(s, shape=(shapes or {}).get(id(t), s.shape)) for s, t in zip(specs, inputs.values(), strict=True)]
             started = time.perf_counter()
-            self.verdicts[key] = check_site(body, self.table.needed_by(body), specs, run, tolerance, sample)
+            self.verdicts[key] = check_site(body, self.table.needed_by(body), specs, run, tolerance, sample, self.bitwise)
             self.report.verify_seconds += time.perf_counter() - started
         return self.verdicts[key]
 

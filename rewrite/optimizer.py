@@ -16,6 +16,7 @@ import numpy as np
 import onnx
 
 from rewrite.driver import Driver, all_graphs
+from rewrite.errors import CheckFailed, RewriteError
 from rewrite.functions import FunctionTable
 from rewrite.graph import Graph
 from rewrite.model import Model, close_graph, load, module_scope, names_in, open_graph, overridable
@@ -43,6 +44,7 @@ def optimize(
     explain: bool = False,
     inputs: list[dict[str, np.ndarray[Any, Any]]] | None = None,
     tolerance: float = 1e-4,
+    bitwise: bool = False,
 ) -> Result:
     """Rewrite a model with all known rules.
 
@@ -56,6 +58,7 @@ def optimize(
         inputs: inputs for the check of the whole model, by input name; generated if None. The check is left out where
             the model has operators that ONNX Runtime does not know.
         tolerance: largest difference of the whole model's outputs, relative to the largest value of each.
+        bitwise: use only rules declared exact, at sites whose check finds no bit changed (docs/numerics.md).
 
     Returns:
         Result with the new model (the argument is not changed) and the report.
@@ -68,18 +71,22 @@ def optimize(
     for feeds in inputs or ():
         check_feeds(source.proto, feeds)
     chosen = library(rules) if only is None else library(rules).select(only)
-    result = apply_rules(source, chosen, verify=verify, explain=explain)
+    if bitwise and not verify:
+        raise RewriteError("bitwise: what is not verified is not known to be the same bit by bit; leave verification on")
+    result = apply_rules(source, chosen.exact() if bitwise else chosen, verify=verify, explain=explain, bitwise=bitwise)
     report = result.report
     if verify and not report.sites:
         report.model_error = 0.0  # it is the same model
     elif verify and not report.unknown:
         started = time.perf_counter()
-        report.model_error = check_models(source, result.model, inputs, tolerance)
+        report.model_error = check_models(source, result.model, inputs, 0.0 if bitwise else tolerance)
+        if bitwise and report.model_error:
+            raise CheckFailed(f"the rewritten model differs by {report.model_error:.1e} where --bitwise allows nothing")
         report.verify_seconds += time.perf_counter() - started
     return result
 
 
-def apply_rules(source: Model, rules: Library, *, verify: bool, explain: bool) -> Result:
+def apply_rules(source: Model, rules: Library, *, verify: bool, explain: bool, bitwise: bool = False) -> Result:
     """Rewrite a model with these rules, each site verified or not; the model as a whole is not run.
 
     Raises RewriteError for a faulty rule or an inconsistent model.
@@ -106,7 +113,7 @@ def _apply_rules(source: Model, rules: Library, verify: bool, explain: bool) -> 
     started = time.perf_counter()
     imported = open_graph(source)
     table = FunctionTable(list(source.proto.functions))
-    driver = Driver(rules, table, report, verify, explain)
+    driver = Driver(rules, table, report, verify, explain, bitwise)
     driver.scopes = {key: module_scope(node) for key, node in imported.sources.items()}
     names, inputs_too = names_in(source.proto), overridable(source.proto)
     graphs = [Graph(g, source.opset, names, inputs_too) for g in all_graphs(imported.graph)]

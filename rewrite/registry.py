@@ -48,6 +48,7 @@ class Rule:
     required: frozenset[str]
     function: Callable[..., Any] | None = None
     find: Callable[..., Any] | None = None
+    exact: bool = False  # the replacement gives the same bits, not only the same numbers up to rounding
 
     def __call__(self, op: Any, *values: Any) -> Any:
         """The pattern on other values: a rule's pattern stands inside another rule's."""
@@ -121,13 +122,14 @@ def _origin(module: str) -> str:
     return _declaring[-1].label if module.startswith(FILE_MODULE) else module
 
 
-def rule(cls: type | None = None, *, tier: str = "fuse", priority: int = 0) -> Any:
+def rule(cls: type | None = None, *, tier: str = "fuse", priority: int = 0, exact: bool = False) -> Any:
     """Declare a fusion rule.
 
     The class has `pattern(op, x, ...)` and `replace(op, x, ...)`, functions of the same values, and may have
     `check(x, ...)`, which returns None to accept a match or the reason, one line, to refuse it. `check` and
     `replace` name the variables, scalars and attributes they want. Rules of higher `priority` are tried first;
-    equals in the order of their declaration. `tier` is "lift", "fuse" or "transform": tiers run in this order.
+    equals in the order of their declaration. `tier` is "lift", "fuse" or "transform": tiers run in this order. `exact`
+    says that the replacement only moves data, or computes the very same bits: such rules alone run under `--bitwise`.
 
     Where no pattern can say what to look for, the class has instead `root`, the names of operators, and
     `find(graph, node)`, called with each node of these operators: it returns a `rewrite.matcher.Match`, the reason, one
@@ -170,6 +172,7 @@ def rule(cls: type | None = None, *, tier: str = "fuse", priority: int = 0) -> A
             required=frozenset().union(*(P.required(o) for o in outputs)),
             function=getattr(cls, "pattern", None),
             find=find,
+            exact=exact,
         )
         _declaring[-1].rules[made.name] = made
         return made
@@ -246,6 +249,10 @@ class Library:
             if name not in known:
                 raise RewriteError(unknown_rule(name, known))
         return Library([r for r in self.rules if r.name in names], self.plugins)
+
+    def exact(self) -> Library:
+        """Only the rules that change no bit."""
+        return Library([r for r in self.rules if r.exact], self.plugins)
 
 
 def unknown_rule(name: str, known: Iterable[str]) -> str:

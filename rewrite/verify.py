@@ -221,6 +221,17 @@ def _difference(want: np.ndarray, got: np.ndarray, limits: tuple[float, float]) 
     return difference, limits[0] * size + limits[1] * max(1e-6, float(size.max(initial=0.0)))
 
 
+def same_bits(one: Any, other: Any) -> bool:
+    """Whether two arrays have the same bits; one NaN is as good as another."""
+    one, other = np.asarray(one), np.asarray(other)
+    if one.shape != other.shape or one.dtype != other.dtype:
+        return False
+    if one.dtype.kind in "OUS" or one.size == 0:
+        return bool(np.array_equal(one, other))
+    same = np.ascontiguousarray(one).view(f"V{one.dtype.itemsize}") == np.ascontiguousarray(other).view(f"V{one.dtype.itemsize}")
+    return bool(np.all(same | ((one != one) & (other != other)).reshape(same.shape)))
+
+
 def check_site(
     body: onnx.FunctionProto,
     needed: list[onnx.FunctionProto],
@@ -228,8 +239,12 @@ def check_site(
     replacement: Callable[[dict[str, np.ndarray]], list[Any]],
     tolerance: Mapping[str, tuple[float, float]],
     sample: Callable[..., Any] | None,
+    bitwise: bool = False,
 ) -> Verdict:
-    """Compare `replacement` with `body` on several inputs. A site that cannot be computed is not verified, so refused."""
+    """Compare `replacement` with `body` on several inputs. A site that cannot be computed is not verified, so refused.
+
+    `bitwise`: every bit must be the same, the sign of zero included; NaN equals NaN.
+    """
     worst, done = 0.0, 0
     last = ""
     narrow = any(is_narrow(s.dtype) for s in specs)
@@ -254,6 +269,8 @@ def check_site(
         worst = max(worst, verdict.error)
         if not verdict.ok:
             return Verdict(False, worst, verdict.reason)
+        if bitwise and not all(map(same_bits, expected, actual)):
+            return Verdict(False, worst, f"it is not the same bit by bit (largest difference {worst:.3g}), which --bitwise asks for")
         done += 1
     if done == 0:
         return Verdict(False, np.inf, f"the replaced subgraph cannot be computed on its own: {last}")
