@@ -16,7 +16,7 @@ import numpy as np
 import onnx
 
 from rewrite.driver import Driver, all_graphs
-from rewrite.errors import CheckFailed, RewriteError
+from rewrite.errors import CheckFailed, RewriteError, blame
 from rewrite.functions import FunctionTable
 from rewrite.graph import Graph
 from rewrite.model import Model, close_graph, load, module_scope, names_in, open_graph, overridable
@@ -91,8 +91,14 @@ def apply_rules(source: Model, rules: Library, *, verify: bool, explain: bool, b
 
     Raises RewriteError for a faulty rule or an inconsistent model.
     """
-    with _without_collector():
-        return _apply_rules(source, rules, verify, explain)
+    try:
+        with _without_collector():
+            return _apply_rules(source, rules, verify, explain, bitwise)
+    except (RewriteError, MemoryError):
+        raise
+    except Exception as error:  # operators with too few inputs, attributes of a wrong type: no step checks all of ONNX's rules
+        reason = f"the model breaks ONNX's rules, or this is a bug in rewrite ({blame(error)}); `onnx.checker.check_model` tells which"
+        raise RewriteError(f"{source.name}: {reason}") from error
 
 
 @contextlib.contextmanager
@@ -107,7 +113,7 @@ def _without_collector() -> Iterator[None]:
             gc.enable()
 
 
-def _apply_rules(source: Model, rules: Library, verify: bool, explain: bool) -> Result:
+def _apply_rules(source: Model, rules: Library, verify: bool, explain: bool, bitwise: bool) -> Result:
     report = Report()
     report.start(rules.rules)
     started = time.perf_counter()
