@@ -35,12 +35,12 @@ class Writer:
         return self.constant(list(values), np.int64)
 
 
-def model(layers: int, kind: str, width: int = 64, heads: int = 4, groups: int = 2, hidden: int = 128) -> onnx.ModelProto:
+def model(layers: int, kind: str, width: int = 64, heads: int = 4, groups: int = 2, hidden: int = 128, writer: type[Writer] = Writer) -> onnx.ModelProto:
     """A model of `layers` layers, `kind` "llama" (60 nodes a layer) or "bert" (35), in float32.
 
     Inputs x [batch, seq, width], mask [batch, 1, seq, seq] (added), angles [batch, 1, seq, width / heads]; output y like x.
     """
-    w = Writer(width, heads, groups, hidden)
+    w = writer(width, heads, groups, hidden)
     x = "x"
     shared = {"cos": w("Cos", "angles"), "sin": w("Sin", "angles")}
     for _ in range(layers):

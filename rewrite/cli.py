@@ -200,10 +200,11 @@ def check_expectations(expectations: list[tuple[str, str, int]], report: Report,
 @click.option("--inputs", multiple=True, metavar="FILE", help=".npz with inputs by name, for the check of the whole model (repeatable); generated if absent.")
 @click.option("--tolerance", default=1e-4, show_default=True, help="Largest relative difference of the whole model's outputs.")
 @click.option("--bitwise", is_flag=True, help="Use only rules that change no bit of any result (docs/numerics.md).")
+@click.option("--embed", is_flag=True, help="Put external weights into the file (models up to 2 GiB).")
 @click.option("--report", "report_file", metavar="FILE", help="Write a JSON report: rules, matches, refusals, sites, times.")
 @json_option
 def optimize(model: str, output: str | None, files: tuple[str, ...], only: tuple[str, ...], expect: tuple[str, ...], verify: bool,
-             inputs: tuple[str, ...], tolerance: float, bitwise: bool, report_file: str | None, as_json: bool) -> None:  # fmt: skip
+             inputs: tuple[str, ...], tolerance: float, bitwise: bool, embed: bool, report_file: str | None, as_json: bool) -> None:  # fmt: skip
     """Rewrite MODEL with all rules, verify it, and write it to --output (which may be MODEL itself)."""
     from rewrite.files import check_target
     from rewrite.model import load
@@ -223,7 +224,7 @@ def optimize(model: str, output: str | None, files: tuple[str, ...], only: tuple
     report = result.report
     failures = check_expectations(expectations, report, set(known.plugins))
     if not failures and output:
-        result.model.save(output)
+        result.model.save(output, embed=embed)
     if report_file:
         _write_json(report_file, report.as_json())
     if as_json:
@@ -272,6 +273,8 @@ def _what_was_verified(report: Report) -> str:
         return "No rule matched; the model is unchanged."
     if not report.verified:
         return "NOT verified (--no-verify)"
+    if report.not_run:
+        return f"each site verified; the whole model was NOT run: {report.not_run} (--inputs FILE.npz runs it all the same)"
     if report.model_error is None:
         return "each site verified; the whole model was not run, because of the unknown operators"
     return f"verified against the original: largest relative difference {report.model_error:.1e}"

@@ -7,14 +7,9 @@ source: a node that no rule touched is written back as it came, and only new nod
 from __future__ import annotations
 
 import ast
-import filecmp
-import functools
-import hashlib
 import os
-import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO
 
 import onnx
 import onnx_graphsurgeon as gs
@@ -26,6 +21,7 @@ from rewrite.errors import RewriteError
 from rewrite.files import check_target, write_atomically
 from rewrite.graph import DOMAIN
 from rewrite.validity import all_nodes, byte_size, check_validity, subgraphs, tensors
+from rewrite.weights import embedded, place, relocated
 
 G_LOGGER.severity = G_LOGGER.ERROR
 INLINE = 16384  # bytes: external tensors up to this size are read at once, so that rules can see their values
@@ -44,17 +40,21 @@ class Model:
     def opset(self) -> int:
         return int(next((o.version for o in self.proto.opset_import if o.domain in ("", "ai.onnx")), onnx.defs.onnx_opset_version()))
 
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the model, whole or not at all; external weights in another folder are copied beside it.
+    def save(self, path: str | os.PathLike[str], *, embed: bool = False) -> None:
+        """Write the model, whole or not at all.
 
-        Raises RewriteError if the file cannot be written.
+        External weights stay where they are if that is beside the new file, and are copied there if not, without being
+        read into memory; with `embed` they are put into the file. Raises RewriteError if the file cannot be written.
         """
         path = Path(path)
         check_target(path)
+        if embed and self.external:
+            Model(embedded(self.proto, self.external, str(path))).save(path)
+            return
         if self.proto.ByteSize() > onnx.checker.MAXIMUM_PROTOBUF:
             raise RewriteError(f"{path}: the model is over 2 GiB; store its weights as external data")
-        moved = {name: _place(source, path.parent, name) for name, source in self.external.items()}
-        proto = _relocated(self.proto, {a: b for a, b in moved.items() if a != b})
+        moved = {name: place(source, path.parent, name) for name, source in self.external.items()}
+        proto = relocated(self.proto, {a: b for a, b in moved.items() if a != b})
         data = proto.SerializeToString(deterministic=True)
         write_atomically(path, lambda f: f.write(data))
 
@@ -85,48 +85,6 @@ class Model:
                     counts[kind] = counts.get(kind, 0) + 1
         return counts
 
-
-
-def _place(source: Path, folder: Path, name: str) -> str:
-    """Have the weights of `source` in `folder` under `name`, or under another name if a different file has this one.
-
-    A file that is there is never overwritten: it may hold the weights of another model, or of the one being replaced.
-    Returns the name. Raises RewriteError if the weights cannot be read or written.
-    """
-    try:
-        if not (folder / name).exists():
-            target = name
-        elif os.path.samefile(source, folder / name) or filecmp.cmp(source, folder / name, shallow=False):
-            return name
-        else:
-            with source.open("rb") as stream:
-                digest = hashlib.file_digest(stream, "sha256").hexdigest()[:12]
-            target = str(Path(name).with_name(f"{Path(name).stem}.{digest}{Path(name).suffix}"))
-            if (folder / target).exists():
-                return target  # named for its content
-        (folder / target).parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise RewriteError(f"{folder / name}: the weights cannot be copied there: {error.strerror or error}; nothing was changed") from error
-    write_atomically(folder / target, functools.partial(_copy, source))
-    return target
-
-
-def _copy(source: Path, target: BinaryIO) -> None:
-    with source.open("rb") as stream:
-        shutil.copyfileobj(stream, target)
-
-
-def _relocated(proto: onnx.ModelProto, moved: dict[str, str]) -> onnx.ModelProto:
-    """The model with its external data under other names."""
-    if not moved:
-        return proto
-    result = onnx.ModelProto()
-    result.CopyFrom(proto)
-    for tensor in tensors(result):
-        for entry in tensor.external_data:
-            if entry.key == "location":
-                entry.value = moved.get(entry.value, entry.value)
-    return result
 
 
 def base_name(node: onnx.NodeProto) -> str:

@@ -25,6 +25,10 @@ from rewrite.report import Report
 from rewrite.shapes import SymbolicShapes
 from rewrite.validity import check_feeds, unknown_operators
 from rewrite.verify import check_models
+from rewrite.weights import external_size
+
+
+LARGEST_RUN = 2 << 30  # bytes of external weights: a run holds those of both models in memory
 
 
 @dataclass
@@ -56,7 +60,8 @@ def optimize(
         verify: check each distinct site, then the whole model against the original.
         explain: record near misses (slower).
         inputs: inputs for the check of the whole model, by input name; generated if None. The check is left out where
-            the model has operators that ONNX Runtime does not know.
+            the model has operators that ONNX Runtime does not know, and, unless inputs are given, where its external
+            weights are over 2 GiB, because it takes more than twice their size in memory.
         tolerance: largest difference of the whole model's outputs, relative to the largest value of each.
         bitwise: use only rules declared exact, at sites whose check finds no bit changed (docs/numerics.md).
 
@@ -77,6 +82,8 @@ def optimize(
     report = result.report
     if verify and not report.sites:
         report.model_error = 0.0  # it is the same model
+    elif verify and inputs is None and (size := external_size(source.external)) > LARGEST_RUN:
+        report.not_run = f"its weights are {size / 2**30:.1f} GiB, more than the {LARGEST_RUN / 2**30:.0f} GiB up to which it is run unasked"
     elif verify and not report.unknown:
         started = time.perf_counter()
         report.model_error = check_models(source, result.model, inputs, 0.0 if bitwise else tolerance)

@@ -119,7 +119,7 @@ class Report:
     """The outcome of `optimize`.
 
     `verified`: each site was checked. `model_error`: the largest relative difference of the whole model's outputs; None
-    if it was not run. `unknown`: operators that neither ONNX, ONNX Runtime nor the model defines, with their nodes.
+    if it was not run (`not_run` tells why, if not for unknown operators). `unknown`: operators that neither ONNX, ONNX Runtime nor the model defines, with their nodes.
     """
 
     rules: dict[str, RuleStats] = field(default_factory=dict)
@@ -132,6 +132,7 @@ class Report:
     unknown: dict[str, list[str]] = field(default_factory=dict)
     verified: bool = False
     model_error: float | None = None
+    not_run: str = ""  # why the model as a whole was not run
     seconds: float = 0.0
     verify_seconds: float = 0.0
 

@@ -12,9 +12,10 @@ accumulates in float32, may be right where the subgraph overflows, and must be n
 from __future__ import annotations
 
 import ast
+import math
 import operator
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -31,6 +32,7 @@ TOLERANCE = {"float64": (1e-9, 1e-9), "float32": (2e-5, 2e-5), "float16": (2e-3,
 MODEL_TOLERANCE = {"float64": 0.0, "float32": 0.0, "float16": 1e-2, "bfloat16": 5e-2}
 SIZES = ((2, 5, 7, 3, 4, 6), (1, 4, 4, 2, 3, 5), (3, 8, 8, 1, 2, 2))
 SCALES = (1.0, 8.0, 1e-3)  # one for each attempt; 16-bit sites have one attempt more
+LARGE = 1 << 22  # elements of one input
 NEAR_LARGEST = 0.92  # of the largest finite value, in that attempt: 6e4 in float16
 
 
@@ -243,8 +245,41 @@ def check_site(
 ) -> Verdict:
     """Compare `replacement` with `body` on several inputs. A site that cannot be computed is not verified, so refused.
 
-    `bitwise`: every bit must be the same, the sign of zero included; NaN equals NaN.
+    Very large weights are first replaced by smaller ones of the same proportions. If that does not pass (the body may
+    hold numbers that go with its sizes), the sizes of the model decide. `bitwise`: every bit must be the same, the sign of
+    zero included; NaN equals NaN. Then the sizes are always the model's, because the order of a sum may depend on them.
     """
+    small = None if bitwise else shrink(specs)
+    if small is not None:
+        verdict = _compare_site(body, needed, small, replacement, tolerance, sample, bitwise)
+        if verdict.ok:
+            return verdict
+    return _compare_site(body, needed, specs, replacement, tolerance, sample, bitwise)
+
+
+def shrink(specs: list[Spec]) -> list[Spec] | None:
+    """The inputs with all large dimensions divided by one power of two; None if none is `LARGE`, or they have none in common."""
+    sizes = [d for s in specs for d in s.shape or () if isinstance(d, int) and d > 256]
+    largest = max((math.prod(d for d in s.shape or () if isinstance(d, int)) for s in specs), default=0)
+    if not sizes or largest <= LARGE or any(s.content is not None or s.value is not None or s.shape is None for s in specs):
+        return None
+    factor = 1
+    while min(sizes) // factor > 32 and max(sizes) // factor > 64 and all(d % (2 * factor) == 0 for d in sizes):
+        factor *= 2
+    if factor == 1:
+        return None
+    return [replace(s, shape=tuple(d // factor if isinstance(d, int) and d > 256 else d for d in s.shape or ())) for s in specs]
+
+
+def _compare_site(
+    body: onnx.FunctionProto,
+    needed: list[onnx.FunctionProto],
+    specs: list[Spec],
+    replacement: Callable[[dict[str, np.ndarray]], list[Any]],
+    tolerance: Mapping[str, tuple[float, float]],
+    sample: Callable[..., Any] | None,
+    bitwise: bool,
+) -> Verdict:
     worst, done = 0.0, 0
     last = ""
     narrow = any(is_narrow(s.dtype) for s in specs)
