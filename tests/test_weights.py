@@ -1,0 +1,168 @@
+"""External weights: left in place, copied by the kernel, embedded; never read to be rewritten."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import sys
+
+import numpy as np
+import onnx
+import pytest
+from click.testing import CliRunner
+from conftest import parse
+
+import rewrite
+from rewrite import weights
+from rewrite.cli import main
+from rewrite.verify import LARGE, TOLERANCE, Spec, check_site, shrink
+
+HUGE = 3 << 30
+
+
+def run(*arguments):
+    return CliRunner().invoke(main, [str(a) for a in arguments])
+
+
+def sparse(folder, rows, columns):
+    """y = Relu(x @ w) with `w` in a file of zeros, but for its first and last 64 KiB."""
+    folder.mkdir(exist_ok=True)
+    built = onnx.parser.parse_model(f'<ir_version: 10, opset_import: ["" : 18]> g (float[n, {rows}] x) => (float[n, {columns}] y) {{ m = MatMul(x, w)\n y = Relu(m) }}')
+    tensor = built.graph.initializer.add(name="w", data_type=onnx.TensorProto.FLOAT, dims=[rows, columns], data_location=onnx.TensorProto.EXTERNAL)
+    for key, value in (("location", "w.bin"), ("offset", 0), ("length", 4 * rows * columns)):
+        tensor.external_data.add(key=key, value=str(value))
+    edge = np.random.default_rng(0).standard_normal(1 << 14).astype(np.float32).tobytes()
+    with (folder / "w.bin").open("wb") as file:
+        file.write(edge)
+        file.truncate(4 * rows * columns)
+        file.seek(4 * rows * columns - len(edge))
+        file.write(edge)
+    (folder / "m.onnx").write_bytes(built.SerializeToString())
+    return folder / "m.onnx"
+
+
+def test_weights_stay_where_they_are(tmp_path):
+    path = sparse(tmp_path, 512, 1024)
+    before = os.stat(tmp_path / "w.bin")
+    assert run("optimize", path, "-o", tmp_path / "out.onnx").exit_code == 0
+    after = os.stat(tmp_path / "w.bin")
+    assert (after.st_ino, after.st_mtime_ns, after.st_nlink) == (before.st_ino, before.st_mtime_ns, 1)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["m.onnx", "out.onnx", "w.bin"]
+    assert [n.op_type for n in onnx.load(tmp_path / "out.onnx", load_external_data=False).graph.node] == ["MatMulAct"]
+
+
+@pytest.mark.parametrize("refuses", [None, "copy_file_range", "ioctl and copy_file_range"])
+def test_weights_are_copied_whole_and_not_linked(tmp_path, monkeypatch, refuses):
+    def refuse(*_):
+        raise OSError(errno.EXDEV, "no")
+
+    if refuses:
+        monkeypatch.setattr(os, "copy_file_range", refuse)
+    if refuses == "ioctl and copy_file_range":
+        monkeypatch.setattr(weights.fcntl, "ioctl", refuse)
+    path = sparse(tmp_path / "a", 512, 1024)
+    (tmp_path / "b").mkdir()
+    assert run("optimize", path, "-o", tmp_path / "b" / "m.onnx").exit_code == 0
+    source, copy = tmp_path / "a" / "w.bin", tmp_path / "b" / "w.bin"
+    assert copy.read_bytes() == source.read_bytes()
+    assert os.stat(copy).st_ino != os.stat(source).st_ino and os.stat(copy).st_nlink == 1
+    assert run("verify", path, tmp_path / "b" / "m.onnx").exit_code == 0
+
+
+def test_holes_stay_holes(tmp_path):
+    path = sparse(tmp_path / "a", 4096, 16384)
+    (tmp_path / "b").mkdir()
+    rewrite.load(path).save(tmp_path / "b" / "m.onnx")
+    with (tmp_path / "a" / "w.bin").open("rb") as one, (tmp_path / "b" / "w.bin").open("rb") as two:
+        for place in (0, 1 << 27, (1 << 28) - (1 << 16)):
+            one.seek(place)
+            two.seek(place)
+            assert one.read(1 << 16) == two.read(1 << 16)
+    assert os.stat(tmp_path / "b" / "w.bin").st_size == 1 << 28
+    if os.stat(tmp_path / "a" / "w.bin").st_blocks * 512 < 1 << 24:  # this filesystem has holes
+        assert os.stat(tmp_path / "b" / "w.bin").st_blocks * 512 < 1 << 24
+
+
+def test_a_failing_copy_leaves_nothing_behind(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "copy_file_range", full)
+    monkeypatch.setattr(weights.fcntl, "ioctl", lambda *_: (_ for _ in ()).throw(OSError(errno.EOPNOTSUPP, "no")))
+    path = sparse(tmp_path / "a", 512, 1024)
+    (tmp_path / "b").mkdir()
+    done = run("optimize", path, "-o", tmp_path / "b" / "m.onnx")
+    assert done.exit_code == 2 and "No space left" in done.output and "Traceback" not in done.output
+    assert list((tmp_path / "b").iterdir()) == []
+
+
+@pytest.mark.parametrize("beside", [True, False])
+def test_huge_models_are_rewritten_in_little_memory(tmp_path, beside):
+    path = sparse(tmp_path / "a", 1 << 15, HUGE // 4 >> 15)
+    target = path.with_name("out.onnx") if beside else tmp_path / "out.onnx"
+    command = [sys.executable, "-m", "rewrite.cli", "optimize", str(path), "-o", str(target), "--report", str(tmp_path / "report.json")]
+    with (tmp_path / "said").open("wb") as said:
+        child = os.posix_spawn(sys.executable, command, dict(os.environ), file_actions=[(os.POSIX_SPAWN_DUP2, said.fileno(), 1), (os.POSIX_SPAWN_DUP2, said.fileno(), 2)])
+        _, status, usage = os.wait4(child, 0)
+    text = (tmp_path / "said").read_text()
+    assert os.waitstatus_to_exitcode(status) == 0, text[-500:]
+    assert usage.ru_maxrss / 1024 < 700  # MiB; the weights are 3072
+    assert "each site verified; the whole model was NOT run: its weights are 3.0 GiB" in text
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert [s["plugin"] for s in report["sites"]] == ["MatMulAct"]
+    assert report["verified"] and report["model_error"] is None and "3.0 GiB" in report["not_run"]
+    assert beside or os.stat(tmp_path / "w.bin").st_size == HUGE
+
+
+def test_embedded_weights(tmp_path):
+    path = sparse(tmp_path / "a", 512, 1024)
+    (tmp_path / "b").mkdir()
+    assert run("optimize", path, "-o", tmp_path / "b" / "m.onnx", "--embed").exit_code == 0
+    assert [p.name for p in (tmp_path / "b").iterdir()] == ["m.onnx"]
+    made = onnx.load(tmp_path / "b" / "m.onnx")
+    assert made.graph.initializer[0].raw_data == (tmp_path / "a" / "w.bin").read_bytes()
+    assert run("verify", path, tmp_path / "b" / "m.onnx").exit_code == 0
+    assert onnx.load(path, load_external_data=False).graph.initializer[0].data_location == onnx.TensorProto.EXTERNAL
+
+
+def test_embedding_what_is_too_large_is_refused(tmp_path):
+    path = sparse(tmp_path / "a", 1 << 15, HUGE // 4 >> 15)
+    done = run("optimize", path, "-o", tmp_path / "m.onnx", "--embed", "--no-verify")
+    assert done.exit_code == 2 and "3.0 GiB" in done.output and "leave out --embed" in done.output
+    assert not (tmp_path / "m.onnx").exists()
+
+
+# --- the check of a site with very large weights -------------------------------------------------------------------
+def body(text):
+    graph = parse(text).graph
+    return onnx.helper.make_function("rewrite", "F", [i.name for i in graph.input], [o.name for o in graph.output], list(graph.node), [onnx.helper.make_opsetid("", 18)])
+
+
+def specs(*shapes):
+    return [Spec(name, np.dtype(np.float32), shape) for name, shape in zip("xwb", shapes, strict=False)]
+
+
+def test_large_sizes_shrink_in_proportion():
+    made = shrink(specs(("n", 4096), (4096, 14336), (14336,)))
+    assert made is not None
+    (_, k), (rows, columns), (bias,) = (s.shape for s in made)
+    assert k == rows and bias == columns and columns * 4096 == rows * 14336 and rows * columns <= LARGE
+
+
+def test_what_is_small_or_has_no_proportion_keeps_its_sizes():
+    assert shrink(specs(("n", 512), (512, 1024))) is None
+    assert shrink(specs(("n", 4096), (4096, 8191))) is None
+
+
+@pytest.mark.parametrize("wrong", [False, True])
+@pytest.mark.parametrize("fixed", [False, True], ids=["any size", "sizes in the body"])
+def test_large_sites_are_checked(wrong, fixed):
+    product = "m = MatMul(x, w)" if not fixed else "s = Constant<value_ints = [-1, 2048]>()\n z = Reshape(x, s)\n m = MatMul(z, w)"
+    found = body(f"(float[n, 2048] x, float[2048, 4096] w, float[4096] b) => (float[n, 4096] y) {{ {product}\n y = Add(m, b) }}")
+
+    def replacement(arrays):
+        return [arrays["x"] @ arrays["w"] + arrays["b"] * np.float32(1.01 if wrong else 1)]
+
+    verdict = check_site(found, [], specs((3, 2048), (2048, 4096), (4096,)), replacement, TOLERANCE, None)
+    assert verdict.ok is not wrong, verdict
