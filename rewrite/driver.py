@@ -217,13 +217,14 @@ class Driver:
         names = [n.rstrip("?") for n in plugin.inputs[: len(node.inputs)]]
         body.input[:] = names
         values = dict(node.attrs)
-        key = f"{fingerprint(body)}|{values}|{[(n, str(t.dtype), t.shape) for n, t in inputs.items()]}"
+        digest = fingerprint(body)
+        key = f"{digest}|{values}|{[(n, str(t.dtype), t.shape) for n, t in inputs.items()]}"
         run = reference_runner(plugin, values, [read.get(n, "") for n in names])
         verdict = self._verdict(key, graph, body, inputs, run, plugin.tolerance, plugin.sample, match.shapes)
         site.error, site.attributes, site.note = verdict.error, values, match.note
         if not verdict.ok:
             return f"plugin {plugin.name} differs from the subgraph it would replace: {verdict.reason}"
-        node.op = self.table.add(body)
+        node.op = self.table.add(body, digest)
         return ""
 
     def _plain_site(self, graph: Graph, match: Match, made: list[gs.Node], results: list[gs.Tensor], site: Site) -> str:
@@ -331,6 +332,8 @@ def _loop(rule: Rule, node: gs.Node) -> str:
 def _identity(graph: Graph, value: Any) -> Any:
     if not isinstance(value, gs.Tensor):
         return [_identity(graph, v) for v in value] if isinstance(value, list) else value
+    if isinstance(value, gs.Constant) and not isinstance(value._values, np.ndarray):
+        return value.name  # of the model: no rule made it, so its name is its own
     array = graph.constant(value)
     return value.name if array is None else (str(array.dtype), array.shape, hashlib.sha256(array.tobytes()).hexdigest())
 

@@ -158,10 +158,11 @@ def _operation(text: str) -> tuple[str, Dim, Dim]:
 
 def fingerprint(function: onnx.FunctionProto) -> str:
     """Equal for functions that differ in nothing but their name."""
-    bare = onnx.FunctionProto()
-    bare.CopyFrom(function)
-    bare.name = ""
-    return hashlib.sha256(bare.SerializeToString(deterministic=True)).hexdigest()
+    name, function.name = function.name, ""
+    try:
+        return hashlib.sha256(function.SerializeToString(deterministic=True)).hexdigest()
+    finally:
+        function.name = name
 
 
 class FunctionTable:
@@ -175,9 +176,9 @@ class FunctionTable:
                 self.functions[function.name] = function
                 self._by_print[f"{function.name.split('_', 1)[0]}:{fingerprint(function)}"] = function.name
 
-    def add(self, function: onnx.FunctionProto) -> str:
-        """Enter a function named for its plugin; returns the name under which nodes call it."""
-        key = f"{function.name}:{fingerprint(function)}"
+    def add(self, function: onnx.FunctionProto, digest: str = "") -> str:
+        """Enter a function named for its plugin, whose fingerprint is `digest`; returns the name under which nodes call it."""
+        key = f"{function.name}:{digest or fingerprint(function)}"
         if key not in self._by_print:
             name, index = function.name, 1
             while name in self.functions:

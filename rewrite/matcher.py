@@ -366,6 +366,16 @@ class Matcher:
         tensor = node.inputs[index] if index < len(node.inputs) else gs.Variable.empty()
         if tensor.is_empty() and not _may_be_missing(value):
             return self._stop(op.name, node, f"input {index} is absent")
+        if type(value) is P.Var:  # most operands; a generator for each would cost more than the rest
+            known = self.bindings.get(value.name)
+            if known is tensor:
+                yield from self._in_order(op, node, index + 1)
+                return
+            if known is None and value.name not in self.bindings:
+                self.bindings[value.name] = tensor
+                yield from self._in_order(op, node, index + 1)
+                del self.bindings[value.name]
+                return
         for _ in self._value(value, tensor):
             yield from self._in_order(op, node, index + 1)
 

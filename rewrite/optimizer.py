@@ -27,7 +27,6 @@ from rewrite.validity import check_feeds, unknown_operators
 from rewrite.verify import check_models
 from rewrite.weights import external_size
 
-
 LARGEST_RUN = 2 << 30  # bytes of external weights: a run holds those of both models in memory
 
 
