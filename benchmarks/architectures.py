@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
 import torch
@@ -128,6 +129,24 @@ def speech_decoder(model: Any) -> Source:
     return Source(SpeechDecoder(model), inputs, dynamic, ["last_hidden_state"], {"input_ids": VOCABULARY})
 
 
+def every_expert(model: Any) -> Source:
+    """A mixture whose experts all compute all tokens, weighted by the router: what an export without loops can do."""
+    kind = next(type(m) for m in model.modules() if type(m).__name__.endswith("Experts"))
+
+    def forward(self: Any, states: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        total = torch.zeros_like(states)
+        for i in range(self.num_experts):
+            gate, up = torch.nn.functional.linear(states, self.gate_up_proj[i]).chunk(2, dim=-1)
+            weight = (weights * (chosen == i)).sum(-1, keepdim=True)
+            total = total + weight * torch.nn.functional.linear(self.act_fn(gate) * up, self.down_proj[i])
+        return total
+
+    for module in model.modules():
+        if isinstance(module, kind):
+            module.forward = MethodType(forward, module)
+    return as_flat(model)
+
+
 # --- configurations -----------------------------------------------------------------------------------------------
 def _made(kind: str, base: dict[str, int], **more: Any) -> Callable[[], Any]:
     """The configuration class `kind` with those of the sizes that it knows, and `more`."""
@@ -174,7 +193,7 @@ ARCHITECTURES = [
     Architecture("Falcon (ALiBi)", _made("FalconConfig", COMMON, new_decoder_architecture=False, multi_query=False, parallel_attn=False, alibi=True, bias=True), kind=CAUSAL),
     Architecture("Llama", _made("LlamaConfig", GROUPED), "swish", True, kind=CAUSAL),
     Architecture("Mistral", _made("MistralConfig", GROUPED, sliding_window=4), "swish", True, kind=CAUSAL),
-    Architecture("Mixtral", _made("MixtralConfig", GROUPED, num_local_experts=2, num_experts_per_tok=1), "swish", True, mlps=2 * LAYERS, kind=CAUSAL),
+    Architecture("Mixtral", _made("MixtralConfig", GROUPED, num_local_experts=2, num_experts_per_tok=1), "swish", True, mlps=2 * LAYERS, kind=CAUSAL, part=every_expert),
     Architecture("Qwen2", _made("Qwen2Config", GROUPED), "swish", True, kind=CAUSAL),
     Architecture("Qwen3", _made("Qwen3Config", GROUPED), "swish", True, kind=CAUSAL),
     Architecture("Gemma 2", _made("Gemma2Config", GROUPED, sliding_window=4, layer_types=SLIDING, query_pre_attn_scalar=16), "gelu_tanh", True, kind=CAUSAL),

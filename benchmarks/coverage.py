@@ -17,6 +17,7 @@ from typing import Any
 
 import onnx
 import record
+import torch
 from architectures import ARCHITECTURES, Architecture
 
 import rewrite
@@ -32,14 +33,15 @@ QUOTED = re.compile(r"'[^']*'")
 
 
 def count_norms(source: Source) -> int:
-    """How often a normalization module is called."""
-    calls: list[str] = []
+    """How often a normalization module is called whose result reaches the output."""
+    calls: list[torch.Tensor] = []
     kinds = [m for m in source.module.modules() if re.search(r"(Layer|RMS|Rms)_?Norm", type(m).__name__) and not list(m.children())]
-    hooks = [m.register_forward_hook(lambda *_: calls.append("")) for m in kinds]
-    source.run(source.inputs)
+    hooks = [m.register_forward_hook(lambda _module, _inputs, output: calls.append(output)) for m in kinds]
+    result = source.module(**source.inputs)
     for hook in hooks:
         hook.remove()
-    return len(calls)
+    gradients = torch.autograd.grad(result.sum(), calls, allow_unused=True)
+    return sum(g is not None for g in gradients)
 
 
 def attribute(node: onnx.NodeProto, name: str, default: Any) -> Any:

@@ -23,14 +23,20 @@ def _linear(op, x, w, b, trans="trans"):
     return any_of(turned + b, plain + b, op.Gemm(x, w, b, **gemm), op.Gemm(x, w, **gemm), turned, plain)
 
 
-def _act(op, x, among=("gelu", "relu", "swish", "sigmoid", "tanh")):
+def _quick(alpha):
+    """1.702, as any float type stores it"""
+    return isinstance(alpha, float) and abs(alpha - 1.702) < 2e-3
+
+
+def _act(op, x, among=("gelu", "relu", "swish", "sigmoid", "tanh", "relu2")):
     """An activation; which one is noted as `activation`."""
     forms = {
         "gelu": [tag(op.Gelu(x, approximate="none"), activation="gelu"), tag(op.Gelu(x, approximate="tanh"), activation="gelu_tanh")],
         "relu": [tag(op.Relu(x), activation="relu")],
-        "swish": [tag(op.Swish(x, alpha=1.0), activation="swish")],
+        "swish": [tag(op.Swish(x, alpha=1.0), activation="swish"), tag(op.Swish(x, alpha=_quick), activation="quick_gelu")],
         "sigmoid": [tag(op.Sigmoid(x), activation="sigmoid")],
         "tanh": [tag(op.Tanh(x), activation="tanh")],
+        "relu2": [tag(op.Pow(op.Relu(x), 2.0), activation="relu2")],
     }
     return any_of(*(form for name in among for form in forms[name]))
 
@@ -56,7 +62,7 @@ def _check_residual(residual, output):
 
 @rule(priority=5)
 class LinearActivation:
-    """activation(x @ w + b): gelu, relu, swish, sigmoid, tanh."""
+    """activation(x @ w + b): gelu, quick gelu, relu, squared relu, swish, sigmoid, tanh."""
 
     def pattern(op, x, w, b):
         return _act(op, _linear(op, x, w, b))
