@@ -54,7 +54,17 @@ class Architecture:
         make = loader.from_config if hasattr(loader, "from_config") else loader._from_config
         model = make(self.config(), attn_implementation=attention, **self.options).eval()
         amplify(model)
+        fill(model)
         return self.part(model)
+
+
+def fill(model: torch.nn.Module) -> None:
+    """Random numbers where initialization leaves nothing but zeros (Swin's table of biases): a bias of zeros tests nothing."""
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if not parameter.any():
+                parameter.copy_(torch.randn(parameter.shape, generator=generator))
 
 
 # --- parts of encoder-decoder and two-tower models ----------------------------------------------------------------

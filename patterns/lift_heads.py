@@ -140,6 +140,20 @@ def _last_of_three(axis):
 
 
 @rule(tier="lift", priority=12)
+class UnfoldedProduct:
+    """a @ b, both folded into three dimensions for the product alone: the weights of BLOOM and DeBERTa with their values."""
+
+    def pattern(op, a, b, folded_a, folded_b, shape):
+        return op.Reshape(op.MatMul(op.Reshape(a, folded_a), op.Reshape(b, folded_b)), shape)
+
+    def check(a, b, output):
+        return _check_unfolded(a, b, output, columns=3)
+
+    def replace(op, a, b):
+        return op.MatMul(a, b)
+
+
+@rule(tier="lift", priority=12)
 class UnfoldedWeighting:
     """softmax(scores) @ v with the heads folded into the batch before the softmax and unfolded after the product."""
 

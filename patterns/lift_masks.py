@@ -113,11 +113,11 @@ class ChosenBias:
         return op.Softmax(any_of(op.Where(keep, biased, scalar("low")), op.Where(keep, scalar("drop_low"), biased)), axis=attr("axis"))
 
     def check(scores, bias, low, drop_low):
-        if not _are_scores(scores) or _are_scores(bias):
-            return f"'{scores.name}' is not a product to which '{bias.name}' is added"
         hidden = low if low is not None else drop_low
         if hidden > ABSORBING:
             return f"hidden scores become {hidden:.6g}; only a lower number (below {ABSORBING:.0e}) stays the same when a score is added to it"
+        if not _are_scores(scores) or _are_scores(bias):
+            return f"'{scores.name}' is not a product to which '{bias.name}' is added"
         return None
 
     def replace(op, keep, scores, bias, low, drop_low, axis):

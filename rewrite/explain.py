@@ -68,7 +68,8 @@ def _explain(kind: str, node: onnx.NodeProto, links: _Links, misses: Iterable[Ne
     near = [m for m in misses if name in (m.at, m.node) or name in m.covered or (m.at in readers and _operator(node) in m.reason)]
     if not near:
         return Unfused(kind, name, "", "no rule comes near it; `rewrite list` shows what rules there are, --rules adds your own")
-    best = max(near, key=lambda m: (m.fits, m.depth, m.size))
+    # A pattern that stopped at this very node, wanting another operator there, says less than one that holds it.
+    best = max(near, key=lambda m: (m.fits, m.node != name or m.at == name, m.depth, m.size))
     return Unfused(kind, name, best.rule, best.why())
 
 
