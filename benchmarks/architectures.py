@@ -164,7 +164,7 @@ def _made(kind: str, base: dict[str, int], **more: Any) -> Callable[[], Any]:
     def make() -> Any:
         cls = getattr(hf, kind)
         known = set(inspect.signature(cls.__init__).parameters) | set(getattr(cls, "__annotations__", {})) | set(cls.attribute_map)
-        return cls(**{k: v for k, v in base.items() if k in known or "kwargs" in known and len(known) < 4}, **more)
+        return cls(**{k: v for k, v in base.items() if k in known}, **more)
 
     return make
 
@@ -182,7 +182,6 @@ T5 = {"d_model": WIDTH, "d_kv": WIDTH // HEADS, "d_ff": INNER, "num_layers": LAY
 CAUSAL = "AutoModelForCausalLM"
 SLIDING = ["sliding_attention", "full_attention"]
 TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-CLIP_TEXT = {k: v for k, v in COMMON.items()}
 CLIP_VISION = {k: v for k, v in COMMON.items() if k not in ("vocab_size", "max_position_embeddings")}
 
 ARCHITECTURES = [
@@ -225,7 +224,7 @@ ARCHITECTURES = [
     Architecture("DeiT", _made("DeiTConfig", COMMON, **IMAGE)),
     Architecture("DINOv2", _made("Dinov2Config", COMMON, **IMAGE, mlp_ratio=2)),
     Architecture("Swin", lambda: hf.SwinConfig(image_size=32, patch_size=4, embed_dim=32, depths=[2, 2], num_heads=[2, 4], window_size=4), attentions=4, mlps=4),
-    Architecture("CLIP text", _made("CLIPTextConfig", CLIP_TEXT, **TOKENS), "quick_gelu", kind="CLIPTextModel"),
+    Architecture("CLIP text", _made("CLIPTextConfig", COMMON, **TOKENS), "quick_gelu", kind="CLIPTextModel"),
     Architecture("CLIP vision", _made("CLIPVisionConfig", CLIP_VISION, **IMAGE), "quick_gelu", kind="CLIPVisionModel"),
     Architecture("SigLIP vision", _made("SiglipVisionConfig", CLIP_VISION, **IMAGE), "gelu_tanh", kind="SiglipVisionModel"),
 ]  # fmt: skip

@@ -11,7 +11,8 @@ import rewrite
 
 E = 8
 CONSTANTS = {
-    "c": np.float32(E**-0.5), "root": np.float32(E**-0.25), "size": np.float32(E**0.5), "low": np.float32(-1e9), "lowest": np.float32(-3.4028235e38), "never": np.float32(-np.inf), "zero": np.float32(0), "one": np.float32(1),
+    "c": np.float32(E**-0.5), "root": np.float32(E**-0.25), "size": np.float32(E**0.5), "low": np.float32(-1e9),
+    "lowest": np.float32(-3.4028235e38), "never": np.float32(-np.inf), "zero": np.float32(0), "one": np.float32(1),
     "cap": np.float32(2), "cap_inverse": np.float32(0.5), "each": np.linspace(0.5, 1.5, E).astype(np.float32), "two": np.array([2]), "three": np.array([3]), "first": np.array([1]),
     "grouped": np.array([1, 1, 2, 1, 1]), "grouped_3": np.array([1, 1, 1, 2, 1]), "heads": np.array([0, 4, -1, E]), "heads_3": np.array([0, -1, 4, E]), "tiled": np.array([1, 2, 1, 1]),
     "other_group": np.array([1, 2, 1, 1, 1]),

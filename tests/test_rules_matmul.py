@@ -19,7 +19,8 @@ def array(*shape, dtype=np.float32):
 
 WEIGHTS = {
     "w": array(K, N), "wt": array(N, K), "v": array(K, N), "vt": array(N, K), "other": array(K, N + 1), "both": array(K, 2 * N), "botht": array(2 * N, K),
-    "b": array(N), "c": array(N), "b2": array(2 * N), "b3": array(1, 1, N), "half": np.float32(0.5), "slope": np.float32(1.702), "square": np.float32(2), "sizes": np.array([N, N]), "uneven": np.array([N - 1, N + 1]),
+    "b": array(N), "c": array(N), "b2": array(2 * N), "b3": array(1, 1, N), "half": np.float32(0.5),
+    "slope": np.float32(1.702), "square": np.float32(2), "sizes": np.array([N, N]), "uneven": np.array([N - 1, N + 1]),
     "zero": np.array([0]), "middle": np.array([N]), "far": np.array([2**40]), "last": np.array([-1]), "one": np.array([1]), "early": np.array([N - 1]),
 }  # fmt: skip
 
