@@ -96,7 +96,10 @@ def measure(architecture: Architecture, folder: Path, exporter: str, opset: int,
         "operators": dict(sorted(report.operators_after.items())),
     }
     with tempfile.TemporaryDirectory() as plan:
-        row["error_kernels"] = check_plan(rewrite.build(result.model, Path(plan) / "plan", engines=False, verify=False), result.model, 1e-3)
+        try:
+            row["error_kernels"] = check_plan(rewrite.build(result.model, Path(plan) / "plan", engines=False, verify=False), result.model, 1e-3)
+        except RewriteError as error:
+            row["error_kernels"], row["kernels_reason"] = None, str(error)
     try:
         row["error_torch"] = compare_with_torch(source, result.model)[0]
     except CheckFailed as error:
@@ -134,8 +137,9 @@ def reasons(row: dict[str, Any]) -> Iterator[str]:
         texts[text] = texts.get(text, 0) + 1
     for text, count in texts.items():
         yield f"{text}{f' ({count} ×)' if count > 1 else ''}"
-    if row.get("torch_reason"):
-        yield f"PyTorch: {row['torch_reason']}"
+    for what, key in (("kernels on the CPU", "kernels_reason"), ("PyTorch", "torch_reason")):
+        if row.get(key):
+            yield f"{what}: {row[key]}"
 
 
 def page(rows: list[dict[str, Any]], exporter: str, opset: int, attention: str) -> str:
