@@ -10,10 +10,11 @@ import ast
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import onnx_graphsurgeon as gs
 
 from rewrite.functions import CaptureError, capture, flatten
-from rewrite.graph import Dim, Graph, canonical, describe
+from rewrite.graph import Dim, Graph, canonical, describe, small_values
 from rewrite.matcher import Match
 from rewrite.patterns.mask_behaviour import Sizes, recognise
 from rewrite.registry import rule
@@ -95,6 +96,7 @@ def collect(graph: Graph, mask: gs.Tensor) -> Cone:
     """Everything behind `mask` down to graph inputs, constants and sizes. Raises NoMask at what masks are not made of."""
     cone = Cone()
     seen: set[int] = set()
+    refusal = ""
     pending = [mask]
     while pending:
         tensor = pending.pop()
@@ -108,9 +110,12 @@ def collect(graph: Graph, mask: gs.Tensor) -> Cone:
         if node is None:
             if not isinstance(tensor, gs.Constant):
                 cone.data.append(tensor)
+            elif _is_bias(tensor):
+                raise NoMask(f"it adds the numbers of '{tensor.name}' {list(tensor.shape)} to the scores, a bias, beside hiding some or none")
             continue
         if canonical(node) not in MASK_OPERATORS:
-            raise NoMask(f"it depends on '{tensor.name}', computed by {describe(node)}")
+            refusal = refusal or f"it depends on '{tensor.name}', computed by {describe(node)}"
+            continue
         if canonical(node) in ("Shape", "Size"):
             raise NoMask(f"it depends on the shape of '{node.inputs[0].name}', which is not known")
         cone.nodes.append(node)
@@ -118,7 +123,19 @@ def collect(graph: Graph, mask: gs.Tensor) -> Cone:
             raise NoMask(f"more than {LARGEST_CONE} nodes compute it")
         shape_only = canonical(node) == "AttentionMask"  # of all inputs but the padding; `choose_inputs` chooses the same again
         pending += node.inputs[:1] if shape_only else node.inputs
+    if refusal:
+        raise NoMask(refusal)
     return cone
+
+
+def _is_bias(tensor: gs.Constant) -> bool:
+    """Whether a constant holds several numbers that no mask is made of: positions and limits are integers."""
+    values = small_values(tensor)
+    if values is None:
+        return False
+    numbers = values.reshape(-1).astype(np.float64) if values.dtype.kind == "f" or values.dtype.name == "bfloat16" else np.zeros(0)
+    fractions = numbers[np.isfinite(numbers) & (numbers != np.round(numbers))]
+    return bool(np.unique(fractions).size > 1)
 
 
 def _padding(cone: Cone) -> gs.Tensor | None:

@@ -23,12 +23,17 @@ def _linear(op, x, w, b, trans="trans"):
     return any_of(turned + b, plain + b, op.Gemm(x, w, b, **gemm), op.Gemm(x, w, **gemm), turned, plain)
 
 
+def _quick(alpha):
+    """1.702, as any float type stores it"""
+    return isinstance(alpha, float) and abs(alpha - 1.702) < 2e-3
+
+
 def _act(op, x, among=("gelu", "relu", "swish", "sigmoid", "tanh")):
     """An activation; which one is noted as `activation`."""
     forms = {
         "gelu": [tag(op.Gelu(x, approximate="none"), activation="gelu"), tag(op.Gelu(x, approximate="tanh"), activation="gelu_tanh")],
         "relu": [tag(op.Relu(x), activation="relu")],
-        "swish": [tag(op.Swish(x, alpha=1.0), activation="swish")],
+        "swish": [tag(op.Swish(x, alpha=1.0), activation="swish"), tag(op.Swish(x, alpha=_quick), activation="quick_gelu")],
         "sigmoid": [tag(op.Sigmoid(x), activation="sigmoid")],
         "tanh": [tag(op.Tanh(x), activation="tanh")],
     }
@@ -56,7 +61,7 @@ def _check_residual(residual, output):
 
 @rule(priority=5)
 class LinearActivation:
-    """activation(x @ w + b): gelu, relu, swish, sigmoid, tanh."""
+    """activation(x @ w + b): gelu, quick gelu, relu, swish, sigmoid, tanh."""
 
     def pattern(op, x, w, b):
         return _act(op, _linear(op, x, w, b))
@@ -66,6 +71,20 @@ class LinearActivation:
 
     def replace(op, x, w, b, activation, trans):
         return op.MatMulAct(x, w, b, activation=activation, trans_w=trans or None)
+
+
+@rule(priority=6)
+class LinearSquaredRelu:
+    """relu(x @ w + b)^2; before the rule that would take the relu alone."""
+
+    def pattern(op, x, w, b):
+        return op.Pow(op.Relu(_linear(op, x, w, b)), 2.0)
+
+    def check(w, b):
+        return check_weight(w, b)
+
+    def replace(op, x, w, b, trans):
+        return op.MatMulAct(x, w, b, activation="relu2", trans_w=trans or None)
 
 
 @rule(priority=6)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from rewrite.pattern import any_of, tag
+from rewrite.pattern import any_of, scalar, tag
 from rewrite.registry import rule
+from rewrite.shapes import times
 
 
 @rule(tier="lift", priority=10, exact=True)
@@ -108,20 +109,48 @@ class MergedFoldedKeyTranspose:
 
 @rule(tier="lift", priority=12)
 class UnfoldedScores:
-    """q @ k^T with the heads folded into the batch (bmm) and unfolded after: as a product of four dimensions."""
+    """q @ k^T with the heads folded into the batch (bmm) and unfolded after: as a product of four dimensions.
 
-    def pattern(op, q, k, folded_q, folded_k, shape):
-        return op.Reshape(op.MatMul(op.Reshape(q, folded_q), op.Transpose(op.Reshape(k, folded_k), perm=[0, 2, 1])), shape)
+    Scales and a bias (ALiBi, relative positions) may join before the heads are unfolded.
+    """
 
-    def check(q, k, output):
-        return _check_unfolded(q, k, output, columns=2)
+    def pattern(op, q, k, bias, folded_q, folded_k, shape):
+        turned = op.Transpose(op.Reshape(k, folded_k), perm=[0, 2, 1])
+        scores = op.MatMul(op.Reshape(q, folded_q), any_of(turned * scalar("k_scale"), turned))
+        scaled = any_of(scores * scalar("scale"), scores)
+        return op.Reshape(any_of(scaled + bias, scaled), shape)
 
-    def replace(op, q, k):
-        return op.MatMul(q, op.Transpose(k, perm=[0, 1, 3, 2]))
+    def check(q, k, bias, output):
+        reason = _check_unfolded(q, k, output, columns=2)
+        if reason or bias is None:
+            return reason
+        if bias.rank != 3 or bias.shape[0] != times(q.shape[0], q.shape[1]):
+            return f"the bias has shape {bias.shape}, expected {times(q.shape[0], q.shape[1])} in the first of three dimensions"
+        return None if isinstance(q.shape[1], int) else f"the number of heads is not known: q has shape {q.shape}"
+
+    def replace(op, q, k, bias, k_scale, scale):
+        turned = op.Transpose(k, perm=[0, 1, 3, 2])
+        scores = op.MatMul(q, turned if k_scale is None else op.Mul(turned, op.constant(k_scale, k.dtype)))
+        scaled = scores if scale is None else op.Mul(scores, op.constant(scale, q.dtype))
+        return scaled if bias is None else op.Add(scaled, op.Reshape(op.Unsqueeze(bias, [0]), [-1, q.shape[1], 0, 0]))
 
 
 def _last_of_three(axis):
     return axis in (-1, 2)
+
+
+@rule(tier="lift", priority=12)
+class UnfoldedProduct:
+    """a @ b, both folded into three dimensions for the product alone: the weights of BLOOM and DeBERTa with their values."""
+
+    def pattern(op, a, b, folded_a, folded_b, shape):
+        return op.Reshape(op.MatMul(op.Reshape(a, folded_a), op.Reshape(b, folded_b)), shape)
+
+    def check(a, b, output):
+        return _check_unfolded(a, b, output, columns=3)
+
+    def replace(op, a, b):
+        return op.MatMul(a, b)
 
 
 @rule(tier="lift", priority=12)

@@ -8,6 +8,7 @@ from rewrite.registry import rule
 
 # A score so low that adding another to it gives it back: where every key of a row is hidden, its scores must not show.
 HIDDEN = {"float16": -6e4, "bfloat16": -1e30, "float32": -1e30, "float64": -1e30}
+ABSORBING = -1e30  # so low that adding a score gives the same number: rows that see nothing stay as they are, too
 
 
 def _are_scores(x, depth=6):
@@ -83,3 +84,60 @@ class ChosenMasks:
         hidden = op.constant(low if low is not None else drop_low, scores.dtype)
         chosen = op.Where(op.And(a, b), scores, hidden) if low is not None else op.Where(op.Or(a, b), hidden, scores)
         return op.Softmax(chosen, axis=axis)
+
+
+@rule(tier="lift")
+class ScaledMasks:
+    """softmax((scores + a) * scale + b) -> softmax(scores * scale + (a * scale + b)): Falcon scales its ALiBi, too."""
+
+    def pattern(op, scores, a, b):
+        scaled = (scores + a) * scalar("scale")
+        return op.Softmax(any_of(scaled + b, scaled), axis=attr("axis"))
+
+    def check(scores, a, b):
+        if not _are_scores(scores) or _are_scores(a) or (b is not None and _are_scores(b)):
+            return f"'{scores.name}' is not a product to which '{a.name}' is added"
+        return None
+
+    def replace(op, scores, a, b, scale, axis):
+        factor = op.constant(scale, scores.dtype)
+        mask = op.Mul(a, factor)
+        return op.Softmax(op.Add(op.Mul(scores, factor), mask if b is None else op.Add(mask, b)), axis=axis)
+
+
+@rule(tier="lift")
+class ChosenBias:
+    """softmax(where(keep, scores + bias, low)) -> softmax(scores + where(keep, bias, low)): DeBERTa."""
+
+    def pattern(op, keep, scores, bias):
+        biased = scores + bias
+        return op.Softmax(any_of(op.Where(keep, biased, scalar("low")), op.Where(keep, scalar("drop_low"), biased)), axis=attr("axis"))
+
+    def check(scores, bias, low, drop_low):
+        hidden = low if low is not None else drop_low
+        if hidden > ABSORBING:
+            return f"hidden scores become {hidden:.6g}; only a lower number (below {ABSORBING:.0e}) stays the same when a score is added to it"
+        if not _are_scores(scores) or _are_scores(bias):
+            return f"'{scores.name}' is not a product to which '{bias.name}' is added"
+        return None
+
+    def replace(op, keep, scores, bias, low, drop_low, axis):
+        hidden = op.constant(low if low is not None else drop_low, scores.dtype)
+        mask = op.Where(keep, bias, hidden) if low is not None else op.Where(keep, hidden, bias)
+        return op.Softmax(op.Add(scores, mask), axis=axis)
+
+
+@rule(tier="lift")
+class NothingHidden:
+    """x + where(True, 0, low) -> x: the mask of an encoder without padding (ViT)."""
+
+    def pattern(op, x, keep, shape):
+        return x + op.Where(any_of(op.Expand(keep, shape), keep), 0.0, scalar("low"))
+
+    def check(x, keep, output):
+        if keep.value is None or not keep.value.all():
+            return f"the condition '{keep.name}' is not constantly true"
+        return None if x.shape is not None and x.shape == output.shape else f"the sum has shape {output.shape}, x {x.shape}"
+
+    def replace(op, x):
+        return x

@@ -55,8 +55,12 @@ def activate(x: Array, activation: str) -> Array:
         return gelu(x, "tanh" if activation == "gelu_tanh" else "none")
     if activation == "swish":
         return x * sigmoid(x)
+    if activation == "quick_gelu":
+        return x * sigmoid(np.asarray(np.asarray(1.702, x.dtype) * x))
     if activation == "relu":
         return np.maximum(x, 0)
+    if activation == "relu2":
+        return np.square(np.maximum(x, 0))
     if activation == "tanh":
         return np.tanh(x)
     if activation == "sigmoid":

@@ -18,7 +18,9 @@ ACTIVATIONS = {
     "gelu": "0.5f * v * (1.f + erff(v * 0.70710678f))",
     "gelu_tanh": "0.5f * v * (1.f + tanhf(0.79788456f * (v + 0.044715f * v * v * v)))",
     "swish": "v / (1.f + expf(-v))",
+    "quick_gelu": "v / (1.f + expf(-1.702f * v))",
     "relu": "v < 0.f ? 0.f : v",
+    "relu2": "v < 0.f ? 0.f : v * v",
     "tanh": "tanhf(v)",
     "sigmoid": "1.f / (1.f + expf(-v))",
 }

@@ -30,7 +30,7 @@ class MatMulAct:
     """y = activation(x @ w + bias) + residual.
 
     x [..., K], w [K, N] (or [N, K] with trans_w), bias [N], residual like y [..., N]. `activation` is none, gelu,
-    gelu_tanh, swish, relu, tanh or sigmoid.
+    gelu_tanh, quick_gelu (x * sigmoid(1.702 x)), swish, relu, relu2 (squared), tanh or sigmoid.
     """
 
     inputs = ("x", "w", "bias?", "residual?")

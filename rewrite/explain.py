@@ -14,7 +14,7 @@ from rewrite.validity import subgraphs
 ACTIVATIONS = {"Gelu", "Swish", "Relu", "Tanh", "Sigmoid", "Erf", "HardSwish", "LeakyRelu", "Elu", "Softplus", "Mish"}
 PRODUCTS = {"MatMul", "Gemm", "MatMulAct"}
 # What may stand between the product and the softmax, the softmax and the product, the product and its activation.
-BEFORE_SOFTMAX = {"Add", "Sub", "Mul", "Div", "Where", "Cast", "Tanh", "Reshape", "Identity", "Clip", "Max", "Min"}
+BEFORE_SOFTMAX = {"Add", "Sub", "Mul", "Div", "Where", "Cast", "Tanh", "Reshape", "Transpose", "Identity", "Clip", "Max", "Min"}
 AFTER_SOFTMAX = {"Cast", "Where", "IsNaN", "Dropout", "Identity", "Reshape", "Mul", "Div", "Add", "Transpose", "Relu", "Clip"}
 BEFORE_ACTIVATION = {"Add", "Reshape", "Cast", "Identity", "Mul", "Div"}
 # Every model is full of these: a pattern of which nothing else is there says little.
@@ -39,6 +39,7 @@ class Unfused:
 def unfused(proto: onnx.ModelProto, report: Report) -> list[Unfused]:
     """The attentions, activated products and decomposed norms left in a rewritten model, in the model's order."""
     misses = [m for m in report.near_misses if m.fits or m.depth >= 1]
+    fusing = {name for name, stats in report.rules.items() if stats.tier == "fuse"}
     found: list[Unfused] = []
     pending = [proto.graph]
     while pending:
@@ -47,7 +48,7 @@ def unfused(proto: onnx.ModelProto, report: Report) -> list[Unfused]:
         for node in graph.node:
             kind = _kind(node, links)
             if kind:
-                found.append(_explain(kind, node, links, misses))
+                found.append(_explain(kind, node, links, misses, fusing))
             pending += subgraphs(node)
     return found
 
@@ -62,13 +63,15 @@ def significant(miss: NearMiss) -> bool:
     return miss.depth >= 2 and miss.nearness >= (NEAR if telling else NEARER)
 
 
-def _explain(kind: str, node: onnx.NodeProto, links: _Links, misses: Iterable[NearMiss]) -> Unfused:
+def _explain(kind: str, node: onnx.NodeProto, links: _Links, misses: Iterable[NearMiss], fusing: set[str]) -> Unfused:
     """The near miss that came furthest among those that got to the node, or looked for it on their way up to it."""
     name, readers = _name(node), links.readers_until(node, PRODUCTS)
     near = [m for m in misses if name in (m.at, m.node) or name in m.covered or (m.at in readers and _operator(node) in m.reason)]
     if not near:
         return Unfused(kind, name, "", "no rule comes near it; `rewrite list` shows what rules there are, --rules adds your own")
-    best = max(near, key=lambda m: (m.fits, m.depth, m.size))
+    # A pattern that stopped at this very node, wanting another operator there, says less than one that holds it.
+    # An attention is fused by one rule; those that bring masks and heads into shape stop early at most of them.
+    best = max(near, key=lambda m: (m.fits, kind == "attention" and m.rule in fusing, m.node != name or m.at == name, m.depth, m.size))
     return Unfused(kind, name, best.rule, best.why())
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -113,6 +113,13 @@ class Trace:
             self.depth, self.part, self.node, self.reason, self.bound, self.covered, self.expected = depth, part, node, reason, bound, covered, []
 
 
+    def copy(self) -> Trace:
+        return replace(self, expected=list(self.expected))
+
+    def restore(self, noted: Trace) -> None:
+        self.__dict__.update(noted.copy().__dict__)
+
+
 class Matcher:
     """One attempt to match `outputs` (the traced pattern) in `graph`."""
 
@@ -199,8 +206,11 @@ class Matcher:
         return self._constant(value, self.graph.constant(tensor), tensor)
 
     def _any_of(self, value: P.AnyOf, tensor: gs.Tensor) -> Iterator[None]:
+        if self.trace is not None:
+            yield from self._any_traced(value, tensor, self.trace)
+            return
         for alternative in value.alternatives:
-            if self.trace is not None or may_be(self.graph, alternative, tensor):
+            if may_be(self.graph, alternative, tensor):
                 yield from self._value(alternative, tensor)
 
     def _tagged(self, value: P.Tag, tensor: gs.Tensor) -> Iterator[None]:
@@ -222,6 +232,18 @@ class Matcher:
     def _of_type(self, value: P.Typed, tensor: gs.Tensor) -> Iterator[None]:
         for _ in self._typed(value, tensor):
             yield from self._value(value.value, tensor)
+
+    def _any_traced(self, value: P.AnyOf, tensor: gs.Tensor, trace: Trace) -> Iterator[None]:
+        """Where one alternative fits, that others do not is no reason why the whole does not: it is not noted."""
+        noted, fitted = trace.copy(), False
+        for alternative in value.alternatives:
+            for _ in self._value(alternative, tensor):
+                trace.restore(noted)
+                fitted = True
+                yield
+                noted = trace.copy()
+        if fitted:
+            trace.restore(noted)
 
     def _typed(self, value: P.Typed, tensor: gs.Tensor) -> Iterator[None]:
         """`tensor` is of the dtype and shape asked for; names of dimensions are bound, the same everywhere."""
@@ -309,7 +331,7 @@ class Matcher:
             return
         through = look_through(self.graph, node, tensor)
         if through is None:
-            return self._unexpected(op.name, node, canonical(node))
+            return self._unexpected(op.name, node, _found(node))
         source, nodes = through
         self.nodes.extend(nodes)
         yield from self._produced(op, source, index)
@@ -483,6 +505,12 @@ MATCHES: dict[type[P.Value], Callable[[Matcher, Any, gs.Tensor], Iterator[None]]
     P.Var: Matcher._variable, P.Const: Matcher._fixed, P.Scalar: Matcher._fixed, P.Ints: Matcher._fixed, P.AnyOf: Matcher._any_of, P.Tag: Matcher._tagged,
     P.Typed: Matcher._of_type, P.Missing: Matcher._missing, P.Output: Matcher._output, P.Op: Matcher._operator, P.Rest: Matcher._nothing,
 }  # fmt: skip
+
+
+def _found(node: gs.Node) -> str:
+    """The operator; of a Cast also the types, which are what it stands in the way with."""
+    types = [t.dtype for t in (node.inputs[0], node.outputs[0])] if canonical(node) == "Cast" else [None]
+    return canonical(node) if None in types else f"Cast of {' to '.join(map(dtype_name, types))}"
 
 
 def _may_be_missing(value: P.Value) -> bool:

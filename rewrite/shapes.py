@@ -10,6 +10,7 @@ positions, a causal mask) lies within the constant.
 
 from __future__ import annotations
 
+import ast
 import re
 from collections.abc import Callable
 
@@ -121,6 +122,31 @@ def minus(a: Dim, b: Dim) -> Dim:
     return f"{a} - ({b})"
 
 
+def settle(dim: Dim) -> Dim:
+    """A quotient that comes out even, as PyTorch writes it: `((4*batch)//batch)` is 4; anything else as it is."""
+    if not isinstance(dim, str) or "//" not in dim:
+        return dim
+    try:
+        found = _evaluate(ast.parse(dim, mode="eval").body)
+    except SyntaxError:
+        return dim
+    return dim if found is None or "//" in str(found) else found
+
+
+def _evaluate(tree: ast.expr) -> Dim:
+    if isinstance(tree, ast.Name):
+        return tree.id
+    if isinstance(tree, ast.Constant):
+        return tree.value if isinstance(tree.value, int) else None
+    if not isinstance(tree, ast.BinOp):
+        return None
+    left, right = _evaluate(tree.left), _evaluate(tree.right)
+    if isinstance(tree.op, ast.Pow):
+        return product([left] * right) if isinstance(right, int) and 0 <= right <= 4 else None
+    steps: dict[type[ast.operator], Callable[[Dim, Dim], Dim]] = {ast.Mult: times, ast.FloorDiv: divide, ast.Add: plus, ast.Sub: minus}
+    return steps[type(tree.op)](left, right) if type(tree.op) in steps else None
+
+
 def product(dims: list[Dim]) -> Dim:
     result: Dim = 1
     for dim in dims:
@@ -166,6 +192,9 @@ class SymbolicShapes:
             if tensor.shape is not None:
                 tensor.shape = [ordered(d) for d in tensor.shape]
         declared = self._forget_output_names()
+        for tensor in (t for n in self.graph.live.values() for t in n.outputs if t.shape is not None and id(t) not in self.graph.outputs):
+            if any(isinstance(d, str) and "//" in d for d in tensor.shape):
+                tensor.shape = [settle(d) for d in tensor.shape]
         for node in self.graph:
             handler = HANDLERS.get(canonical(node))
             if handler is not None:

@@ -69,3 +69,48 @@ def test_unfuse_gives_back_the_original_nodes():
 def test_optimizing_twice_changes_nothing_more():
     once = rewrite.optimize(gelu()).model.proto
     assert rewrite.optimize(once).model.proto.SerializeToString() == once.SerializeToString()
+
+
+# --- others --------------------------------------------------------------------------------------------------------------
+def constants(body, output="y", **values):
+    made = " ".join(f"{n} = Constant<value_float = {v}>()" for n, v in values.items())
+    return parse(f"(float[n, 8] x) => (float[n, 8] {output}) {{ {made} {body} }}")
+
+
+TANH = {
+    "x outside of the sum": "a = Mul(x, inner) b = Mul(a, x) c = Add(b, one) d = Mul(x, root) e = Mul(d, c)",
+    "the square apart": "a = Mul(x, x) b = Mul(a, inner) c = Add(one, b) d = Mul(root, x) e = Mul(c, d)",
+    "x inside": "a = Mul(x, x) b = Mul(a, x) c = Mul(b, inner) d = Add(x, c) e = Mul(d, root)",
+}
+
+
+@pytest.mark.parametrize("form", TANH)
+def test_gelu_of_the_hyperbolic_tangent(form):
+    before = constants(f"{TANH[form]} t = Tanh(e) s = Add(t, one) h = Mul(x, half) y = Mul(h, s)", inner=0.044715, one=1.0, root=0.7978845608, half=0.5)
+    after = rewrite.optimize(before).model.proto
+    assert nodes(after) == ["rewrite.Gelu"]
+    assert after.graph.node[0].attribute[0].s == b"tanh"
+
+
+@pytest.mark.parametrize("change", [{"inner": 0.05}, {"one": 0.9}, {"root": 0.7}, {"half": 0.4}])
+def test_gelu_of_the_hyperbolic_tangent_with_other_numbers_stays(change):
+    before = constants(f"{TANH['x outside of the sum']} t = Tanh(e) s = Add(t, one) h = Mul(x, half) y = Mul(h, s)", **{"inner": 0.044715, "one": 1.0, "root": 0.7978845608, "half": 0.5, **change})
+    assert nodes(rewrite.optimize(before).model.proto) == nodes(before)
+
+
+@pytest.mark.parametrize("body", ["s = Mul(x, slope) g = Sigmoid(s) y = Mul(x, g)", "s = Mul(slope, x) g = Sigmoid(s) y = Mul(g, x)"])
+def test_swish_with_a_slope(body):
+    after = rewrite.optimize(constants(body, slope=1.702)).model.proto
+    assert nodes(after) == ["rewrite.Swish"]
+    assert after.graph.node[0].attribute[0].f == pytest.approx(1.702)
+
+
+def test_swish_of_another_value_stays():
+    before = constants("s = Mul(x, slope) g = Sigmoid(s) z = Neg(x) y = Mul(z, g)", slope=1.702)
+    assert nodes(rewrite.optimize(before).model.proto) == nodes(before)
+
+
+def test_squared_relu():
+    assert nodes(rewrite.optimize(constants("r = Relu(x) y = Mul(r, r)")).model.proto) == ["Relu", "Pow"]
+    before = constants("r = Relu(x) z = Neg(x) q = Relu(z) y = Mul(r, q)")
+    assert nodes(rewrite.optimize(before).model.proto) == nodes(before)

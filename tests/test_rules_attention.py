@@ -11,7 +11,8 @@ import rewrite
 
 E = 8
 CONSTANTS = {
-    "c": np.float32(E**-0.5), "root": np.float32(E**-0.25), "size": np.float32(E**0.5), "low": np.float32(-1e9), "zero": np.float32(0), "one": np.float32(1),
+    "c": np.float32(E**-0.5), "root": np.float32(E**-0.25), "size": np.float32(E**0.5), "low": np.float32(-1e9),
+    "lowest": np.float32(-3.4028235e38), "never": np.float32(-np.inf), "zero": np.float32(0), "one": np.float32(1),
     "cap": np.float32(2), "cap_inverse": np.float32(0.5), "each": np.linspace(0.5, 1.5, E).astype(np.float32), "two": np.array([2]), "three": np.array([3]), "first": np.array([1]),
     "grouped": np.array([1, 1, 2, 1, 1]), "grouped_3": np.array([1, 1, 1, 2, 1]), "heads": np.array([0, 4, -1, E]), "heads_3": np.array([0, -1, 4, E]), "tiled": np.array([1, 2, 1, 1]),
     "other_group": np.array([1, 2, 1, 1, 1]),
@@ -96,6 +97,44 @@ def test_soft_cap_before_the_mask():
     attributes, _ = fused(body, inputs=(Q4, K4, V4, "float[B, 1, S, T] mask"))
     assert attributes["softcap"] == 2.0
     assert attributes["scale"] == pytest.approx(E**-0.5, rel=1e-6)
+
+
+BIASES = {
+    "scaled together": ("b = Add(m, mask) a = Mul(b, c)", "float[B, 4, 1, T] mask"),
+    "scaled together, then masked": ("b = Add(mask, m) d = Div(b, size) a = Add(d, more)", "float[B, 4, 1, T] mask, float[B, 1, S, T] more"),
+    "hidden after the bias": ("s = Mul(m, c) b = Add(s, mask) a = Where(keep, b, lowest)", "float[B, 4, S, T] mask, bool[B, 1, S, T] keep"),
+    "dropped after the bias": ("s = Mul(m, c) b = Add(s, mask) a = Where(keep, lowest, b)", "float[B, 4, S, T] mask, bool[B, 1, S, T] keep"),
+    "to minus infinity": ("s = Mul(m, c) b = Add(s, mask) a = Where(keep, b, never)", "float[B, 4, S, T] mask, bool[B, 1, S, T] keep"),
+}
+
+
+@pytest.mark.parametrize("bias", BIASES)
+def test_biases_join_the_mask(bias):
+    """Falcon's ALiBi, DeBERTa's relative positions."""
+    body, given = BIASES[bias]
+    attributes, inputs = fused(f"{TURN} m = MatMul(q, kt) {body} p = Softmax<axis = -1>(a) y = MatMul(p, v)", inputs=(Q4, K4, V4, given))
+    assert attributes["scale"] == pytest.approx(E**-0.5, rel=1e-6)
+    assert inputs[:3] == ["q", "k", "v"]
+    assert inputs[3] not in ("", "mask")
+
+
+def test_a_row_that_sees_nothing_keeps_a_bias_that_is_not_absorbed():
+    """-1e9 + score differs from -1e9: such a row would no longer be uniform."""
+    body = f"{TURN} {SCORES} b = Add(s, mask) a = Where(keep, b, low) p = Softmax<axis = -1>(a) y = MatMul(p, v)"
+    result = rewrite.optimize(model(body, inputs=(Q4, K4, V4, "float[B, 4, S, T] mask", "bool[B, 1, S, T] keep")), explain=True)
+    assert "Softmax" in nodes(result.model.proto)
+    assert any(m.rule == "chosen_bias" and "hidden scores become -1e+09" in m.reason for m in result.report.near_misses)
+
+
+@pytest.mark.parametrize(("keep", "left"), [(np.ones((1, 1, 5, 1), bool), False), (np.tri(5, dtype=bool).reshape(1, 1, 5, 5), True)])
+def test_a_mask_that_hides_nothing(keep, left):
+    """ViT in transformers: an encoder's mask without padding."""
+    body = f"{TURN} {SCORES} e = Expand(keep, to) b = Where(e, zero, low) a = Add(s, b) p = Softmax<axis = -1>(a) y = MatMul(p, v)"
+    shapes = "(float[2, 4, 5, 8] q, float[2, 4, 5, 8] k, float[2, 4, 5, 8] v) => (float[2, 4, 5, 8] y)"
+    before = parse(f"{shapes} {{ {body} }}", 18, keep=keep, to=np.array([2, 1, 5, 5]), **{n: CONSTANTS[n] for n in ("c", "zero", "low")})
+    after = rewrite.optimize(before).model.proto
+    (node,) = [n for n in after.graph.node if n.op_type.startswith("FusedAttention")]
+    assert (len(node.input) == 4) == left
 
 
 def test_cross_attention_with_values_of_another_size():

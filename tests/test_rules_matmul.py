@@ -19,7 +19,8 @@ def array(*shape, dtype=np.float32):
 
 WEIGHTS = {
     "w": array(K, N), "wt": array(N, K), "v": array(K, N), "vt": array(N, K), "other": array(K, N + 1), "both": array(K, 2 * N), "botht": array(2 * N, K),
-    "b": array(N), "c": array(N), "b2": array(2 * N), "b3": array(1, 1, N), "half": np.float32(0.5), "sizes": np.array([N, N]), "uneven": np.array([N - 1, N + 1]),
+    "b": array(N), "c": array(N), "b2": array(2 * N), "b3": array(1, 1, N), "half": np.float32(0.5),
+    "slope": np.float32(1.702), "square": np.float32(2), "sizes": np.array([N, N]), "uneven": np.array([N - 1, N + 1]),
     "zero": np.array([0]), "middle": np.array([N]), "far": np.array([2**40]), "last": np.array([-1]), "one": np.array([1]), "early": np.array([N - 1]),
 }  # fmt: skip
 
@@ -60,6 +61,8 @@ ACTIVATIONS = {
     "tanh": "y = Tanh(s)",
     "sigmoid": "y = Sigmoid(s)",
     "swish": "z = Sigmoid(s) y = Mul(s, z)",
+    "quick_gelu": "q = Mul(s, slope) z = Sigmoid(q) y = Mul(s, z)",
+    "relu2": "r = Relu(s) y = Pow(r, square)",
 }
 
 
@@ -126,7 +129,8 @@ NEAR = {
     "a bias of three dimensions": ("m = MatMul(x, w) y = Add(m, b3)", {}, ["rewrite.MatMulAct", "Add"]),
     "weight on the left": ("y = MatMul(q, x)", {"inputs": "float[n, 6, 8] x", "output": "float[n, 6, 8] y", "q": array(6, 6)}, ["MatMul"]),
     "leaky": ("m = MatMul(x, w) y = LeakyRelu(m)", {}, ["rewrite.MatMulAct", "LeakyRelu"]),
-    "swish with another slope": ("m = MatMul(x, w) t = Mul(m, half) z = Sigmoid(t) y = Mul(m, z)", {}, ["rewrite.MatMulAct", "Mul", "Sigmoid", "Mul"]),
+    "swish with another slope": ("m = MatMul(x, w) t = Mul(m, half) z = Sigmoid(t) y = Mul(m, z)", {}, ["rewrite.MatMulAct", "rewrite.Swish"]),
+    "cubed relu": ("m = MatMul(x, w) r = Relu(m) y = Pow(r, cube)", {"cube": np.float32(3)}, ["rewrite.MatMulAct", "Pow"]),
 }
 
 

@@ -7,6 +7,7 @@ import pytest
 from conftest import nodes, parse
 
 import rewrite
+from rewrite.shapes import settle
 
 CONSTANTS = {
     "i0": np.array(0), "i1": np.array(1), "zero": np.array([0]), "minus": np.array([-1]), "four": np.array([4]), "eight": np.array([8]), "two": np.array([2]), "three": np.array([3]),
@@ -63,6 +64,44 @@ def test_scores_of_bmm_in_four_dimensions():
 def test_scores_unfolded_into_other_heads_stay():
     proto = after(HEADS["bmm"], "float[2, 4, 5, 8] q, float[2, 4, 5, 8] k", "float[4, 2, 5, 5] y", fq=np.array([8, 5, 8]), fs=np.array([4, 2, 5, 5]))
     assert nodes(proto) == ["Reshape", "Reshape", "Transpose", "MatMul", "Reshape"]
+
+
+BIASED = "q3 = Reshape(q, fq) k3 = Reshape(k, fq) kt = Transpose<perm = [0, 2, 1]>(k3) m = MatMul(q3, kt) s = Mul(m, half) a = Add(s, bias) y = Reshape(a, fs)"
+
+
+@pytest.mark.parametrize("bias", ["float[8, 5, 5] bias", "float[8, 1, 5] bias", "float[8, 5, 1] bias"])
+def test_scores_of_baddbmm_with_their_bias(bias):
+    """BLOOM's ALiBi, DeBERTa's relative positions: the bias is unfolded alone."""
+    options = {"fq": np.array([8, 5, 8]), "fs": np.array([2, 4, 5, 5]), "half": np.float32(0.5)}
+    proto = after(BIASED, f"float[2, 4, 5, 8] q, float[2, 4, 5, 8] k, {bias}", "float[2, 4, 5, 5] y", **options)
+    assert nodes(proto) == ["Transpose", "MatMul", "Mul", "Unsqueeze", "Reshape", "Add"]
+
+
+@pytest.mark.parametrize("bias", ["float[1, 5, 5] bias", "float[5, 5] bias"])
+def test_a_bias_without_heads_stays(bias):
+    options = {"fq": np.array([8, 5, 8]), "fs": np.array([2, 4, 5, 5]), "half": np.float32(0.5)}
+    proto = after(BIASED, f"float[2, 4, 5, 8] q, float[2, 4, 5, 8] k, {bias}", "float[2, 4, 5, 5] y", **options)
+    assert nodes(proto) == ["Reshape", "Reshape", "Transpose", "MatMul", "Mul", "Add", "Reshape"]
+
+
+def test_keys_scaled_while_folded():
+    body = HEADS["bmm"].replace("m = MatMul(q3, kt)", "ks = Mul(kt, half) m = MatMul(q3, ks)")
+    proto = after(body, "float[2, 4, 5, 8] q, float[2, 4, 5, 8] k", "float[2, 4, 5, 5] y", fq=np.array([8, 5, 8]), fs=np.array([2, 4, 5, 5]), half=np.float32(0.5))
+    assert nodes(proto) == ["Transpose", "Mul", "MatMul"]
+
+
+def test_a_product_folded_for_itself_alone():
+    body = "p3 = Reshape(p, fp) v3 = Reshape(v, fv) m = MatMul(p3, v3) y = Reshape(m, back)"
+    options = {"fp": np.array([8, 5, 5]), "fv": np.array([8, 5, 8]), "back": np.array([2, 4, 5, 8])}
+    assert nodes(after(body, "float[2, 4, 5, 5] p, float[2, 4, 5, 8] v", "float[2, 4, 5, 8] y", **options)) == ["MatMul"]
+    other = after(body, "float[4, 2, 5, 5] p, float[2, 4, 5, 8] v", "float[2, 4, 5, 8] y", **options)
+    assert nodes(other) == ["Reshape", "Reshape", "MatMul", "Reshape"]
+
+
+@pytest.mark.parametrize(("dim", "found"), [("((4*batch)//batch)", 4), ("((seq**2)//seq)", "seq"), ("(batch*seq)//(2*seq)", "(batch*seq)//(2*seq)"), ("seq//2", "seq//2"),
+                                            ("6*batch//3", "2*batch"), ("max(a, b)//a", "max(a, b)//a"), ("a//", "a//"), (7, 7), (None, None)])  # fmt: skip
+def test_quotients_that_come_out_even(dim, found):
+    assert settle(dim) == found
 
 
 def test_weighting_of_bmm_in_four_dimensions():

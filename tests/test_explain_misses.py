@@ -1,0 +1,87 @@
+"""Ten planted near misses: `rewrite explain` names the node at which it fails, and the reason."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import onnx
+import pytest
+from click.testing import CliRunner
+from conftest import parse
+
+from rewrite.cli import main
+
+HEADS = "float[B, 4, S, 8] q, float[B, 4, T, 8] k, float[B, 4, T, 8] v"
+TURN = "kt = Transpose<perm = [0, 1, 3, 2]>(k)"
+SCORES = f"{TURN} m = MatMul(q, kt) s = Mul(m, c)"
+TAIL = "p = Softmax<axis = -1>(s) y = MatMul(p, v)"
+Y = "float[B, 4, S, 8] y"
+RNG = np.random.default_rng(3)
+CONSTANTS = {
+    "c": np.float32(0.35), "two": np.float32(2), "half": np.float32(0.5), "one": np.float32(1), "root": np.float32(1.4142135), "eps": np.float32(1e-6),
+    "w": RNG.standard_normal((8, 8)).astype(np.float32), "weight": RNG.standard_normal(8).astype(np.float32), "last": np.array([-1]), "axis2": np.array([2]),
+    "expand": np.array([1, 1, 2, 1, 1]), "to3": np.array([0, 6, -1, 8]), "grouped": np.array([0, 3, 2, 0, 8]),
+}  # fmt: skip
+
+# What is written: inputs, nodes, outputs. What is told: the kind, the node of the site, the rule, and what the reason says.
+MISSES = {
+    "softmax over the wrong axis": (
+        HEADS, f"{SCORES} p = Softmax<axis = 2>(s) y = MatMul(p, v)", Y,
+        ("attention", "Softmax 'p'", "attention", ["softmax is over axis 2", "not over the last"]),
+    ),
+    "an interior value read elsewhere": (
+        HEADS, f"{SCORES} p = Softmax<axis = -1>(s) y = MatMul(p, v) z = Neg(p)", f"{Y}, float[B, 4, S, T] z",
+        ("attention", "Softmax 'p'", "attention", ["'p' inside the match is needed elsewhere", "Neg 'z' reads it too"]),
+    ),
+    "a scale that is not constant": (
+        f"{HEADS}, float[B, 4, S, 1] temperature", f"{TURN} m = MatMul(q, kt) s = Mul(m, temperature) {TAIL}", Y,
+        ("attention", "Softmax 'p'", "attention", ["'temperature' is not a small constant"]),
+    ),
+    "a mask of five dimensions": (
+        f"{HEADS}, float[1, B, 1, S, T] mask", f"{SCORES} a = Add(s, mask) p = Softmax<axis = -1>(a) y = MatMul(p, v)", "float[1, B, 4, S, 8] y",
+        ("attention", "Softmax 'p'", "attention", ["the mask has shape", "at most 4 dimensions"]),
+    ),
+    "key heads that do not divide the query heads": (
+        "float[B, 4, S, 8] q, float[B, 1, T, 8] k, float[B, 4, T, 8] v", f"{SCORES} {TAIL}", Y,
+        ("attention", "Softmax 'p'", "attention", ["4 query heads, 1 key heads and 4 value heads do not go together"]),
+    ),
+    "a weight computed from an input": (
+        "float[B, S, 8] x, float[8, 8] z", "m = MatMul(x, z) y = Relu(m)", "float[B, S, 8] y",
+        ("activation after a product", "Relu 'y'", "linear_activation", ["the weight 'z' is computed from the inputs"]),
+    ),
+    "an epsilon that is not constant": (
+        "float[B, S, 8] x, float[1] e", "s = Mul(x, x) m = ReduceMean<keepdims = 1>(s, last) a = Add(m, e) r = Sqrt(a) d = Div(x, r) y = Mul(d, weight)", "float[B, S, 8] y",
+        ("normalization", "Sqrt 'r'", "rms_norm", ["'e' is not a small constant"]),
+    ),
+    "heads permuted in three dimensions": (
+        "float[N, S, 8] q, float[T, N, 8] k, float[N, S, 8] v", "kt = Transpose<perm = [1, 2, 0]>(k) m0 = MatMul(q, kt) t = Transpose<perm = [0, 2, 1]>(m0) p = Softmax<axis = -1>(t) y = MatMul(p, v)",
+        "float[N, T, 8] y", ("attention", "Softmax 'p'", "attention", ["Transpose 't'", "expected"]),
+    ),
+    "an unknown activation": (
+        "float[B, S, 8] x", "m = MatMul(x, w) y = Mish(m)", "float[B, S, 8] y",
+        ("activation after a product", "Mish 'y'", "", ["no rule comes near it"]),
+    ),
+    "a cast to lower precision in the middle": (
+        HEADS, f"{SCORES} low = Cast<to = 10>(s) high = Cast<to = 1>(low) p = Softmax<axis = -1>(high) y = MatMul(p, v)", Y,
+        ("attention", "Softmax 'p'", "attention", ["at Cast 'low'", "found Cast of float32 to float16"]),
+    ),
+}  # fmt: skip
+
+
+def explained(tmp_path, inputs, body, outputs):
+    words = set(body.replace("(", " ").replace(")", " ").replace(",", " ").split())
+    path = tmp_path / "m.onnx"
+    onnx.save(parse(f"({inputs}) => ({outputs}) {{ {body} }}", 20, **{n: a for n, a in CONSTANTS.items() if n in words}), path)
+    done = CliRunner().invoke(main, ["explain", str(path), "--json"])
+    assert done.exit_code == 0, done.output
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("case", MISSES)
+def test_the_node_and_the_reason(case, tmp_path):
+    inputs, body, outputs, (kind, node, rule, words) = MISSES[case]
+    told = explained(tmp_path, inputs, body, outputs)["unfused"]
+    assert [(u["kind"], u["node"], u["rule"]) for u in told] == [(kind, node, rule)], told
+    for word in words:
+        assert word in told[0]["reason"]
