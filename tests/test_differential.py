@@ -16,6 +16,8 @@ from random_graphs import Case, check, difference, expected, finish, make_case, 
 import rewrite
 from rewrite.registry import library
 
+pytestmark = pytest.mark.slow  # minutes: run by hand
+
 PARTS, GRAPHS = 20, 1000
 MISSES = 20  # near misses of each rule, at least
 
