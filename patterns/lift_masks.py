@@ -8,7 +8,7 @@ from rewrite.registry import rule
 
 # A score so low that adding another to it gives it back: where every key of a row is hidden, its scores must not show.
 HIDDEN = {"float16": -6e4, "bfloat16": -1e30, "float32": -1e30, "float64": -1e30}
-ABSORBING = -1e30  # so low that adding a score gives the same number: rows that see nothing stay as they are, too
+ABSORBING = -1e30  # the same for the fused kernel, which adds in float32 whatever the dtype: float16 has no number so low but -inf
 
 
 def _are_scores(x, depth=6):

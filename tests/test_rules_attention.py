@@ -126,6 +126,15 @@ def test_a_row_that_sees_nothing_keeps_a_bias_that_is_not_absorbed():
     assert any(m.rule == "chosen_bias" and "hidden scores become -1e+09" in m.reason for m in result.report.near_misses)
 
 
+@pytest.mark.parametrize(("low", "fused"), [(-65504, False), (-np.inf, True)])
+def test_in_half_precision_no_finite_number_is_absorbed(low, fused):
+    """The kernel adds in float32: -65504 + score would tell the keys of a row apart that sees none."""
+    half = "(float16[B, 4, S, 8] q, float16[B, 4, T, 8] k, float16[B, 4, T, 8] v, float16[B, 4, S, T] bias, bool[B, 1, S, T] keep) => (float16[B, 4, S, 8] y)"
+    body = f"{TURN} m = MatMul(q, kt) b = Add(m, bias) a = Where(keep, b, low) p = Softmax<axis = -1>(a) y = MatMul(p, v)"
+    result = rewrite.optimize(parse(f"{half} {{ {body} }}", 18, low=np.float16(low)))
+    assert result.report.rules["chosen_bias"].applied == int(fused)
+
+
 @pytest.mark.parametrize(("keep", "left"), [(np.ones((1, 1, 5, 1), bool), False), (np.tri(5, dtype=bool).reshape(1, 1, 5, 5), True)])
 def test_a_mask_that_hides_nothing(keep, left):
     """ViT in transformers: an encoder's mask without padding."""
