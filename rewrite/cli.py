@@ -540,7 +540,8 @@ def load_feeds(file: str, names: list[str]) -> dict[str, Any]:
     except RewriteError:
         raise
     except Exception as error:  # NumPy, zipfile and zlib each have their own
-        raise RewriteError(f"{file}: not a readable .npz or .npy file of arrays ({error})") from error
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else "it is no NumPy file, or holds Python objects"
+        raise RewriteError(f"{file}: not a readable .npz or .npy file of arrays ({reason})") from error
 
 
 @main.command(short_help="Run a plan or a model on arrays.")

@@ -143,7 +143,7 @@ CASES = {
         ({"x": (3, 5, 24), "w": (24, 40), "bias": (40,)}, {"activation": "gelu"}),
         ({"x": (1, 24), "w": (40, 24), "bias": (40,), "residual": (1, 40)}, {"activation": "swish", "trans_w": 1}),
         ({"x": (2, 33, 24), "w": (24, 7), "residual": (2, 33, 7)}, {"activation": "gelu_tanh"}),
-        *[({"x": (4, 16), "w": (16, 16), "bias": (16,)}, {"activation": a}) for a in ("relu", "tanh", "sigmoid")],
+        *[({"x": (4, 16), "w": (16, 16), "bias": (16,)}, {"activation": a}) for a in ("relu", "tanh", "sigmoid", "quick_gelu", "relu2")],
     ],
     "GatedMatMulAct": [
         ({"x": (3, 5, 24), "w_gate": (24, 40), "w_up": (24, 40)}, {}),
