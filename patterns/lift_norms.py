@@ -51,6 +51,13 @@ def _check_scale(x, scale, output):
     return None
 
 
+def _check_types(x, output):
+    """ONNX Runtime has the operator for one type only; where it is a function of ours (before opset 23), its body casts."""
+    if x.graph.opset >= 23 and x.dtype != output.dtype:
+        return f"the input is {x.dtype}, the result {output.dtype}: ONNX Runtime has no such RMSNormalization"
+    return None
+
+
 def _ones(op, x, output):
     """The weight of a norm that has none. ONNX's operators require one."""
     return op.constant(np.ones(x.shape[-1]), output.tensor.dtype)
@@ -73,7 +80,7 @@ class RmsNorm:
     def check(x, scale, axes, output):
         if scale.dtype != output.dtype:
             return f"the weight is {scale.dtype}, the result {output.dtype}: RMSNormalization gives the type of its weight"
-        return _check_axes(x, axes) or _check_scale(x, scale, output)
+        return _check_axes(x, axes) or _check_scale(x, scale, output) or _check_types(x, output)
 
     def replace(op, x, scale, epsilon):
         return op.RMSNormalization(x, scale, axis=-1, epsilon=epsilon or 0.0)
@@ -89,8 +96,8 @@ class RmsNormPlain:
         normed = any_of(wide * _inverse(op, mean), op.Div(wide, op.Sqrt(_offset(mean))))
         return maybe(op.Cast, normed)
 
-    def check(x, axes):
-        return _check_axes(x, axes) or _check_plain(x)
+    def check(x, axes, output):
+        return _check_axes(x, axes) or _check_plain(x) or _check_types(x, output)
 
     def replace(op, x, epsilon, output):
         return op.RMSNormalization(x, _ones(op, x, output), axis=-1, epsilon=epsilon or 0.0)

@@ -118,15 +118,24 @@ def make_inputs(specs: list[Spec], attempt: int, sample: Callable[..., Any] | No
 
 
 def default_sample(rng: np.random.Generator, shape: tuple[int, ...], dtype: np.dtype[Any], scale: float | None = 1.0) -> np.ndarray:
-    """Random data: normal for floats, uniform up to near the largest if `scale` is None; fair coins for bools, 0..2 for integers."""
+    """Random data: normal for floats, uniform up to near the largest if `scale` is None; for bools see `coins`; 0..2 for integers."""
     if dtype == np.bool_:
-        return np.asarray(rng.random(shape) < 0.5)
+        return coins(rng, shape)
     if dtype.kind in "iu":
         return np.asarray(rng.integers(0, 3, shape)).astype(dtype)
     if scale is None:
         largest = NEAR_LARGEST * float(np.finfo(np.float16).max)
         return np.asarray(rng.uniform(-largest, largest, shape)).astype(dtype)
     return np.asarray(rng.standard_normal(shape) * scale).astype(dtype)
+
+
+def coins(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
+    """Fair coins, but rows (of the last dimension) all false and all true among them: a mask that hides everything, or nothing."""
+    found = np.asarray(rng.random(shape) < 0.5)
+    if not shape:
+        return found
+    fate = rng.integers(0, 4, shape[:-1])
+    return np.asarray(np.where((fate < 2)[..., None], found, (fate == 2)[..., None]))
 
 
 def session(model: onnx.ModelProto, optimize: bool = False) -> Any:

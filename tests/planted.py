@@ -547,14 +547,14 @@ def added_masks(b: Block, wrong: int | None = None) -> str:
     if wrong is not None and wrong % 2:
         return str(b.op("Softmax", b.op("Add", s, b.op("Add", one, two)), axis=-1))  # added to one another already
     if wrong is not None:
-        return str(b.op("Softmax", b.add(b.add(b.value("B", 2, "S", "T"), one), two), axis=-1))  # no product
+        return str(b.op("Softmax", b.add(b.add(b.op("Sin", b.value("B", 2, "S", "T")), one), two), axis=-1))  # no product
     return str(b.op("Softmax", b.op("Add", b.op("Add", s, one), two), axis=-1))
 
 
 def chosen_and_added_masks(b: Block, wrong: int | None = None) -> str:
     s, _ = _scores(b)
     if wrong is not None and wrong % 2:
-        s = b.value("B", 2, "S", "T")
+        s = b.op("Sin", b.value("B", 2, "S", "T"))  # a value may be a product of another plant
     keep = b.given(onnx.TensorProto.BOOL, "B", 1, "S", "T")
     low = b.scalar(LOW if wrong is None or wrong % 2 else float(b.pick(-1e9, -1e4, -100.0, -1.0, 0.0, 5.0)))
     chosen = b.op("Where", keep, s, low) if b.flip() else b.op("Where", keep, low, s)
@@ -564,7 +564,7 @@ def chosen_and_added_masks(b: Block, wrong: int | None = None) -> str:
 def chosen_masks(b: Block, wrong: int | None = None) -> str:
     s, _ = _scores(b)
     if wrong is not None and wrong % 2:
-        s = b.value("B", 2, "S", "T")
+        s = b.op("Sin", b.value("B", 2, "S", "T"))
     one, two = b.given(onnx.TensorProto.BOOL, "B", 1, 1, "T"), b.given(onnx.TensorProto.BOOL, 1, 1, "S", "T")
     low = b.pick(-1e4, LOW)
     other = low if wrong is None or wrong % 2 else low / 2

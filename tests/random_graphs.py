@@ -207,7 +207,7 @@ def difference(want: np.ndarray, got: np.ndarray) -> float:
     finite = np.isfinite(want)
     if not np.array_equal(want[~finite], got[~finite], equal_nan=True):
         return float("inf")
-    return float(np.abs(want - got)[finite].max(initial=0.0) / max(1.0, np.abs(want)[finite].max(initial=0.0)))
+    return float(np.abs(want[finite] - got[finite]).max(initial=0.0) / max(1.0, np.abs(want)[finite].max(initial=0.0)))
 
 
 def problems(case: Case, want: list[list[np.ndarray]], only: list[str] | None, verify: bool = False, counts: Counter[str] | None = None) -> list[str]:

@@ -59,6 +59,14 @@ def test_rms_norm_at_opset_17_and_23():
     assert after(body.replace("<axes = [-1]>(p)", "(p, last)"), opset=23) == ["RMSNormalization"]
 
 
+@pytest.mark.parametrize("narrow", ["float16", "double"])
+def test_a_cast_to_the_type_of_the_result_stays_where_the_operator_is_onnx_s(narrow):
+    text = f"({narrow}[n, 8] x) => (float[n, 8] y) {{ c = Cast<to = 1>(x) p = Mul(c, c) m = ReduceMean(p, last) a = Add(m, eps) r = Sqrt(a) n1 = Div(c, r) y = Mul(n1, w) }}"
+    given = {"last": CONSTANTS["last"], "eps": CONSTANTS["eps"], "w": WEIGHTS["w"]}
+    for opset, expected in ((18, ["rewrite.RMSNormalization"]), (23, ["Cast", "RMSNormalization"])):
+        assert nodes(rewrite.optimize(parse(text, opset, **given), verify=False).model.proto) == expected
+
+
 def test_weight_and_epsilon_are_taken_over():
     result = rewrite.optimize(model(" ".join([SQUARE["pow"], MEAN["kept"], INVERSE["divided"], WEIGHT["after"]])))
     (node,) = result.model.proto.graph.node
