@@ -84,7 +84,7 @@ def find_mask(graph: Graph, node: gs.Node, mask: gs.Tensor) -> Match:
         shapes[id(padding)] = (batch, keys)
     body = capture(graph, cone.nodes, inputs, {"y": mask}, "AttentionMask", [], dims)
     shaped = {n: (t.dtype, shapes.get(id(t), tuple(t.shape or ()))) for n, t in inputs.items()}
-    found = recognise(flatten(body, graph.functions), shaped, Sizes(batch, queries, keys), axes, bool(node.attrs.get("drop")))
+    found = recognise(flatten(body.function, graph.functions), shaped, Sizes(batch, queries, keys), axes, bool(node.attrs.get("drop")))
     if isinstance(found, str):
         raise NoMask(found)
     attributes, note = found

@@ -22,7 +22,7 @@ import onnx_graphsurgeon as gs
 from rewrite import pattern as P
 from rewrite.builder import GraphBuilder
 from rewrite.errors import RewriteError, blame
-from rewrite.functions import CaptureError, FunctionTable, capture, fingerprint
+from rewrite.functions import Body, CaptureError, FunctionTable, capture, fingerprint
 from rewrite.graph import DOMAIN, Graph, canonical, describe, dtype_name, reads
 from rewrite.matcher import BoundValue, Match, Matcher, Trace, interior_use
 from rewrite.outlook import may_match
@@ -212,19 +212,17 @@ class Driver:
             raise RewriteError(f"rule '{rule.name}': plugin {plugin.name} takes {list(plugin.inputs)} and attributes {list(plugin.attributes)}, not {sorted(unknown) or len(node.inputs)}")
         outputs = dict(zip(plugin.outputs, match.outputs, strict=False))
         attributes = sorted(node.attrs)
-        body = capture(graph, match.nodes, inputs, outputs, plugin.name, attributes, match.dims)
         # Inputs keep their places: one that this body does not read is still a parameter of the function.
         names = [n.rstrip("?") for n in plugin.inputs[: len(node.inputs)]]
-        body.input[:] = names
+        body = capture(graph, match.nodes, inputs, outputs, plugin.name, attributes, match.dims, names)
         values = dict(node.attrs)
-        digest = fingerprint(body)
-        key = f"{digest}|{values}|{[(n, str(t.dtype), t.shape) for n, t in inputs.items()]}"
+        key = f"{body.digest}|{values}|{[(n, str(t.dtype), t.shape) for n, t in inputs.items()]}"
         run = reference_runner(plugin, values, [read.get(n, "") for n in names])
-        verdict = self._verdict(key, graph, body, inputs, run, plugin.tolerance, plugin.sample, match.shapes)
+        verdict = self._verdict(key, graph, body.function, inputs, run, plugin.tolerance, plugin.sample, match.shapes)
         site.error, site.attributes, site.note = verdict.error, values, match.note
         if not verdict.ok:
             return f"plugin {plugin.name} differs from the subgraph it would replace: {verdict.reason}"
-        node.op = self.table.add(body, digest)
+        node.op = self.table.add(body.function, body.digest)
         return ""
 
     def _plain_site(self, graph: Graph, match: Match, made: list[gs.Node], results: list[gs.Tensor], site: Site) -> str:
@@ -237,16 +235,17 @@ class Driver:
         if passed and not made:
             names = {id(t): n for n, t in inputs.items()}
             nodes = [onnx.helper.make_node("Identity", [names[id(r)]], [f"o{n}"]) for n, r in enumerate(results)]
-            after = onnx.helper.make_function(DOMAIN, "After", list(inputs), list(outputs), nodes, before.opset_import)
+            function = onnx.helper.make_function(DOMAIN, "After", list(inputs), list(outputs), nodes, before.function.opset_import)
+            after = Body(function, fingerprint(function))
         else:
             after = capture(graph, made, inputs, {f"o{n}": r for n, r in enumerate(results)}, "After", [])
-        needed = self.table.needed_by(after)
-        key = f"{fingerprint(before)}|{fingerprint(after)}|{[(str(t.dtype), t.shape) for t in inputs.values()]}"
+        needed = self.table.needed_by(after.function)
+        key = f"{before.digest}|{after.digest}|{[(str(t.dtype), t.shape) for t in inputs.values()]}"
 
         def run(arrays: dict[str, np.ndarray]) -> list[Any]:
-            return run_function(after, needed, arrays)
+            return run_function(after.function, needed, arrays)
 
-        verdict = self._verdict(key, graph, before, inputs, run, TOLERANCE, None, contents=_target_shapes(match))
+        verdict = self._verdict(key, graph, before.function, inputs, run, TOLERANCE, None, contents=_target_shapes(match))
         site.error = verdict.error
         return "" if verdict.ok else f"the replacement differs: {verdict.reason}"
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import ast
 import hashlib
 from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import onnx
@@ -12,7 +14,7 @@ import onnx.inliner
 import onnx_graphsurgeon as gs
 from onnx_graphsurgeon.exporters.onnx_exporter import OnnxExporter
 
-from rewrite.graph import DOMAIN, SMALL, Dim, Graph, canonical, describe
+from rewrite.graph import DOMAIN, SMALL, Dim, Graph, canonical, describe, small_values
 
 # Cheap operators on shapes and positions: where a match reads a value they compute, the body may compute it again.
 REDERIVED = {
@@ -23,8 +25,20 @@ REDERIVED = {
 TABLE = 2**22  # elements: the largest constant (a causal mask for 2048 positions) that becomes part of a body
 
 
+Step = tuple[str, str, Mapping[str, Any], list[str], list[str]]  # a node of a body: operator, domain, attributes, inputs, outputs
+
+
 class CaptureError(Exception):
     """The match cannot become a function; the message is the reason, for the report."""
+
+
+@dataclass(frozen=True)
+class Body:
+    """A subgraph as a function, and its fingerprint. Equal subgraphs of a graph share one, which nobody may change."""
+
+    function: onnx.FunctionProto
+    digest: str
+    made_of: Any = None  # what ids in its key are those of: alive, so that these stay theirs
 
 
 def capture(
@@ -35,17 +49,18 @@ def capture(
     name: str,
     attributes: list[str],
     dims: Mapping[str, tuple[str, int]] | None = None,
-) -> onnx.FunctionProto:
+    parameters: list[str] | None = None,
+) -> Body:
     """The part of `graph` made of `nodes` that computes `outputs` from `inputs`, as a function.
 
-    `inputs` and `outputs` give the function's own names; inner values are numbered, so that equal subgraphs give
-    equal functions. Small constants become `Constant` nodes of the body. With `dims`, where each named dimension is to
+    `inputs` and `outputs` give the function's own names, `parameters` those of all its inputs if it has more than it reads;
+    inner values are numbered, so that equal subgraphs give equal functions: one layer's is built, the others' looked up. Small constants become `Constant` nodes of the body. With `dims`, where each named dimension is to
     be read (input and axis), every integer that shapes determine is computed from these, wherever the graph reads it,
     and constants up to `TABLE` elements are taken in. Raises CaptureError if a value comes from elsewhere and cannot be
     derived from the inputs again.
     """
     names: dict[int | str, str] = {id(t): n for n, t in inputs.items()}
-    body: list[onnx.NodeProto] = []
+    body: list[Step] = []
     inside = {id(n) for n in nodes}
     visiting: set[int] = set()
     domains: set[str] = set()
@@ -70,12 +85,8 @@ def capture(
 
     def emit(node: gs.Node) -> None:
         operands = [value(t) for t in node.inputs]
-        proto = OnnxExporter.export_node(node)
-        proto.name = ""
-        proto.input[:] = operands
-        proto.output[:] = [number(t) if t.name else "" for t in node.outputs]
-        domains.add(proto.domain)
-        body.append(proto)
+        domains.add(node.domain or "")
+        body.append((node.op, node.domain or "", node.attrs, operands, [number(t) if t.name else "" for t in node.outputs]))
 
     def constant(tensor: gs.Tensor) -> str:
         array = graph.constant(tensor, SMALL if dims is None else TABLE)
@@ -85,8 +96,11 @@ def capture(
         return literal(array, id(tensor))
 
     def literal(array: np.ndarray, key: int | str) -> str:
+        return step("Constant", [], key, value=array)
+
+    def step(op: str, operands: list[str], key: int | str, **attributes: Any) -> str:
         target = fresh(key)
-        body.append(onnx.helper.make_node("Constant", [], [target], value=onnx.numpy_helper.from_array(np.ascontiguousarray(array).reshape(array.shape))))
+        body.append((op, "", attributes, operands, [target]))
         return target
 
     def number(tensor: gs.Tensor) -> str:
@@ -102,13 +116,8 @@ def capture(
         scalar = id(tensor) in graph.scalars
         wide = tensor.dtype in (None, np.int64)
         key: int | str = id(tensor) if wide else f"int64 {id(tensor)}"
-        joined = fresh(key)
-        body.append(onnx.helper.make_node("Squeeze" if scalar else "Concat", parts, [joined], **({} if scalar else {"axis": 0})))
-        if wide:
-            return joined
-        target = number(tensor)
-        body.append(onnx.helper.make_node("Cast", [joined], [target], to=onnx.helper.np_dtype_to_tensor_dtype(np.dtype(tensor.dtype))))
-        return target
+        joined = step("Squeeze", parts, key) if scalar else step("Concat", parts, key, axis=0)
+        return joined if wide else step("Cast", [joined], id(tensor), to=onnx.helper.np_dtype_to_tensor_dtype(np.dtype(tensor.dtype)))
 
     def size(dim: Dim) -> str:
         """One dimension, as a tensor of one element."""
@@ -121,26 +130,50 @@ def capture(
         if text in dims:
             name, axis = dims[text]
             index = size(axis)
-            shape = fresh(f"shape of {name} for {text}")
-            body.append(onnx.helper.make_node("Shape", [name], [shape]))
-            operation, operands = "Gather", [shape, index]
+            operation, operands = "Gather", [step("Shape", [name], f"shape of {name} for {text}"), index]
         else:
             operation, *terms = _operation(text)
             operands = [size(t) for t in terms]
-        target = fresh(f"size {text}")
-        body.append(onnx.helper.make_node(operation, operands, [target]))
-        return target
+        return step(operation, operands, f"size {text}")
 
     results = [value(t) for t in outputs.values()]
     rename = dict(zip(results, outputs, strict=True))
     if len(rename) != len(results) or any(r in inputs for r in results):
         raise CaptureError("an output of the match is one of its inputs")
-    for proto in body:
-        proto.input[:] = [rename.get(n, n) for n in proto.input]
-        proto.output[:] = [rename.get(n, n) for n in proto.output]
-    opsets = [onnx.helper.make_opsetid("", graph.opset)]
-    opsets += [onnx.helper.make_opsetid(d, 1) for d in sorted(domains - {"", "ai.onnx"})]
-    return onnx.helper.make_function(DOMAIN, name, list(inputs), list(outputs), body, opsets, attributes)
+    key = (name, tuple(parameters or inputs), tuple(outputs), tuple(results), tuple(attributes), tuple(map(_key, body)))
+    if key not in graph.bodies:
+        opsets = [onnx.helper.make_opsetid("", graph.opset)]
+        opsets += [onnx.helper.make_opsetid(d, 1) for d in sorted(domains - {"", "ai.onnx"})]
+        protos = [_build(s, rename) for s in body]
+        function = onnx.helper.make_function(DOMAIN, name, parameters or list(inputs), list(outputs), protos, opsets, attributes)
+        graph.bodies[key] = Body(function, fingerprint(function), body)
+    return graph.bodies[key]
+
+
+def _key(step: Step) -> tuple[Any, ...]:
+    op, domain, attributes, inputs, outputs = step
+    return op, domain, tuple(inputs), tuple(outputs), *((k, _frozen(v)) for k, v in attributes.items())
+
+
+def _frozen(value: Any) -> Any:
+    """What two attribute values have in common if and only if they are the same, types and signs of zero included."""
+    if isinstance(value, gs.Tensor):
+        small = small_values(value) if isinstance(value, gs.Constant) else None
+        if small is None:
+            return id(value)
+        value = small
+    if not isinstance(value, np.ndarray):
+        return repr(value)
+    return str(value.dtype), value.shape, value.tobytes() if value.size <= SMALL else hashlib.sha256(value.tobytes()).digest()
+
+
+def _build(step: Step, rename: Mapping[str, str]) -> onnx.NodeProto:
+    op, domain, attributes, inputs, outputs = step
+    whole = {k: gs.Constant("", np.ascontiguousarray(v).reshape(v.shape)) if isinstance(v, np.ndarray) else v for k, v in attributes.items()}
+    node: onnx.NodeProto = OnnxExporter.export_node(gs.Node(op, "", whole, domain=domain or None))
+    node.input[:] = [rename.get(n, n) for n in inputs]
+    node.output[:] = [rename.get(n, n) for n in outputs]
+    return node
 
 
 def _operation(text: str) -> tuple[str, Dim, Dim]:
@@ -184,8 +217,9 @@ class FunctionTable:
             while name in self.functions:
                 index += 1
                 name = f"{function.name}_{index}"
-            function.name = name
-            self.functions[name] = function
+            self.functions[name] = onnx.FunctionProto()
+            self.functions[name].CopyFrom(function)
+            self.functions[name].name = name
             self._by_print[key] = name
         return self._by_print[key]
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cache
+from typing import Any
 
 import numpy as np
 import onnx
@@ -76,6 +77,7 @@ class Graph:
         # All integers that shapes determine, by tensor: the value of `Shape(x)[1]` is ["seq"]. `known` are those without names.
         self.symbolic: dict[int, list[Dim]] = {}
         self.functions: Mapping[str, onnx.FunctionProto] = {}  # that plugin nodes call
+        self.bodies: dict[Any, Any] = {}  # subgraphs captured before, as functions, by what they are made of
         self.scalars: set[int] = set()  # those of them that have no dimensions
         for index, node in enumerate(graph.nodes):
             self._enter(node, float(index))
