@@ -25,7 +25,7 @@ from rewrite.errors import RewriteError, blame
 from rewrite.functions import Body, CaptureError, FunctionTable, capture, fingerprint
 from rewrite.graph import DOMAIN, Graph, canonical, describe, dtype_name, reads
 from rewrite.matcher import BoundValue, Match, Matcher, Trace, interior_use
-from rewrite.outlook import may_match
+from rewrite.outlook import Outlook
 from rewrite.registry import Library, Rule
 from rewrite.report import NearMiss, Report, Site, common_scope
 from rewrite.shapes import is_named
@@ -55,9 +55,10 @@ class Driver:
         graph.functions = self.table.functions
         worklist = Worklist(graph, [r for r in self.library.rules if r.tier == tier])
         changes, limit = 0, 10 * len(graph.live) + 1000
+        outlook = Outlook(graph)
         for node, rules in worklist:
-            for rule in rules:
-                if not self.explain and _is_hopeless(graph, rule, node):
+            for rule in rules if self.explain else outlook.hopeful(rules, node):
+                if not self.explain and not all(map(graph.counts.get, rule.required)):
                     continue
                 touched = self._try(graph, rule, node)
                 if self._blocked:
@@ -310,10 +311,6 @@ class Driver:
             self.metadata[id(node)] = {"rewrite.rule": rule.name}
             self._keep.append(node)
             self._take_over(graph, old, node, 0)
-
-
-def _is_hopeless(graph: Graph, rule: Rule, node: gs.Node) -> bool:
-    return any(not graph.counts.get(op) for op in rule.required) or (rule.find is None and not may_match(graph, rule.pattern[0], node))
 
 
 def _nearest(graph: Graph, rule: Rule, node: gs.Node) -> Trace:

@@ -54,8 +54,9 @@ def capture(
     """The part of `graph` made of `nodes` that computes `outputs` from `inputs`, as a function.
 
     `inputs` and `outputs` give the function's own names, `parameters` those of all its inputs if it has more than it reads;
-    inner values are numbered, so that equal subgraphs give equal functions: one layer's is built, the others' looked up. Small constants become `Constant` nodes of the body. With `dims`, where each named dimension is to
-    be read (input and axis), every integer that shapes determine is computed from these, wherever the graph reads it,
+    inner values are numbered, so that equal subgraphs give equal functions: one layer's is built, the others' looked up.
+    Small constants become `Constant` nodes of the body. With `dims`, where each named dimension is to be read (input and
+    axis), every integer that shapes determine is computed from these, wherever the graph reads it,
     and constants up to `TABLE` elements are taken in. Raises CaptureError if a value comes from elsewhere and cannot be
     derived from the inputs again.
     """
@@ -141,13 +142,14 @@ def capture(
     if len(rename) != len(results) or any(r in inputs for r in results):
         raise CaptureError("an output of the match is one of its inputs")
     key = (name, tuple(parameters or inputs), tuple(outputs), tuple(results), tuple(attributes), tuple(map(_key, body)))
-    if key not in graph.bodies:
+    known: dict[Any, Body] = graph.bodies
+    if key not in known:
         opsets = [onnx.helper.make_opsetid("", graph.opset)]
         opsets += [onnx.helper.make_opsetid(d, 1) for d in sorted(domains - {"", "ai.onnx"})]
         protos = [_build(s, rename) for s in body]
         function = onnx.helper.make_function(DOMAIN, name, parameters or list(inputs), list(outputs), protos, opsets, attributes)
-        graph.bodies[key] = Body(function, fingerprint(function), body)
-    return graph.bodies[key]
+        known[key] = Body(function, fingerprint(function), body)
+    return known[key]
 
 
 def _key(step: Step) -> tuple[Any, ...]:

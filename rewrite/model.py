@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import ast
 import os
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import onnx
 import onnx_graphsurgeon as gs
+from google.protobuf.unknown_fields import UnknownFieldSet  # type: ignore[import-untyped]
 from onnx.external_data_helper import ExternalDataInfo
 from onnx_graphsurgeon.exporters.onnx_exporter import OnnxExporter
 from onnx_graphsurgeon.logger import G_LOGGER
@@ -202,6 +205,13 @@ class Imported:
     graphs: dict[int, onnx.GraphProto]
     kept: list[gs.Node]  # holds the nodes, so that ids in `sources` stay theirs
 
+    def release(self) -> None:
+        """Take the graph apart: nodes and tensors name one another, which Python's cycle collector takes long to find out."""
+        for node in self.kept:
+            for tensor in (*node.inputs, *node.outputs):
+                tensor.__dict__.clear()
+            node.__dict__.clear()
+
 
 def open_graph(model: Model) -> Imported:
     """Infer shapes and import the graph. Raises RewriteError if ONNX finds the model inconsistent."""
@@ -264,10 +274,9 @@ def close_graph(imported: Imported, functions: dict[str, onnx.FunctionProto], me
     """The model with the edited graph and its functions. Untouched parts are those of the original, byte for byte."""
     source = imported.model
     proto = onnx.ModelProto()
-    proto.CopyFrom(source.proto)
-    proto.graph.CopyFrom(_export(imported.graph, source.proto.graph, imported, metadata))
+    _copy(source.proto, proto, without={"graph", "functions"})
+    _export(imported.graph, source.proto.graph, proto.graph, imported, metadata)
     kept = [f for f in source.proto.functions if f.domain != DOMAIN]
-    del proto.functions[:]
     proto.functions.extend(kept)
     bodies = (n for f in kept for n in f.node)
     used = {n.op_type for n in (*all_nodes(proto.graph), *bodies) if n.domain == DOMAIN}
@@ -286,15 +295,32 @@ def close_graph(imported: Imported, functions: dict[str, onnx.FunctionProto], me
     return Model(proto, source.folder, source.name, dict(source.external))
 
 
-def _export(graph: gs.Graph, source: onnx.GraphProto, imported: Imported, metadata: dict[int, dict[str, str]]) -> onnx.GraphProto:
-    result = onnx.GraphProto()
-    result.CopyFrom(source)
-    del result.node[:]
-    del result.initializer[:]
+def _copy(source: Any, result: Any, without: Collection[str]) -> None:
+    """Copy a message but some of its fields: weights are large, each copy of them counts."""
+    if len(UnknownFieldSet(source)):  # of a newer ONNX, perhaps: kept
+        result.CopyFrom(source)
+        for name in without:
+            result.ClearField(name)
+        return
+    for descriptor, value in source.ListFields():
+        name = descriptor.name
+        if name in without:
+            continue
+        if isinstance(value, (str, bytes, int, float)):
+            setattr(result, name, value)
+        elif hasattr(value, "extend"):
+            getattr(result, name).extend(value)
+        else:
+            getattr(result, name).CopyFrom(value)
+
+
+def _export(graph: gs.Graph, source: onnx.GraphProto, result: onnx.GraphProto, imported: Imported, metadata: dict[int, dict[str, str]]) -> None:
+    _copy(source, result, without={"node", "initializer"})
     read: dict[str, gs.Tensor] = {}
     for node in graph.nodes:
-        result.node.append(_export_node(node, imported, metadata))
-        read.update({t.name: t for t in node.inputs})
+        _export_node(node, result.node.add(), imported, metadata)
+        for tensor in node.inputs:
+            read[tensor.name] = tensor
     gone = _unread(source, result) if not imported.model.proto.training_info else set()
     old = {i.name for i in source.initializer}
     result.initializer.extend(i for i in source.initializer if i.name not in gone)
@@ -302,7 +328,6 @@ def _export(graph: gs.Graph, source: onnx.GraphProto, imported: Imported, metada
         if isinstance(tensor, gs.Constant) and name not in old and not tensor.inputs and not _is_outer(tensor):
             result.initializer.append(OnnxExporter.export_tensor_proto(tensor))
     _export_types(result, source, graph, gone)
-    return result
 
 
 def _unread(before: onnx.GraphProto, after: onnx.GraphProto) -> set[str]:
@@ -347,20 +372,18 @@ def _export_types(result: onnx.GraphProto, source: onnx.GraphProto, graph: gs.Gr
     result.value_info.extend(kept)
 
 
-def _export_node(node: gs.Node, imported: Imported, metadata: dict[int, dict[str, str]]) -> onnx.NodeProto:
+def _export_node(node: gs.Node, result: onnx.NodeProto, imported: Imported, metadata: dict[int, dict[str, str]]) -> None:
     source = imported.sources.get(id(node))
-    inputs, outputs = [t.name for t in node.inputs], [t.name for t in node.outputs]
     if source is None:
-        result = OnnxExporter.export_node(node)
+        result.CopyFrom(OnnxExporter.export_node(node))
         for key, value in metadata.get(id(node), {}).items():
             result.metadata_props.add(key=key, value=value)
-        return result
-    result = onnx.NodeProto()
+        return
     result.CopyFrom(source)
-    result.input[:] = inputs
-    result.output[:] = outputs
+    result.input[:] = [t.name for t in node.inputs]
+    result.output[:] = [t.name for t in node.outputs]
     for attribute in result.attribute:
         if attribute.type == onnx.AttributeProto.GRAPH:
             inner = node.attrs[attribute.name]
-            attribute.g.CopyFrom(_export(inner, imported.graphs[id(inner)], imported, metadata))
-    return result
+            attribute.g.Clear()
+            _export(inner, imported.graphs[id(inner)], attribute.g, imported, metadata)

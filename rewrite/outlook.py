@@ -1,7 +1,7 @@
-"""Can a pattern match at a node at all? A quick look at the operators above it, before any matching.
+"""Can a pattern match at a node at all? A quick look at the operators around it, before any matching.
 
 The look may be wrong in one way only: it says yes where the matcher then says no. It binds nothing, reads no attribute
-and no constant, takes every no-op for something that might be looked through, and goes `DEPTH` operators up.
+and no constant, and takes every no-op for something that might be looked through.
 """
 
 from __future__ import annotations
@@ -13,51 +13,53 @@ import onnx_graphsurgeon as gs
 
 from rewrite import pattern as P
 from rewrite.graph import Graph, canonical
-from rewrite.noops import PASSING, look_through
+from rewrite.noops import PASSING
+from rewrite.registry import Rule
 
-DEPTH = 2
-
-
-def may_match(graph: Graph, value: P.Value, node: gs.Node) -> bool:
-    """Whether `value`, the output of a pattern, can be computed by `node`."""
-    op = canonical(node)
-    if any(_fits(graph, form, node, DEPTH) for form in _forms(value).get(op, ())):
-        return True
-    return op in PASSING and any(look_through(graph, node, t) is not None for t in node.outputs)
+Above = tuple[str | None, ...]  # the operator that computes each input of a node; None for inputs of the graph and constants
 
 
-def may_be(graph: Graph, value: P.Value, tensor: gs.Tensor, depth: int = 1) -> bool:
+class Outlook:
+    """Which rules may match at a node: told by its operator and those that compute its inputs, so once for all layers."""
+
+    def __init__(self, graph: Graph):
+        self.graph = graph
+        self._known: dict[tuple[int, str, Above], list[Rule]] = {}
+
+    def hopeful(self, rules: list[Rule], node: gs.Node) -> list[Rule]:
+        """Those of `rules`, a list that stays alive, that are worth an attempt."""
+        above = tuple([None if (p := self.graph.producer(t)) is None else canonical(p) for t in node.inputs])
+        key = (id(rules), canonical(node), above)
+        if key not in self._known:
+            self._known[key] = [r for r in rules if r.find is not None or _may_match(r.pattern[0], key[1], above)]
+        return self._known[key]
+
+
+def may_be(graph: Graph, value: P.Value, tensor: gs.Tensor) -> bool:
     """Whether `value` can stand for `tensor`."""
     wanted = _producers(value)
     if wanted is None:
         return True
     node = graph.producer(tensor)
-    if node is None:
-        return False
-    op = canonical(node)
-    if depth == 0 or op in PASSING or op not in wanted:
-        return op in wanted
-    return any(_fits(graph, form, node, depth) for form in _forms(value)[op])
+    return node is not None and canonical(node) in wanted
 
 
-def _fits(graph: Graph, op: P.Op, node: gs.Node, depth: int) -> bool:
+def _may_match(value: P.Value, op: str, above: Above) -> bool:
+    return op in PASSING or any(_fits(form, above) for form in _forms(value).get(op, ()))
+
+
+def _fits(op: P.Op, above: Above) -> bool:
     if op.name in P.ASSOCIATIVE:
-        return any(all(_among(graph, v, node, op.ops if len(values) > 2 else (), depth - 1) for v in values) for values in op.operand_lists)
+        chained = not op.ops.isdisjoint(a for a in above if a)  # more operands lie further up
+        return any(all(_among(v, above) or (chained and len(values) > 2) for v in values) for values in op.operand_lists)
     if op.name in P.COMMUTATIVE:
-        return all(_among(graph, v, node, (), depth - 1) for v in op.inputs)
-    return all(may_be(graph, v, t, depth - 1) for v, t in zip(op.inputs, node.inputs, strict=False))
+        return all(_among(v, above) for v in op.inputs)
+    return all(_among(v, (a,)) for v, a in zip(op.inputs, above, strict=False))
 
 
-def _among(graph: Graph, value: P.Value, node: gs.Node, chained: Sequence[str] | frozenset[str], depth: int) -> bool:
-    """Whether `value` can be an operand of `node`, or of one of the `chained` operators that compute its operands."""
-    if _producers(value) is None:
-        return True
-    for tensor in node.inputs:
-        if may_be(graph, value, tensor, depth):
-            return True
-        if chained and (producer := graph.producer(tensor)) is not None and canonical(producer) in chained:
-            return True
-    return False
+def _among(value: P.Value, above: Sequence[str | None]) -> bool:
+    wanted = _producers(value)
+    return wanted is None or any(a in wanted for a in above)
 
 
 @cache

@@ -6,6 +6,7 @@ import numpy as np
 import onnx
 import pytest
 from conftest import nodes, parse
+from google.protobuf.unknown_fields import UnknownFieldSet
 
 import rewrite
 
@@ -157,3 +158,13 @@ def test_graphs_inside_keep_what_is_theirs():
         assert after[name].doc_string == before[name].doc_string
         assert list(after[name].initializer) == list(before[name].initializer)
         assert list(after[name].output) == list(before[name].output)
+
+
+def test_fields_of_a_newer_onnx_are_kept():
+    unknown = b"\xfa\x3f\x03abc"  # field 1023
+    model = onnx.load_model_from_string(rich().SerializeToString() + unknown)
+    graph = onnx.GraphProto.FromString(model.graph.SerializeToString() + unknown)
+    model.graph.CopyFrom(graph)
+    after = rewrite.optimize(model, verify=False).model.proto
+    assert len(after.functions) > len(model.functions)
+    assert len(UnknownFieldSet(after)) == len(UnknownFieldSet(after.graph)) == 1
