@@ -21,6 +21,7 @@ _HOME = {
     "Plan": "rewrite.runtime.plan",
     "rule": "rewrite.registry",
     "plugin": "rewrite.registry",
+    "rule_from_torch": "rewrite.export.torch_rules",
     "any_of": "rewrite.pattern",
     "maybe": "rewrite.pattern",
     "scalar": "rewrite.pattern",
@@ -39,6 +40,7 @@ __all__ = [*sorted(_HOME), "__version__"]
 if TYPE_CHECKING:
     from rewrite.errors import CheckFailed as CheckFailed
     from rewrite.errors import RewriteError as RewriteError
+    from rewrite.export.torch_rules import rule_from_torch as rule_from_torch
     from rewrite.functions import unfuse as unfuse
     from rewrite.model import Model as Model
     from rewrite.model import load as load

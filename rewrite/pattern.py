@@ -387,5 +387,5 @@ def text(value: Value) -> str:
     if isinstance(value, Output):
         return f"{text(value.node)}[{value.index}]"
     assert isinstance(value, Op)
-    attributes = [f"{k}={v.name if isinstance(v, Attr) else v}" for k, v in value.attributes.items()]
+    attributes = [f"{k}={v.name if isinstance(v, Attr) else getattr(v, '__name__', v)}" for k, v in value.attributes.items()]
     return f"{value.name}({', '.join([text(i) for i in value.inputs] + attributes)})"

@@ -49,11 +49,13 @@ class Rule:
     function: Callable[..., Any] | None = None
     find: Callable[..., Any] | None = None
     exact: bool = False  # the replacement gives the same bits, not only the same numbers up to rounding
+    forms: tuple[Any, ...] = ()  # of a rule from PyTorch: what each exporter and opset gave
 
     def __call__(self, op: Any, *values: Any) -> Any:
         """The pattern on other values: a rule's pattern stands inside another rule's."""
         if self.function is None:
-            raise RewriteError(f"rule '{self.name}' finds its matches itself; it has no pattern that could stand in another")
+            why = "its pattern comes from PyTorch and cannot" if self.forms else "finds its matches itself; it has no pattern that could"
+            raise RewriteError(f"rule '{self.name}' {why} stand in another")
         return self.function(op, *values)
 
     def call(self, function: Callable[..., Any], bindings: Mapping[str, Any], *first: Any) -> Any:
@@ -178,6 +180,19 @@ def rule(cls: type | None = None, *, tier: str = "fuse", priority: int = 0, exac
         return made
 
     return declare if cls is None else declare(cls)
+
+
+def declare(*, name: str, tier: str, doc: str, pattern: tuple[P.Value, ...], variables: tuple[str, ...], replace: Callable[..., Any],
+            check: Callable[..., str | None] | None, priority: int, module: str, exact: bool, forms: tuple[Any, ...]) -> Rule:  # fmt: skip
+    """Declare a rule whose pattern was derived. Raises RewriteError for an unknown tier or a name that nothing binds."""
+    where = f"rule {name} ({_origin(module)})"
+    if tier not in TIERS:
+        raise RewriteError(f"{where}: tier {tier!r} is unknown; use one of {', '.join(TIERS)}")
+    _check_parameters(type(name, (), {"replace": staticmethod(replace)}), pattern, variables, where)
+    roots, needed = frozenset(P.roots(pattern[0])), frozenset().union(*(P.required(o) for o in pattern))
+    made = Rule(_snake(name), tier, doc, pattern, variables, replace, check, priority, _origin(module), roots, needed, exact=exact, forms=forms)
+    _declaring[-1].rules[made.name] = made
+    return made
 
 
 def _check_parameters(cls: type, outputs: tuple[P.Value, ...], variables: tuple[str, ...], where: str) -> None:
