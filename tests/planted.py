@@ -150,6 +150,17 @@ def swish_sigmoid(b: Block, wrong: int | None = None) -> str:
     return b.mul(x, b.op(b.pick("HardSigmoid", "Tanh", "Softsign", "Softplus"), x))
 
 
+def squared_relu(b: Block, wrong: int | None = None) -> str:
+    x = b.value("B", "S", 8)
+    if wrong is None:
+        y = b.op("Relu", x)
+        return str(b.op("Mul", y, y))
+    first = b.op("Relu", x)
+    if wrong % 2:  # of two values
+        return b.mul(first, b.op("Relu", b.op("Sin", x)))
+    return b.mul(first, b.op(b.pick("Elu", "Softplus", "Softsign", "HardSigmoid", "LeakyRelu"), x))
+
+
 # --- norms ----------------------------------------------------------------------------------------------------------
 def _normed(b: Block, x: str, centred: str, axis: int = -1, power: float = 2.0) -> str:
     square = b.mul(centred, centred) if power == 2.0 and b.flip() else b.op("Pow", centred, b.scalar(power))
@@ -261,6 +272,13 @@ def _residual(b: Block, wrong: int | None) -> str:
 def linear_activation_residual(b: Block, wrong: int | None = None) -> str:
     y = _activate(b, _product(b, b.value("B", "S", 8), 8, 6, _third(wrong, 0), b.flip()), wrong=_third(wrong, 1))
     return b.add(y, _residual(b, _third(wrong, 2)))
+
+
+def linear_squared_relu(b: Block, wrong: int | None = None) -> str:
+    y = _product(b, b.value("B", "S", 8), 8, 6, _third(wrong, 0), b.flip())
+    positive = b.op(b.pick("Elu", "Softplus", "Softsign") if _third(wrong, 1) is not None else "Relu", y)
+    power = _third(wrong, 2)
+    return str(b.op("Mul", positive, positive) if power is None and b.flip() else b.op("Pow", positive, b.scalar(off(b, 2.0, power))))
 
 
 def linear_bias_residual(b: Block, wrong: int | None = None) -> str:
@@ -471,6 +489,17 @@ def unfolded_weighting(b: Block, wrong: int | None = None) -> str:
     return str(b.op("Reshape", y, b.op("Concat", b.op("Shape", s, start=0, end=3), b.ints(8), axis=0)))
 
 
+def unfolded_product(b: Block, wrong: int | None = None) -> str:
+    x, y = b.given(onnx.TensorProto.FLOAT, "B", 2, "S", "T"), b.given(onnx.TensorProto.FLOAT, "B", 2, "T", 8)
+    product = b.op("MatMul", b.op("Reshape", x, _shape_of(b, x, (-1,), 2, 3)), b.op("Reshape", y, _shape_of(b, y, (-1,), 2, 3)))
+    if wrong is None:
+        return str(b.op("Reshape", product, b.op("Concat", b.op("Shape", x, start=0, end=3), b.ints(8), axis=0)))
+    if wrong % 2:  # the heads come first
+        return str(b.op("Reshape", product, b.op("Concat", b.ints(2, -1), b.op("Shape", x, start=2, end=3), b.ints(8), axis=0)))
+    columns = int(b.pick(1, 2, 4))  # other parts of the rows, as if they were positions
+    return str(b.op("Reshape", product, b.op("Concat", b.op("Shape", x, start=0, end=2), b.ints(-1, columns), axis=0)))
+
+
 def static_repeat(b: Block, wrong: int | None = None) -> str:
     k = b.value("B", 2, "T", 8)
     lifted = b.op("Unsqueeze", k, b.ints(2 if wrong is None or wrong % 2 == 0 else 1))
@@ -573,6 +602,39 @@ def chosen_masks(b: Block, wrong: int | None = None) -> str:
     return str(b.op("Softmax", b.op("Where", one, b.scalar(low), b.op("Where", two, b.scalar(other), s)), axis=-1))
 
 
+def scaled_masks(b: Block, wrong: int | None = None) -> str:
+    s = b.op("MatMul", b.value("B", 2, "S", 8), b.op("Transpose", b.value("B", 2, "T", 8), perm=[0, 1, 3, 2]))
+    if wrong is not None and wrong % 2:
+        s = b.op("Sin", b.value("B", 2, "S", "T"))  # no product
+    one, factor = b.given(onnx.TensorProto.FLOAT, "B", 1, "S", "T"), b.scalar(float(b.pick(0.25, 0.7, 2.0)))
+    if wrong is not None and wrong % 2 == 0:  # each column has a scale of its own
+        factor = b.given(onnx.TensorProto.FLOAT, "B", 1, 1, "T")
+    y = b.mul(b.add(s, one), factor)
+    return str(b.op("Softmax", b.add(y, b.given(onnx.TensorProto.FLOAT, 1, 1, "S", "T")) if b.flip() else y, axis=b.pick(-1, 3)))
+
+
+def chosen_bias(b: Block, wrong: int | None = None) -> str:
+    s = b.op("MatMul", b.value("B", 2, "S", 8), b.op("Transpose", b.value("B", 2, "T", 8), perm=[0, 1, 3, 2]))
+    if wrong is not None and wrong % 2:
+        s = b.op("Sin", b.value("B", 2, "S", "T"))  # no product
+    low = b.scalar(LOW if wrong is None or wrong % 2 else float(b.pick(-1e9, -1e4, -100.0, -1.0, 0.0, 5.0)))
+    keep, biased = b.given(onnx.TensorProto.BOOL, "B", 1, "S", "T"), b.add(s, b.given(onnx.TensorProto.FLOAT, 1, 2, "S", "T"))
+    return str(b.op("Softmax", b.op("Where", keep, biased, low) if b.flip() else b.op("Where", keep, low, biased), axis=b.pick(-1, 3)))
+
+
+def nothing_hidden(b: Block, wrong: int | None = None) -> str:
+    x = b.given(onnx.TensorProto.FLOAT, "B", 2, 3, 4)
+    keep = np.ones((1, 1, 3, 4), bool)
+    shown = 0.0
+    if wrong is not None and wrong % 3 == 0:
+        keep.flat[b.rng.integers(12)] = False
+    elif wrong is not None and wrong % 3 == 1:
+        shown = off(b, 0.0, wrong // 3)
+    elif wrong is not None:
+        x = b.given(onnx.TensorProto.FLOAT, 2, 1, 4)  # the mask makes it larger
+    return b.add(x, b.op("Where", b.weight(keep), b.scalar(shown), b.scalar(float(b.pick(LOW, -1e4)))))
+
+
 def attention_mask(b: Block, wrong: int | None = None) -> str:
     """Causal, a window or padding, [B, 1, S, S]; near misses: every second key, a table of random cells, another distance."""
     x = b.given(onnx.TensorProto.FLOAT, "B", 2, "S", 8)
@@ -601,6 +663,7 @@ PLANTS: dict[str, Make] = {
         rotary_halves, rotary_parts, rotary_pairs, rotary_pair_parts, rotary_partial, native_rotary, static_reshape, factor_one, key_transpose,
         merged_key_transpose, merged_folded_key_transpose, unfolded_scores, unfolded_weighting, static_repeat, repeat_before_transpose,
         attention, native_attention, added_masks, chosen_and_added_masks, chosen_masks, attention_mask,
+        squared_relu, linear_squared_relu, unfolded_product, scaled_masks, chosen_bias, nothing_hidden,
     )
 }  # fmt: skip
 NEWEST = {"native_rotary", "native_attention"}  # from opset 23 on

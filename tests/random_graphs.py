@@ -29,7 +29,7 @@ UNARY = ("Sin", "Atan", "Softsign", "Cos", "Elu", "Abs", "Neg")
 DISTURBING = ("Sin", "Atan", "Softsign", "Cos", "Elu", "Mish")  # on an edge inside a plant: no rule knows them
 ATTEMPTS = 3  # inputs for each graph
 LIMIT = 2e-4  # largest difference, relative to the largest element of an output
-BEFORE_SCORES = {"added_masks", "chosen_and_added_masks", "chosen_masks"}  # anything may stand before their scores
+BEFORE_SCORES = {"added_masks", "chosen_and_added_masks", "chosen_masks", "scaled_masks", "chosen_bias"}  # anything may stand before their scores
 
 
 @dataclass

@@ -21,8 +21,6 @@ from rewrite.builder import GraphBuilder
 from rewrite.errors import RewriteError
 from rewrite.registry import library
 
-pytestmark = pytest.mark.slow  # minutes: run by hand
-
 EXPECTED = 200  # bugs over all rules, at least; the parts of the test print their counts
 GROUPS = [sorted(PLANTS)[i::8] for i in range(8)]
 
