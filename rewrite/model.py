@@ -209,7 +209,7 @@ class Imported:
         """Take the graph apart: nodes and tensors name one another, which Python's cycle collector takes long to find out."""
         for node in self.kept:
             for tensor in (*node.inputs, *node.outputs):
-                tensor.__dict__.clear()
+                tensor.__dict__["inputs"] = tensor.__dict__["outputs"] = ()  # a rule may have kept its name and shape
             node.__dict__.clear()
 
 
