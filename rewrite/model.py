@@ -28,6 +28,7 @@ from rewrite.validity import all_nodes, byte_size, check_validity, subgraphs, te
 from rewrite.weights import embedded, place, relocated
 
 G_LOGGER.severity = G_LOGGER.ERROR
+KEYS = ("location", "offset", "length", "checksum")  # of a reference to external data
 INLINE = 16384  # bytes: external tensors up to this size are read at once, so that rules can see their values
 
 
@@ -174,6 +175,10 @@ def _find_external(model: Model, path: Path) -> None:
         if tensor.data_location != onnx.TensorProto.EXTERNAL:
             continue
         where = f"{path}: tensor '{tensor.name}'"
+        keys = [e.key for e in tensor.external_data]
+        strange = next((k for k in keys if k not in KEYS or keys.count(k) > 1), None)
+        if strange is not None:
+            raise RewriteError(f"{where}: its reference to external data has the key {strange[:40]!r} {'twice' if strange in KEYS else 'that ONNX does not define'}; export the model again")
         try:
             info = ExternalDataInfo(tensor)
         except ValueError as error:
@@ -201,8 +206,9 @@ def _find_external(model: Model, path: Path) -> None:
 def external_file(folder: Path, location: str, where: str) -> Path:
     """The file of external data that `location` names; refuses everything outside the model's folder."""
     relative = Path(location)
-    if not location or relative.is_absolute() or ".." in relative.parts:
-        raise RewriteError(f"{where}: external data '{location}' points outside the model's folder; refused")
+    odd = set(location) & set("\\\0:") or any(part.strip(". ") == "" or part != part.strip() for part in relative.parts)
+    if not location or relative.is_absolute() or ".." in relative.parts or odd:
+        raise RewriteError(f"{where}: external data {location[:200]!r} points outside the model's folder; refused")
     file = folder / relative
     step = folder
     for part in relative.parts:

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from rewrite.model import Model
 
 GIGABYTE = 1 << 30
-READ_SECONDS, READ_RATE = 10, 10e6  # of processor time for a small file; bytes of a large one for which there is a second more
+READ_SECONDS, READ_RATE = 8, 10e6  # of processor time for a small file; bytes of a large one for which there is a second more
 RUN_SECONDS, RUN_RATE = 60, 10e6  # the same for running a model, by the clock
 PATIENCE = 6  # a reading child may be kept waiting by others: so much longer by the clock
 READ_MEMORY, READ_FACTOR = 2 * GIGABYTE, 8  # bytes for a small file; more for each byte of a large one
