@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 import rewrite
+from rewrite import sandbox
 from rewrite.errors import CheckFailed, RewriteError
 
 if TYPE_CHECKING:
@@ -206,6 +207,7 @@ def check_expectations(expectations: list[tuple[str, str, int]], report: Report,
 def optimize(model: str, output: str | None, files: tuple[str, ...], only: tuple[str, ...], expect: tuple[str, ...], verify: bool,
              inputs: tuple[str, ...], tolerance: float, bitwise: bool, embed: bool, report_file: str | None, as_json: bool) -> None:  # fmt: skip
     """Rewrite MODEL with all rules, verify it, and write it to --output (which may be MODEL itself)."""
+    sandbox.start()
     from rewrite.files import check_target
     from rewrite.model import load
     from rewrite.optimizer import optimize as run
@@ -320,6 +322,7 @@ def explain(model: str, rule_name: str | None, node: str | None, files: tuple[st
     """
     from dataclasses import asdict
 
+    sandbox.start()
     from rewrite.explain import unfused
     from rewrite.model import load
     from rewrite.optimizer import apply_rules
@@ -363,6 +366,7 @@ def explain(model: str, rule_name: str | None, node: str | None, files: tuple[st
 @click.option("-o", "--output", required=True, metavar="FILE", help="Where to write the model without plugins.")
 def unfuse(model: str, output: str) -> None:
     """Write MODEL without plugins: each is replaced by the subgraph it stands for."""
+    sandbox.start()
     from rewrite.files import check_target
     from rewrite.functions import unfuse as run
     from rewrite.model import Model, load
@@ -405,11 +409,11 @@ def list_(files: tuple[str, ...], as_json: bool, as_page: bool) -> None:
 @click.option("--tolerance", default=1e-4, show_default=True, help="Largest relative difference allowed.")
 def verify(first: str, second: str, inputs: tuple[str, ...], tolerance: float) -> None:
     """Compare the outputs of two models on the same inputs; exit code 1 if they differ."""
+    sandbox.start()
     from rewrite.model import load
-    from rewrite.verify import check_models
 
     one, other = load(first), load(second)
-    error = check_models(one, other, _load_inputs(inputs, one), tolerance)
+    error = sandbox.compare(one, other, _load_inputs(inputs, one), tolerance)
     click.echo(f"equal: largest relative difference {error:.1e} (allowed {tolerance:.0e})")
 
 
@@ -440,6 +444,7 @@ def build(model: str, output: str, profile: str | None, engines: bool, verify: b
     """Compile MODEL (rewritten or not) into a plan: TensorRT engines between plugin nodes, weights, a manifest."""
     import time
 
+    sandbox.start()
     from rewrite.registry import library
     from rewrite.runtime.build import build as run
 
@@ -491,6 +496,8 @@ def inspect(path: str, steps: bool, attributes: bool, segment: str | None, check
     """Show what is in PATH, a plan or a model (by Polygraphy)."""
     from pathlib import Path
 
+    if not Path(path).is_dir():
+        sandbox.start()
     import onnx
 
     from rewrite.model import load
@@ -554,12 +561,13 @@ def run(path: str, file: str, output: str | None, device: str, files: tuple[str,
     """Run PATH, a plan or (on the CPU) a model, on the arrays of a file."""
     from pathlib import Path
 
+    if not Path(path).is_dir():
+        sandbox.start()
     import numpy as np
 
     from rewrite.files import write_atomically
     from rewrite.model import load
     from rewrite.registry import library
-    from rewrite.verify import run_model
 
     library(list(files))
     if Path(path).is_dir():
@@ -572,7 +580,7 @@ def run(path: str, file: str, output: str | None, device: str, files: tuple[str,
     else:
         model = load(path)
         initial = {i.name for i in model.proto.graph.initializer}
-        results = run_model(model, load_feeds(file, [i.name for i in model.proto.graph.input if i.name not in initial]))
+        results = sandbox.run(model, load_feeds(file, [i.name for i in model.proto.graph.input if i.name not in initial]))
     if output:
         write_atomically(output, lambda f: np.savez(f, allow_pickle=False, **results))
     rows = []

@@ -20,6 +20,7 @@ from onnx.external_data_helper import ExternalDataInfo
 from onnx_graphsurgeon.exporters.onnx_exporter import OnnxExporter
 from onnx_graphsurgeon.logger import G_LOGGER
 
+from rewrite import sandbox
 from rewrite.errors import RewriteError
 from rewrite.files import check_target, write_atomically
 from rewrite.graph import DOMAIN
@@ -27,6 +28,7 @@ from rewrite.validity import all_nodes, byte_size, check_validity, subgraphs, te
 from rewrite.weights import embedded, place, relocated
 
 G_LOGGER.severity = G_LOGGER.ERROR
+KEYS = ("location", "offset", "length", "checksum")  # of a reference to external data
 INLINE = 16384  # bytes: external tensors up to this size are read at once, so that rules can see their values
 
 
@@ -114,25 +116,46 @@ def load(source: str | os.PathLike[str] | onnx.ModelProto | Model) -> Model:
     if not isinstance(source, (str, os.PathLike)):
         raise RewriteError(f"cannot load a {type(source).__name__}; give a path, an onnx.ModelProto or what rewrite.load returned")
     path = Path(source)
-    proto = _parse(path)
+    return read(path, _bytes(path))
+
+
+def _bytes(path: Path) -> bytes:
+    """The content of a model file that a child process has read to a good end."""
+    if b"\0" in os.fsencode(path):
+        raise RewriteError(f"{str(path)!r}: no such file; give the path of an .onnx file")
+    if not path.is_file():
+        what = "a directory" if path.is_dir() else "no regular file" if path.exists() else "no such file"
+        raise RewriteError(f"{path}: {what}; give the path of an .onnx file")
+    try:
+        with path.open("rb") as file:
+            before = os.fstat(file.fileno())
+            sandbox.rehearse(path, file.fileno(), before.st_size)
+            file.seek(0)
+            data = file.read()
+            after = os.fstat(file.fileno())
+    except OSError as error:
+        raise RewriteError(f"{path}: cannot be read: {error.strerror or error}") from error
+    if (before.st_size, before.st_mtime_ns, before.st_ctime_ns) != (after.st_size, after.st_mtime_ns, after.st_ctime_ns):
+        raise RewriteError(f"{path}: it changed while it was read; wait until it is written, and try again")
+    return data
+
+
+def read(path: Path, data: bytes) -> Model:
+    """The model in `data`, the content of the file at `path`, with its external data found. Raises RewriteError."""
+    proto = _parse(path, data)
     model = Model(proto, path.resolve().parent, path.name)
     _find_external(model, path)
     check_validity(proto, str(path))
     return model
 
 
-def _parse(path: Path) -> onnx.ModelProto:
-    if not path.is_file():
-        what = "a directory" if path.is_dir() else "no regular file" if path.exists() else "no such file"
-        raise RewriteError(f"{path}: {what}; give the path of an .onnx file")
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise RewriteError(f"{path}: cannot be read: {error.strerror or error}") from error
+def _parse(path: Path, data: bytes) -> onnx.ModelProto:
     if not data:
         raise RewriteError(f"{path}: an empty file; export the model again")
     try:
         proto = onnx.load_model_from_string(data)
+    except MemoryError:
+        raise
     except Exception as error:
         raise RewriteError(f"{path}: not an ONNX model, or a truncated one ({_line(error)}); export it again") from error
     if not proto.graph.node and not proto.graph.output:
@@ -152,6 +175,10 @@ def _find_external(model: Model, path: Path) -> None:
         if tensor.data_location != onnx.TensorProto.EXTERNAL:
             continue
         where = f"{path}: tensor '{tensor.name}'"
+        keys = [e.key for e in tensor.external_data]
+        strange = next((k for k in keys if k not in KEYS or keys.count(k) > 1), None)
+        if strange is not None:
+            raise RewriteError(f"{where}: its reference to external data has the key {strange[:40]!r} {'twice' if strange in KEYS else 'that ONNX does not define'}; export the model again")
         try:
             info = ExternalDataInfo(tensor)
         except ValueError as error:
@@ -179,8 +206,9 @@ def _find_external(model: Model, path: Path) -> None:
 def external_file(folder: Path, location: str, where: str) -> Path:
     """The file of external data that `location` names; refuses everything outside the model's folder."""
     relative = Path(location)
-    if not location or relative.is_absolute() or ".." in relative.parts:
-        raise RewriteError(f"{where}: external data '{location}' points outside the model's folder; refused")
+    odd = set(location) & set("\\\0:") or any(part.strip(". ") == "" or part != part.strip() for part in relative.parts)
+    if not location or relative.is_absolute() or ".." in relative.parts or odd:
+        raise RewriteError(f"{where}: external data {location[:200]!r} points outside the model's folder; refused")
     file = folder / relative
     step = folder
     for part in relative.parts:
@@ -215,10 +243,7 @@ class Imported:
 
 def open_graph(model: Model) -> Imported:
     """Infer shapes and import the graph. Raises RewriteError if ONNX finds the model inconsistent."""
-    try:
-        bare = onnx.shape_inference.infer_shapes(model.proto, data_prop=True)
-    except Exception as error:
-        raise RewriteError(f"{model.name}: shape inference fails: {_line(error)}") from error
+    bare = infer(model)
     del bare.functions[:]
     try:
         graph = gs.import_onnx(bare)
@@ -227,6 +252,16 @@ def open_graph(model: Model) -> Imported:
     imported = Imported(model, graph, {}, {}, [])
     _pair(graph, model.proto.graph, imported)
     return imported
+
+
+def infer(model: Model) -> onnx.ModelProto:
+    """The model with all types and shapes that ONNX can tell. Raises RewriteError if it finds the model inconsistent."""
+    try:
+        return onnx.shape_inference.infer_shapes(model.proto, data_prop=True)
+    except MemoryError:
+        raise
+    except Exception as error:
+        raise RewriteError(f"{model.name}: shape inference fails: {_line(error)}") from error
 
 
 def names_in(proto: onnx.ModelProto) -> set[str]:

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import onnx
 
+from rewrite import sandbox
 from rewrite.driver import Driver, all_graphs
 from rewrite.errors import CheckFailed, RewriteError, blame
 from rewrite.functions import FunctionTable
@@ -24,7 +25,6 @@ from rewrite.registry import TIERS, Library, Rule, library
 from rewrite.report import Report
 from rewrite.shapes import SymbolicShapes
 from rewrite.validity import check_feeds, unknown_operators
-from rewrite.verify import check_models
 from rewrite.weights import external_size
 
 LARGEST_RUN = 2 << 30  # bytes of external weights: a run holds those of both models in memory
@@ -85,7 +85,7 @@ def optimize(
         report.not_run = f"its weights are {size / 2**30:.1f} GiB, more than the {LARGEST_RUN / 2**30:.0f} GiB up to which it is run unasked"
     elif verify and not report.unknown:
         started = time.perf_counter()
-        report.model_error = check_models(source, result.model, inputs, 0.0 if bitwise else tolerance)
+        report.model_error = sandbox.compare(source, result.model, inputs, 0.0 if bitwise else tolerance)
         if bitwise and report.model_error:
             raise CheckFailed(f"the rewritten model differs by {report.model_error:.1e} where --bitwise allows nothing")
         report.verify_seconds += time.perf_counter() - started

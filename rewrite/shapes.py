@@ -11,6 +11,7 @@ positions, a causal mask) lies within the constant.
 from __future__ import annotations
 
 import ast
+import math
 import re
 from collections.abc import Callable
 
@@ -22,6 +23,7 @@ from onnx_graphsurgeon.exporters.onnx_exporter import OnnxExporter
 from rewrite.graph import Dim, Graph, canonical
 
 Values = list[Dim]
+LONGEST = 1000  # characters of an expression
 LARGEST = 64  # elements: longer vectors are data, not shapes
 
 
@@ -178,6 +180,11 @@ def is_named(d: Dim) -> bool:
     return d is not None and not (isinstance(d, str) and "unk__" in d)
 
 
+def is_absurd(d: Dim) -> bool:
+    """A number past 64 bits, or an expression so long that a file must have been made to grow it: doubled with each node."""
+    return len(d) > LONGEST if isinstance(d, str) else d is not None and abs(d) >= 1 << 63
+
+
 class SymbolicShapes:
     """Refines the shapes of a graph's tensors in place and collects the values of small integer tensors."""
 
@@ -238,7 +245,7 @@ class SymbolicShapes:
         return [int(i) for i in array.reshape(-1)]
 
     def _set(self, tensor: gs.Tensor, values: Values | None, scalar: bool = False) -> None:
-        if values is not None and len(values) <= LARGEST and all(is_named(v) for v in values):
+        if values is not None and len(values) <= LARGEST and all(is_named(v) and not is_absurd(v) for v in values):
             self.values[id(tensor)] = values
             if scalar:
                 self.rank0.add(id(tensor))
@@ -355,7 +362,7 @@ class SymbolicShapes:
         if dims is None or len(dims) > 1 or not all(isinstance(d, int) for d in dims):
             return
         array = np.zeros(1, np.float32) if value is None else np.asarray(value.values)
-        if array.dtype.kind in "iub":
+        if array.dtype.kind in "iub" and math.prod(d for d in dims if isinstance(d, int)) <= LARGEST:
             self._set(node.outputs[0], [int(array.reshape(-1)[0])] * int(np.prod([d for d in dims if isinstance(d, int)])), scalar=not dims)
 
     def _slice(self, node: gs.Node) -> None:

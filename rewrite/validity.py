@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Iterator, Mapping
 
 import numpy as np
@@ -18,6 +19,9 @@ MIN_OPSET = 13
 MIN_IR = 3  # the first that writes versions of operator sets
 ONNX_RUNTIME = ("com.microsoft", "com.microsoft.nchwc", "com.microsoft.experimental", "com.microsoft.dml", "com.ms.internal.nhwc", "org.pytorch.aten")
 PACKED = {"UNDEFINED", "STRING", "INT4", "UINT4", "FLOAT4E2M1", "INT2", "UINT2"}  # no whole number of bytes an element
+
+EQUATION = re.compile(rb"(?:[A-Za-z]*(?:\.\.\.)?[A-Za-z]*)(?:,[A-Za-z]*(?:\.\.\.)?[A-Za-z]*)*(?:->[A-Za-z]*(?:\.\.\.)?[A-Za-z]*)?")
+EXPANDED = 10_000_000  # nodes, all calls of functions replaced by bodies
 
 Scopes = tuple[set[str], ...]
 
@@ -32,6 +36,9 @@ def check_validity(proto: onnx.ModelProto, name: str) -> None:
     for tensor in tensors(proto):
         _check_size(tensor, name)
     _check_calls(proto, name)
+    _check_nesting(proto, name)
+    for node in (*all_nodes(proto.graph), *(inner for f in proto.functions for n in f.node for inner in _with_inner(n))):
+        _check_equation(node, name)
 
 
 def _check_versions(proto: onnx.ModelProto, name: str) -> None:
@@ -123,6 +130,47 @@ def _check_calls(proto: onnx.ModelProto, name: str) -> None:
     for node in [*all_nodes(proto.graph), *bodies]:
         if node.domain == DOMAIN and node.op_type not in functions:
             raise RewriteError(f"{name}: {node.op_type} '{node.name}' calls function '{DOMAIN}::{node.op_type}', which the model lacks; rewrite the original model again")
+
+
+def _check_equation(node: onnx.NodeProto, name: str) -> None:
+    """onnx and ONNX Runtime search an equation with stray dots for ever."""
+    if node.op_type != "Einsum" or node.domain not in ("", "ai.onnx"):
+        return
+    equation = next((a.s for a in node.attribute if a.name == "equation"), b"")
+    if EQUATION.fullmatch(equation.replace(b" ", b"")) is None:
+        shown = equation[:60].decode(errors="replace")
+        raise RewriteError(f"{name}: Einsum '{node.name}' has the equation {shown!r}, which is none; export the model again")
+
+
+def _check_nesting(proto: onnx.ModelProto, name: str) -> None:
+    """Functions must not call themselves, and must not become more than `EXPANDED` nodes when all calls are replaced by bodies."""
+    functions = {(f.domain, f.name): f for f in proto.functions}
+    sizes: dict[tuple[str, str], int] = {}
+    pending, open_calls = list(functions), set()
+    while pending:
+        key = pending[-1]
+        body = [inner for n in functions[key].node for inner in _with_inner(n)]
+        calls = [(n.domain, n.op_type) for n in body if (n.domain, n.op_type) in functions]
+        new = [c for c in calls if c not in sizes] if key not in sizes else []
+        if any(c in open_calls or c == key for c in new):
+            raise RewriteError(f"{name}: function '{key[0]}::{key[1]}' calls itself, directly or through others; export the model again")
+        if new:
+            open_calls.add(key)
+            pending.append(new[0])
+            continue
+        sizes[key] = len(body) + sum(sizes[c] for c in calls)
+        open_calls.discard(key)
+        pending.pop()
+    total = sum(sizes.get((n.domain, n.op_type), 1) for n in all_nodes(proto.graph))
+    if total > EXPANDED:
+        raise RewriteError(f"{name}: its functions call each other so often that the model has {total:.1e} nodes ({EXPANDED:.0e} are allowed); export the model again")
+
+
+def _with_inner(node: onnx.NodeProto) -> Iterator[onnx.NodeProto]:
+    """A node and all nodes inside its graphs."""
+    yield node
+    for inner in subgraphs(node):
+        yield from all_nodes(inner)
 
 
 def _check_size(tensor: onnx.TensorProto, name: str) -> None:

@@ -101,10 +101,10 @@ def test_not_a_readable_file(path, reason):
 
 
 def test_no_permission_to_read(model, monkeypatch):
-    def denied(self):
+    def denied(self, *_):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(Path, "read_bytes", denied)
+    monkeypatch.setattr(Path, "open", denied)
     refused(run("optimize", model), model, "cannot be read: Permission denied")
 
 

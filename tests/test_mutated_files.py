@@ -9,8 +9,6 @@ from mutated_files import mutant, outcomes
 
 import rewrite
 
-pytestmark = pytest.mark.slow  # minutes: run by hand
-
 PARTS, COUNT = 10, 5000
 
 
