@@ -74,7 +74,8 @@ def test_sizes_that_double_with_each_node(tmp_path):
 
 ESCAPES = [
     "../secret", "/etc/passwd", "sub/../../secret", "", "..", ".", "./..", "./../secret", "a/../../secret", "a/../..", "//etc/passwd", "/", "sub/..", "../in/../secret", "../../secret",
-    "..\\secret", "C:\\secret", "C:secret", "\\\\server\\share", "\\secret", "sub\\..\\secret", "file:///etc/passwd", "file://secret", "http://x/y", "/proc/self/fd/0", "/proc/self/environ", "....//secret",
+    "..\\secret", "C:\\secret", "C:secret", "\\\\server\\share", "\\secret", "sub\\..\\secret", "file:///etc/passwd", "file://secret", "http://x/y", "/proc/self/fd/0", "/proc/self/environ",
+    "....//secret",
     "/dev/stdin", "/dev/zero", "/dev/null", "/dev/fd/0", "~/secret", "~root/secret", "$HOME/secret", "${HOME}/secret", "．．/secret", "‥/secret", ".. /secret", ".../secret", " ../secret",
     "../secret ", "secret\0", "../secret\0.bin", "%2e%2e/secret", "link", "folder/secret", "hard", "pipe", "sub", "sub/", "m.onnx/../../secret",
 ]  # fmt: skip
