@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
-ENGINES = ["rewrite", "onnxscript rewriter", "onnxscript optimizer", "onnxslim", "onnxsim", "onnxoptimizer", "onnxruntime extended"]
+ENGINES = ["rewrite", "rewrite, five rules", "onnxscript, five rules", "onnxscript rewriter", "onnxscript optimizer", "onnxslim", "onnxsim", "onnxoptimizer", "onnxruntime extended"]
 PACKAGES = ("onnx", "onnxscript", "onnxslim", "onnxsim", "onnxoptimizer", "onnxruntime")
 
 
@@ -34,6 +34,56 @@ def _rewrite() -> tuple[Callable[..., Any], ...]:
 
     library([])
     return load, lambda m: optimize(m, rules=[], verify=False).model, lambda m, path: m.save(path)
+
+
+def _rewrite_five() -> tuple[Callable[..., Any], ...]:
+    from five_rules import OURS
+
+    from rewrite.driver import Driver, all_graphs
+    from rewrite.functions import FunctionTable
+    from rewrite.graph import Graph
+    from rewrite.model import close_graph, load, names_in, open_graph
+    from rewrite.optimizer import without_collector
+    from rewrite.registry import library
+    from rewrite.report import Report
+    from rewrite.shapes import SymbolicShapes
+
+    rules = library(OURS).select([r.name for r in OURS])
+
+    def opened(path: str) -> Any:
+        model = load(path)
+        imported = open_graph(model)
+        graphs = [Graph(g, model.opset, names_in(model.proto)) for g in all_graphs(imported.graph)]
+        for graph in graphs:
+            SymbolicShapes(graph).run()
+        return imported, graphs
+
+    def run(state: Any) -> Any:
+        imported, graphs = state
+        report, table = Report(), FunctionTable([])
+        report.start(rules.rules)
+        driver = Driver(rules, table, report, verify=False, explain=False)
+        with without_collector():
+            for graph in graphs:
+                driver.run(graph, "fuse")
+                graph.sort()
+        return imported, table, driver
+
+    return opened, run, lambda s, path: close_graph(s[0], s[1].functions, s[2].metadata).save(path)
+
+
+def _onnxscript_five() -> tuple[Callable[..., Any], ...]:
+    import onnx
+    from five_rules import theirs
+    from onnxscript import ir
+
+    rules = theirs()
+
+    def run(model: Any) -> Any:
+        rules.apply_to_model(model)
+        return model
+
+    return lambda path: ir.serde.deserialize_model(onnx.load(path)), run, lambda m, path: onnx.save(ir.serde.serialize_model(m), path)
 
 
 def _with_onnx(run: Callable[[Any], Any]) -> tuple[Callable[..., Any], ...]:
@@ -86,7 +136,7 @@ def _onnxruntime() -> tuple[Callable[..., Any], ...]:
     return lambda path: path, run, lambda m, path: None
 
 
-ADAPTERS = dict(zip(ENGINES, [_rewrite, _onnxscript_rewriter, _onnxscript_optimizer, _onnxslim, _onnxsim, _onnxoptimizer, _onnxruntime], strict=True))
+ADAPTERS = dict(zip(ENGINES, [_rewrite, _rewrite_five, _onnxscript_five, _onnxscript_rewriter, _onnxscript_optimizer, _onnxslim, _onnxsim, _onnxoptimizer, _onnxruntime], strict=True))
 
 
 def child(engine: str, path: str) -> None:
@@ -114,14 +164,14 @@ def measure(engine: str, path: Path, python: str, timeout: float) -> dict[str, A
     if line is not None:
         return dict(json.loads(line.removeprefix("RESULT ")))
     last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
-    return {"failed": "not installed" if last.startswith(f"ModuleNotFoundError: No module named '{engine.split()[0]}'") else last[:120]}
+    return {"failed": "not installed" if last.startswith("ModuleNotFoundError: No module named") else last[:120]}
 
 
 def python_for(engine: str, peers: str) -> str:
     """Our own engine and ONNX Runtime run in this Python, others in the peers' one if they are there."""
-    if engine in ("rewrite", "onnxruntime extended"):
+    module = engine.split()[0].rstrip(",")
+    if module in ("rewrite", "onnxruntime") or "five" in engine:
         return sys.executable
-    module = engine.split()[0]
     there = subprocess.run([peers, "-c", f"import importlib.util, sys; sys.exit(importlib.util.find_spec('{module}') is None)"], check=False).returncode == 0
     return peers if there else sys.executable
 
@@ -140,14 +190,13 @@ def show(rows: list[dict[str, Any]]) -> None:
 def ratios(rows: list[dict[str, Any]]) -> dict[str, float]:
     """How the time for rewriting grows from each size to the next, and how it compares with each peer."""
     found: dict[str, float] = {}
-    ours = {(r["kind"], r["size"]): r["rewrite"]["cpu"] for r in rows if r["engine"] == "rewrite" and "failed" not in r}
-    for (kind, size), cpu in ours.items():
-        if (kind, size * 10) in ours:
-            found[f"{kind}: time({size * 10}) / time({size})"] = ours[kind, size * 10] / cpu
-    for row in rows:
-        key = (row["kind"], row["size"])
-        if row["engine"] != "rewrite" and "failed" not in row and key in ours:
-            found[f"{row['kind']} {row['size']}: {row['engine']} / rewrite"] = row["rewrite"]["cpu"] / ours[key]
+    cpu = {(r["kind"], r["size"], r["engine"]): r["rewrite"]["cpu"] for r in rows if "failed" not in r}
+    for (kind, size, engine), seconds in cpu.items():
+        if engine == "rewrite" and (kind, size * 10, engine) in cpu:
+            found[f"{kind}: time({size * 10}) / time({size})"] = cpu[kind, size * 10, engine] / seconds
+        peer = "rewrite, five rules" if "five rules" in engine else "rewrite"
+        if not engine.startswith("rewrite") and (kind, size, peer) in cpu:
+            found[f"{kind} {size}: {engine} / {peer}"] = seconds / cpu[kind, size, peer]
     return found
 
 

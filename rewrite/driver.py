@@ -75,12 +75,12 @@ class Driver:
     def _try(self, graph: Graph, rule: Rule, node: gs.Node) -> list[gs.Node] | None:
         started = time.perf_counter()
         stats = self.report.rules[rule.name]
-        touched, covered = None, list[str]()
+        touched, covered = None, list[gs.Node]()
         self._blocked = self._rejected = False
         matches, refusal = self._matches(graph, rule, node)
         for match in matches:
             reason = self._refusal(rule, match)
-            covered = [describe(n) for n in match.nodes]
+            covered = match.nodes
             if not reason:
                 stats.matches += 1
                 outcome = self._apply(graph, rule, match, node)
@@ -92,10 +92,10 @@ class Driver:
                 refusal = reason
         if touched is None and self._rejected:
             stats.rejected += 1
-            self.report.missed(NearMiss(rule.name, describe(node), "replacement", "", refusal, {}, covered=covered))
+            self.report.missed(NearMiss(rule.name, describe(node), "replacement", "", refusal, {}, covered=list(map(describe, covered))))
         elif touched is None and refusal:
             stats.refusals += 1
-            self.report.missed(NearMiss(rule.name, describe(node), "check", "", refusal, {}, covered=covered))
+            self.report.missed(NearMiss(rule.name, describe(node), "check", "", refusal, {}, covered=list(map(describe, covered))))
         elif touched is None and self.explain and rule.find is None and (trace := _nearest(graph, rule, node)).depth > 0:
             size = sum(map(P.size, rule.pattern))
             self.report.missed(NearMiss(rule.name, describe(node), trace.part, trace.node, trace.reason, trace.bound, trace.depth, size, trace.covered))
@@ -217,7 +217,7 @@ class Driver:
         names = [n.rstrip("?") for n in plugin.inputs[: len(node.inputs)]]
         body = capture(graph, match.nodes, inputs, outputs, plugin.name, attributes, match.dims, names)
         values = dict(node.attrs)
-        key = f"{body.digest}|{values}|{[(n, str(t.dtype), t.shape) for n, t in inputs.items()]}"
+        key = f"{body.digest}|{values}|{[(n, str(t.dtype), t.shape) for n, t in inputs.items()]}" if self.verify else ""
         run = reference_runner(plugin, values, [read.get(n, "") for n in names])
         verdict = self._verdict(key, graph, body.function, inputs, run, plugin.tolerance, plugin.sample, match.shapes)
         site.error, site.attributes, site.note = verdict.error, values, match.note
@@ -241,7 +241,7 @@ class Driver:
         else:
             after = capture(graph, made, inputs, {f"o{n}": r for n, r in enumerate(results)}, "After", [])
         needed = self.table.needed_by(after.function)
-        key = f"{before.digest}|{after.digest}|{[(str(t.dtype), t.shape) for t in inputs.values()]}"
+        key = f"{before.digest}|{after.digest}|{[(str(t.dtype), t.shape) for t in inputs.values()]}" if self.verify else ""
 
         def run(arrays: dict[str, np.ndarray]) -> list[Any]:
             return run_function(after.function, needed, arrays)

@@ -182,7 +182,7 @@ class Graph:
 
     def remove_dead(self, candidates: Iterable[gs.Node]) -> None:
         """Remove those of `candidates`, and what only they used, that no longer reach an output."""
-        stack = list(candidates)
+        stack = [*candidates][::-1]  # of a match the first reads the others: once it is gone, they go at the first look
         while stack:
             node = stack.pop()
             if id(node) not in self.live or any(self._needed(t) for t in node.outputs):

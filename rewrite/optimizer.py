@@ -98,7 +98,7 @@ def apply_rules(source: Model, rules: Library, *, verify: bool, explain: bool, b
     Raises RewriteError for a faulty rule or an inconsistent model.
     """
     try:
-        with _without_collector():
+        with without_collector():
             return _apply_rules(source, rules, verify, explain, bitwise)
     except (RewriteError, MemoryError):
         raise
@@ -108,7 +108,7 @@ def apply_rules(source: Model, rules: Library, *, verify: bool, explain: bool, b
 
 
 @contextlib.contextmanager
-def _without_collector() -> Iterator[None]:
+def without_collector() -> Iterator[None]:
     """A graph is hundreds of thousands of objects that stay: each pass of Python's cycle collector would visit them all for nothing."""
     enabled = gc.isenabled()
     gc.disable()
