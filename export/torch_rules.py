@@ -45,7 +45,7 @@ class Form:
         return f"{self.exporter} {self.opset}, {self.state}: {self.text or '- ' + self.failure}"
 
 
-class _Module(torch.nn.Module):
+class _Module(torch.nn.Module):  # type: ignore[misc]
     """The function as a module: inputs given as parameters become its weights."""
 
     def __init__(self, function: Callable[..., Any], inputs: dict[str, torch.Tensor]):
@@ -90,12 +90,12 @@ def rule_from_torch(
     weights = [_called(n) for n, _ in module.named_parameters()]
     variables = tuple(inputs) if not isinstance(function, torch.nn.Module) else (*inputs, *weights)
     return declare(
-        name=called,
+        name=str(called),
         tier=tier,
         doc=inspect.getdoc(function) or f"`{called}` as PyTorch's exporters write it.",
         pattern=_pattern(derived),
         variables=variables,
-        replace=replace if callable(replace) else _calling(replace, variables),
+        replace=replace if callable(replace) else _calling(replace, variables, len(derived[0].outputs)),
         check=_check(tuple(weights)),
         priority=priority,
         module=getattr(function, "__module__", "") or "",
@@ -245,11 +245,11 @@ def _check(weights: tuple[str, ...]) -> Callable[..., str | None] | None:
     return check
 
 
-def _calling(plugin: str, variables: tuple[str, ...]) -> Callable[..., Any]:
+def _calling(plugin: str, variables: tuple[str, ...], outputs: int) -> Callable[..., Any]:
     """A replacement that calls a plugin with every variable."""
 
     def replace(op: Any, *values: Any) -> Any:
-        return getattr(op, plugin)(*values)
+        return getattr(op, plugin)(*values, outputs=outputs)
 
     replace.__signature__ = inspect.Signature([inspect.Parameter(n, inspect.Parameter.POSITIONAL_OR_KEYWORD) for n in ("op", *variables)])  # type: ignore[attr-defined]
     return replace

@@ -98,7 +98,7 @@ class _Derivation:
                     if self.found.stored.setdefault(name, how) != how:
                         raise RewriteError(f"the weight '{name}' is stored both as it is and transposed")
                     return P.Var(name)
-        if array.size == 1 and array.ndim == 0 or (array.size == 1 and array.dtype.kind == "f"):
+        if (array.size == 1 and array.ndim == 0) or (array.size == 1 and array.dtype.kind == "f"):
             self.literal(f"the number {float(array.reshape(())):.6g}", float(array.reshape(())))
             return P.Const(float(array.reshape(())))
         if array.dtype.kind in "iu" and array.ndim == 1:
