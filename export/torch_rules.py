@@ -82,7 +82,7 @@ def rule_from_torch(
     called = name or getattr(function, "__name__", type(function).__name__)
     where = f"rule {called} ({getattr(function, '__module__', '?')})"
     inputs = _inputs(function, example_inputs, where)
-    module = function.eval() if isinstance(function, torch.nn.Module) else _Module(function, inputs).eval()
+    module = _with_telling_weights(function if isinstance(function, torch.nn.Module) else _Module(function, inputs))
     free = {n: t for n, t in inputs.items() if not isinstance(t, torch.nn.Parameter)}
     forms, derived = _forms(module, free, where)
     if not derived:
@@ -102,6 +102,16 @@ def rule_from_torch(
         exact=exact,
         forms=tuple(forms),
     )
+
+
+def _with_telling_weights(module: torch.nn.Module) -> torch.nn.Module:
+    """A copy whose weights differ from each other and from every constant: by its values an exported weight is known."""
+    module = copy.deepcopy(module).eval()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.copy_(torch.rand(parameter.shape, generator=generator) + 0.5)
+    return module
 
 
 def _inputs(function: Callable[..., Any], example: Any, where: str) -> dict[str, torch.Tensor]:

@@ -126,6 +126,13 @@ def test_another_dtype_than_the_example_s():
     assert nodes(rewrite.optimize(model, rules=[rule]).model.proto) == ["rewrite.MaxShift"]
 
 
+def test_weights_of_equal_values_are_told_apart():
+    ones = [torch.nn.Parameter(torch.ones(8, 8)) for _ in range(2)]
+    rule = derive(lambda x, a, b: torch.tanh(x @ a) - x @ b, (X, *ones), lambda op, x, a, b: op.Sub(op.MatMul(x, a), op.MatMul(x, b)))
+    assert rule.forms[0].text == "Sub(Tanh(MatMul(x, a)), MatMul(x, b))"
+    assert bool((ones[0] == 1).all())
+
+
 def test_several_outputs():
     def both(x, y):
         s = torch.sin(x + y)
