@@ -45,7 +45,7 @@ class Form:
         return f"{self.exporter} {self.opset}, {self.state}: {self.text or '- ' + self.failure}"
 
 
-class _Module(torch.nn.Module):
+class _Module(torch.nn.Module):  # type: ignore[misc]
     """The function as a module: inputs given as parameters become its weights."""
 
     def __init__(self, function: Callable[..., Any], inputs: dict[str, torch.Tensor]):
@@ -82,7 +82,7 @@ def rule_from_torch(
     called = name or getattr(function, "__name__", type(function).__name__)
     where = f"rule {called} ({getattr(function, '__module__', '?')})"
     inputs = _inputs(function, example_inputs, where)
-    module = function.eval() if isinstance(function, torch.nn.Module) else _Module(function, inputs).eval()
+    module = _with_telling_weights(function if isinstance(function, torch.nn.Module) else _Module(function, inputs))
     free = {n: t for n, t in inputs.items() if not isinstance(t, torch.nn.Parameter)}
     forms, derived = _forms(module, free, where)
     if not derived:
@@ -90,18 +90,28 @@ def rule_from_torch(
     weights = [_called(n) for n, _ in module.named_parameters()]
     variables = tuple(inputs) if not isinstance(function, torch.nn.Module) else (*inputs, *weights)
     return declare(
-        name=called,
+        name=str(called),
         tier=tier,
         doc=inspect.getdoc(function) or f"`{called}` as PyTorch's exporters write it.",
         pattern=_pattern(derived),
         variables=variables,
-        replace=replace if callable(replace) else _calling(replace, variables),
+        replace=replace if callable(replace) else _calling(replace, variables, len(derived[0].outputs)),
         check=_check(tuple(weights)),
         priority=priority,
         module=getattr(function, "__module__", "") or "",
         exact=exact,
         forms=tuple(forms),
     )
+
+
+def _with_telling_weights(module: torch.nn.Module) -> torch.nn.Module:
+    """A copy whose weights differ from each other and from every constant: by its values an exported weight is known."""
+    module = copy.deepcopy(module).eval()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.copy_(torch.rand(parameter.shape, generator=generator) + 0.5)
+    return module
 
 
 def _inputs(function: Callable[..., Any], example: Any, where: str) -> dict[str, torch.Tensor]:
@@ -245,11 +255,11 @@ def _check(weights: tuple[str, ...]) -> Callable[..., str | None] | None:
     return check
 
 
-def _calling(plugin: str, variables: tuple[str, ...]) -> Callable[..., Any]:
+def _calling(plugin: str, variables: tuple[str, ...], outputs: int) -> Callable[..., Any]:
     """A replacement that calls a plugin with every variable."""
 
     def replace(op: Any, *values: Any) -> Any:
-        return getattr(op, plugin)(*values)
+        return getattr(op, plugin)(*values, outputs=outputs)
 
     replace.__signature__ = inspect.Signature([inspect.Parameter(n, inspect.Parameter.POSITIONAL_OR_KEYWORD) for n in ("op", *variables)])  # type: ignore[attr-defined]
     return replace
