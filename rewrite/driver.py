@@ -48,7 +48,7 @@ class Driver:
         self._seen: Counter[tuple[Any, ...]] = Counter()
         self._rejected = False  # the last attempt failed because the replacement does not compute the same
         self._blocked = False  # the last attempt failed only because a value inside the match has another reader
-        self._keep: list[gs.Node] = []  # new nodes stay alive, so that their ids in `metadata` stay theirs
+        self.made: list[gs.Node] = []  # new nodes stay alive, so that their ids in `metadata` stay theirs
 
     def run(self, graph: Graph, tier: str) -> None:
         """Apply the rules of one tier to one graph until none matches."""
@@ -273,7 +273,7 @@ class Driver:
             self.scopes[id(node)] = scope
             origin = " ".join(n.name or n.outputs[0].name for n in match.nodes)
             self.metadata[id(node)] = {"rewrite.rule": rule.name, "rewrite.from": origin}
-            self._keep.append(node)
+            self.made.append(node)
         own = {id(t): (n, i) for n in made for i, t in enumerate(n.outputs)}
         for old, new in zip(match.outputs, results, strict=True):
             for user in graph.consumers(old):
@@ -309,7 +309,7 @@ class Driver:
             node = gs.Node("Identity", graph.fresh(f"{old.name}_identity"), inputs=[new], outputs=[gs.Variable(graph.fresh(f"{old.name}_tmp"))])
             graph.add(node, producer)
             self.metadata[id(node)] = {"rewrite.rule": rule.name}
-            self._keep.append(node)
+            self.made.append(node)
             self._take_over(graph, old, node, 0)
 
 
@@ -368,15 +368,15 @@ def _type_change(old: gs.Tensor, new: gs.Tensor) -> str:
 
 def _bound(match: Match) -> dict[str, Any]:
     """Bindings as rules see them."""
-
-    def wrap(value: Any) -> Any:
-        if isinstance(value, gs.Tensor):
-            return BoundValue(match.graph, value)
-        return [wrap(v) for v in value] if isinstance(value, list) and value and isinstance(value[0], gs.Tensor) else value
-
-    bindings = {k: wrap(v) for k, v in match.bindings.items()}
+    bindings = {k: _wrapped(match.graph, v) for k, v in match.bindings.items()}
     bindings["output"] = BoundValue(match.graph, match.outputs[0])
     return bindings
+
+
+def _wrapped(graph: Graph, value: Any) -> Any:
+    if isinstance(value, gs.Tensor):
+        return BoundValue(graph, value)
+    return [_wrapped(graph, v) for v in value] if isinstance(value, list) and value and isinstance(value[0], gs.Tensor) else value
 
 
 def _target_shapes(match: Match) -> dict[int, tuple[Any, ...]]:

@@ -60,96 +60,104 @@ def capture(
     and constants up to `TABLE` elements are taken in. Raises CaptureError if a value comes from elsewhere and cannot be
     derived from the inputs again.
     """
-    names: dict[int | str, str] = {id(t): n for n, t in inputs.items()}
-    body: list[Step] = []
-    inside = {id(n) for n in nodes}
-    visiting: set[int] = set()
-    domains: set[str] = set()
-
-    def value(tensor: gs.Tensor) -> str:
-        if tensor.is_empty():
-            return ""
-        if id(tensor) in names:
-            return names[id(tensor)]
-        node = graph.producer(tensor)
-        if node is None or id(tensor) in graph.known:
-            return constant(tensor)
-        if dims is not None and id(tensor) in graph.symbolic:
-            return integers(tensor)
-        if id(node) not in inside and canonical(node) not in REDERIVED:
-            raise CaptureError(f"the match reads '{tensor.name}', which {describe(node)} outside of it computes")
-        if id(node) in visiting or any(isinstance(a, gs.Graph) for a in node.attrs.values()):
-            raise CaptureError(f"{describe(node)} cannot be part of a function")
-        visiting.add(id(node))
-        emit(node)
-        return names[id(tensor)]
-
-    def emit(node: gs.Node) -> None:
-        operands = [value(t) for t in node.inputs]
-        domains.add(node.domain or "")
-        body.append((node.op, node.domain or "", node.attrs, operands, [number(t) if t.name else "" for t in node.outputs]))
-
-    def constant(tensor: gs.Tensor) -> str:
-        array = graph.constant(tensor, SMALL if dims is None else TABLE)
-        if array is None:
-            what = "the weight" if isinstance(tensor, gs.Constant) else "the graph input"
-            raise CaptureError(f"{what} '{tensor.name}' is read by the match but is no input of the replacement")
-        return literal(array, id(tensor))
-
-    def literal(array: np.ndarray, key: int | str) -> str:
-        return step("Constant", [], key, value=array)
-
-    def step(op: str, operands: list[str], key: int | str, **attributes: Any) -> str:
-        target = fresh(key)
-        body.append((op, "", attributes, operands, [target]))
-        return target
-
-    def number(tensor: gs.Tensor) -> str:
-        return fresh(id(tensor))
-
-    def fresh(key: int | str) -> str:
-        names[key] = f"v{len(names) - len(inputs)}"
-        return names[key]
-
-    def integers(tensor: gs.Tensor) -> str:
-        """A tensor of integers that shapes determine, from the shapes of the inputs."""
-        parts = [size(d) for d in graph.symbolic[id(tensor)]]
-        scalar = id(tensor) in graph.scalars
-        wide = tensor.dtype in (None, np.int64)
-        key: int | str = id(tensor) if wide else f"int64 {id(tensor)}"
-        joined = step("Squeeze", parts, key) if scalar else step("Concat", parts, key, axis=0)
-        return joined if wide else step("Cast", [joined], id(tensor), to=onnx.helper.np_dtype_to_tensor_dtype(np.dtype(tensor.dtype)))
-
-    def size(dim: Dim) -> str:
-        """One dimension, as a tensor of one element."""
-        assert dims is not None
-        text = str(dim)
-        if f"size {text}" in names:
-            return names[f"size {text}"]
-        if isinstance(dim, int):
-            return literal(np.array([dim], np.int64), f"size {text}")
-        if text in dims:
-            name, axis = dims[text]
-            index = size(axis)
-            operation, operands = "Gather", [step("Shape", [name], f"shape of {name} for {text}"), index]
-        else:
-            operation, *terms = _operation(text)
-            operands = [size(t) for t in terms]
-        return step(operation, operands, f"size {text}")
-
-    results = [value(t) for t in outputs.values()]
+    made = _Capture(graph, nodes, inputs, dims)
+    results = [made.value(t) for t in outputs.values()]
     rename = dict(zip(results, outputs, strict=True))
     if len(rename) != len(results) or any(r in inputs for r in results):
         raise CaptureError("an output of the match is one of its inputs")
-    key = (name, tuple(parameters or inputs), tuple(outputs), tuple(results), tuple(attributes), tuple(map(_key, body)))
+    key = (name, tuple(parameters or inputs), tuple(outputs), tuple(results), tuple(attributes), tuple(map(_key, made.steps)))
     known: dict[Any, Body] = graph.bodies
     if key not in known:
         opsets = [onnx.helper.make_opsetid("", graph.opset)]
-        opsets += [onnx.helper.make_opsetid(d, 1) for d in sorted(domains - {"", "ai.onnx"})]
-        protos = [_build(s, rename) for s in body]
+        opsets += [onnx.helper.make_opsetid(d, 1) for d in sorted(made.domains - {"", "ai.onnx"})]
+        protos = [_build(s, rename) for s in made.steps]
         function = onnx.helper.make_function(DOMAIN, name, parameters or list(inputs), list(outputs), protos, opsets, attributes)
-        known[key] = Body(function, fingerprint(function), body)
+        known[key] = Body(function, fingerprint(function), made.steps)
     return known[key]
+
+
+class _Capture:
+    """A body in the making: its nodes so far, and the name that each value has in it."""
+
+    def __init__(self, graph: Graph, nodes: list[gs.Node], inputs: dict[str, gs.Tensor], dims: Mapping[str, tuple[str, int]] | None):
+        self.graph, self.dims = graph, dims
+        self.names: dict[int | str, str] = {id(t): n for n, t in inputs.items()}
+        self.steps: list[Step] = []
+        self.domains: set[str] = set()
+        self._given = len(inputs)
+        self._inside = {id(n) for n in nodes}
+        self._visiting: set[int] = set()
+
+    def value(self, tensor: gs.Tensor) -> str:
+        if tensor.is_empty():
+            return ""
+        if id(tensor) in self.names:
+            return self.names[id(tensor)]
+        node = self.graph.producer(tensor)
+        if node is None or id(tensor) in self.graph.known:
+            return self.constant(tensor)
+        if self.dims is not None and id(tensor) in self.graph.symbolic:
+            return self.integers(tensor)
+        if id(node) not in self._inside and canonical(node) not in REDERIVED:
+            raise CaptureError(f"the match reads '{tensor.name}', which {describe(node)} outside of it computes")
+        if id(node) in self._visiting or any(isinstance(a, gs.Graph) for a in node.attrs.values()):
+            raise CaptureError(f"{describe(node)} cannot be part of a function")
+        self._visiting.add(id(node))
+        self.emit(node)
+        return self.names[id(tensor)]
+
+    def emit(self, node: gs.Node) -> None:
+        operands = [self.value(t) for t in node.inputs]
+        self.domains.add(node.domain or "")
+        self.steps.append((node.op, node.domain or "", node.attrs, operands, [self.number(t) if t.name else "" for t in node.outputs]))
+
+    def constant(self, tensor: gs.Tensor) -> str:
+        array = self.graph.constant(tensor, SMALL if self.dims is None else TABLE)
+        if array is None:
+            what = "the weight" if isinstance(tensor, gs.Constant) else "the graph input"
+            raise CaptureError(f"{what} '{tensor.name}' is read by the match but is no input of the replacement")
+        return self.literal(array, id(tensor))
+
+    def literal(self, array: np.ndarray, key: int | str) -> str:
+        return self.step("Constant", [], key, value=array)
+
+    def step(self, op: str, operands: list[str], key: int | str, **attributes: Any) -> str:
+        target = self.fresh(key)
+        self.steps.append((op, "", attributes, operands, [target]))
+        return target
+
+    def number(self, tensor: gs.Tensor) -> str:
+        return self.fresh(id(tensor))
+
+    def fresh(self, key: int | str) -> str:
+        self.names[key] = f"v{len(self.names) - self._given}"
+        return self.names[key]
+
+    def integers(self, tensor: gs.Tensor) -> str:
+        """A tensor of integers that shapes determine, from the shapes of the inputs."""
+        parts = [self.size(d) for d in self.graph.symbolic[id(tensor)]]
+        scalar = id(tensor) in self.graph.scalars
+        wide = tensor.dtype in (None, np.int64)
+        key: int | str = id(tensor) if wide else f"int64 {id(tensor)}"
+        joined = self.step("Squeeze", parts, key) if scalar else self.step("Concat", parts, key, axis=0)
+        return joined if wide else self.step("Cast", [joined], id(tensor), to=onnx.helper.np_dtype_to_tensor_dtype(np.dtype(tensor.dtype)))
+
+    def size(self, dim: Dim) -> str:
+        """One dimension, as a tensor of one element."""
+        assert self.dims is not None
+        text = str(dim)
+        if f"size {text}" in self.names:
+            return self.names[f"size {text}"]
+        if isinstance(dim, int):
+            return self.literal(np.array([dim], np.int64), f"size {text}")
+        if text in self.dims:
+            name, axis = self.dims[text]
+            index = self.size(axis)
+            operation, operands = "Gather", [self.step("Shape", [name], f"shape of {name} for {text}"), index]
+        else:
+            operation, *terms = _operation(text)
+            operands = [self.size(t) for t in terms]
+        return self.step(operation, operands, f"size {text}")
 
 
 def _key(step: Step) -> tuple[Any, ...]:

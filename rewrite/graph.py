@@ -95,6 +95,12 @@ class Graph:
     def __iter__(self) -> Iterator[gs.Node]:
         return iter(sorted(self.live.values(), key=lambda n: self.position[id(n)]))
 
+    def release(self) -> None:
+        """Forget everything: nothing asks any more, but closures that name one another still hold this."""
+        for found in (self.live, self.position, self.known, self.symbolic, self.bodies, self.names):
+            found.clear()
+        self.gs = gs.Graph()
+
     # --- questions ---------------------------------------------------------------------------------------------
     def producer(self, tensor: gs.Tensor) -> gs.Node | None:
         """The node of this graph that computes `tensor`; None for inputs, constants and values of an outer graph."""

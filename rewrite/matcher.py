@@ -8,8 +8,9 @@ A `Trace` given to it records how far the best attempt came and why it stopped t
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -366,11 +367,11 @@ class Matcher:
             for values in op.operand_lists:
                 for operands, covered in self._decompositions(op, len(values), node):
                     self.nodes.extend(covered)
-                    yield from self._assign(self._order(values), operands)
+                    yield from self._assign(_order(values, self.trace is not None), operands)
                     del self.nodes[len(self.nodes) - len(covered) :]
             return
         if op.name in P.COMMUTATIVE and len(op.inputs) == len(node.inputs) == 2:
-            yield from self._assign(self._order(op.inputs), [(t, "") for t in node.inputs])
+            yield from self._assign(_order(op.inputs, self.trace is not None), [(t, "") for t in node.inputs])
             return
         yield from self._in_order(op, node, 0)
 
@@ -449,7 +450,7 @@ class Matcher:
             return None
         return [(node.inputs[0], ""), (node.inputs[1], canonical(node))]
 
-    def _assign(self, values: list[P.Value], operands: list[Operand]) -> Iterator[None]:
+    def _assign(self, values: tuple[P.Value, ...], operands: list[Operand]) -> Iterator[None]:
         if not values:
             yield
             return
@@ -462,20 +463,6 @@ class Matcher:
             attempt = self._inverse(value, tensor, how) if how else self._value(value, tensor)
             for _ in attempt:
                 yield from self._assign(others, operands[:i] + operands[i + 1 :])
-
-    def _order(self, values: Sequence[P.Value]) -> list[P.Value]:
-        """What fails soonest first; when tracing, what tells most: a wrong number is seen when all else is there."""
-
-        def rank(value: P.Value) -> int:
-            if isinstance(value, (P.Tag, P.Typed)):
-                return rank(value.value)
-            if isinstance(value, P.Const):
-                return 0 if self.trace is None else 3
-            if isinstance(value, (P.Op, P.Output)):
-                return 1
-            return 2 if isinstance(value, P.AnyOf) else 3 if isinstance(value, P.Scalar) else 4
-
-        return sorted(values, key=rank)
 
     def _inverse(self, value: P.Value, tensor: gs.Tensor, how: str) -> Iterator[None]:
         """A divisor (or subtrahend) met where the pattern multiplies (or adds)."""
@@ -530,27 +517,44 @@ def same_attribute(actual: object, wanted: object) -> bool:
     return type(actual) is type(wanted) and bool(actual == wanted)
 
 
+@cache
+def _order(values: tuple[P.Value, ...], traced: bool) -> tuple[P.Value, ...]:
+    """What fails soonest first; when tracing, what tells most: a wrong number is seen when all else is there."""
+    return tuple(sorted(values, key=lambda v: _rank(v, traced)))
+
+
+def _rank(value: P.Value, traced: bool) -> int:
+    if isinstance(value, (P.Tag, P.Typed)):
+        return _rank(value.value, traced)
+    if isinstance(value, P.Const):
+        return 3 if traced else 0
+    if isinstance(value, (P.Op, P.Output)):
+        return 1
+    return 2 if isinstance(value, P.AnyOf) else 3 if isinstance(value, P.Scalar) else 4
+
+
 def interior_use(match: Match) -> str | None:
     """Why a match may not be fused although it fits: a value inside that took costly work is read by others, too."""
     graph, inside = match.graph, {id(n) for n in match.nodes}
     outputs = {id(t) for t in match.outputs}
     costly: dict[int, bool] = {}
-
-    def is_costly(node: gs.Node) -> bool:
-        if id(node) not in costly:
-            costly[id(node)] = canonical(node) in HEAVY
-            costly[id(node)] |= any(id(p) in inside and is_costly(p) for t in node.inputs if (p := graph.producer(t)) is not None)
-        return costly[id(node)]
-
     for node in match.nodes:
         for tensor in node.outputs:
-            if id(tensor) in outputs or not is_costly(node):
+            if id(tensor) in outputs or not _is_costly(graph, node, inside, costly):
                 continue
             serving = {id(u) for u in graph.consumers(tensor) if id(u) not in inside and _serves(graph, u, inside)}
             use = graph.is_used_outside(tensor, inside | serving)
             if use is not None:
                 return f"the value '{tensor.name}' inside the match is needed elsewhere: {use}"
     return None
+
+
+def _is_costly(graph: Graph, node: gs.Node, inside: set[int], known: dict[int, bool]) -> bool:
+    """Whether `node`, or one inside the match that it reads from, is heavy work."""
+    if id(node) not in known:
+        known[id(node)] = canonical(node) in HEAVY
+        known[id(node)] |= any(id(p) in inside and _is_costly(graph, p, inside, known) for t in node.inputs if (p := graph.producer(t)) is not None)
+    return known[id(node)]
 
 
 def _serves(graph: Graph, node: gs.Node, inside: set[int], depth: int = 0) -> bool:

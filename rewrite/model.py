@@ -233,9 +233,9 @@ class Imported:
     graphs: dict[int, onnx.GraphProto]
     kept: list[gs.Node]  # holds the nodes, so that ids in `sources` stay theirs
 
-    def release(self) -> None:
-        """Take the graph apart: nodes and tensors name one another, which Python's cycle collector takes long to find out."""
-        for node in self.kept:
+    def release(self, made: list[gs.Node]) -> None:
+        """Take the graph apart, nodes `made` by rules included: all name one another, which Python's cycle collector takes long to find out."""
+        for node in (*self.kept, *made):
             for tensor in (*node.inputs, *node.outputs):
                 tensor.__dict__["inputs"] = tensor.__dict__["outputs"] = ()  # a rule may have kept its name and shape
             node.__dict__.clear()

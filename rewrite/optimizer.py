@@ -137,7 +137,9 @@ def _apply_rules(source: Model, rules: Library, verify: bool, explain: bool, bit
     for graph in graphs:
         graph.sort()
     result = close_graph(imported, table.functions, driver.metadata) if report.sites else source
-    imported.release()
+    imported.release(driver.made)
+    for graph in graphs:
+        graph.release()
     report.seconds = time.perf_counter() - started
     report.operators_before, report.operators_after = source.operators(), result.operators()
     report.plugins, report.kinds, report.unknown = result.plugin_nodes(), result.plugin_kinds(), unknown_operators(source.proto)

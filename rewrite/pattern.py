@@ -147,9 +147,9 @@ class Op(Value):
         return frozenset({"Mul": ("Mul", "Div"), "Add": ("Add", "Sub")}.get(self.name, (self.name,)))
 
     @cached_property
-    def operand_lists(self) -> list[list[Value]]:
+    def operand_lists(self) -> list[tuple[Value, ...]]:
         """What `flattened` gives, once."""
-        return list(flattened(self))
+        return [tuple(values) for values in flattened(self)]
 
 
 @dataclass(eq=False)
