@@ -308,7 +308,7 @@ class Matcher:
         if isinstance(value, P.Scalar):
             yield from self._bind(value.name, number, self.bindings.get(value.name, number) == number)
         elif isinstance(value, P.Const):
-            if abs(number - value.value) <= value.tolerance * abs(value.value):
+            if number == value.value or abs(number - value.value) <= value.tolerance * abs(value.value):  # infinities have no difference
                 yield
             else:
                 self._stop(P.text(value), None, f"'{name}' is {number:.6g}, not {value.value:.6g}", 0.5)

@@ -266,6 +266,12 @@ def test_nan_guards_are_asked_for():
 
 
 # --- predicates -----------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(("number", "matches"), [("-inf", 1), ("inf", 0), ("-3.4e38", 0), ("nan", 0)])
+def test_an_infinite_constant(number, matches):
+    text = "(float[4] x, bool[4] m) => (float[4] y) { y = Where(m, x, low) }"
+    assert len(fits(lambda op, x, m: op.Where(m, x, float("-inf")), text, low=np.float32(number))) == matches
+
+
 def test_constants():
     text = "(float[4] x) => (float[4] y) {{ c = Constant<value_float={}>() y = Mul(x, c) }}"
     assert fits(lambda op, x: x * 0.044715, text.format(0.044715))
