@@ -8,6 +8,7 @@ A `Trace` given to it records how far the best attempt came and why it stopped t
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import cache
@@ -308,7 +309,7 @@ class Matcher:
         if isinstance(value, P.Scalar):
             yield from self._bind(value.name, number, self.bindings.get(value.name, number) == number)
         elif isinstance(value, P.Const):
-            if number == value.value or abs(number - value.value) <= value.tolerance * abs(value.value):  # infinities have no difference
+            if number == value.value or abs(number - value.value) <= value.tolerance * abs(value.value) < math.inf:
                 yield
             else:
                 self._stop(P.text(value), None, f"'{name}' is {number:.6g}, not {value.value:.6g}", 0.5)
