@@ -22,6 +22,7 @@ PACKED = {"UNDEFINED", "STRING", "INT4", "UINT4", "FLOAT4E2M1", "INT2", "UINT2"}
 
 EQUATION = re.compile(rb"(?:[A-Za-z]*(?:\.\.\.)?[A-Za-z]*)(?:,[A-Za-z]*(?:\.\.\.)?[A-Za-z]*)*(?:->[A-Za-z]*(?:\.\.\.)?[A-Za-z]*)?")
 EXPANDED = 10_000_000  # nodes, all calls of functions replaced by bodies
+CYCLE = 6  # values of a cycle that are shown
 
 Scopes = tuple[set[str], ...]
 
@@ -102,24 +103,28 @@ def _why_unknown(graph: onnx.GraphProto, value: str, node: onnx.NodeProto, maker
         return f"value '{value}' is read by {at}, but nothing computes it; the model is incomplete, export it again"
     cycle = _cycle(value, makers)
     if cycle:
-        return f"the graph has a cycle, through the values {' -> '.join(cycle)}; no order can compute it, export the model again"
+        shown = [f"'{v[:60]}'" for v in (cycle if len(cycle) <= CYCLE else [*cycle[: CYCLE - 1], cycle[-1]])]
+        if len(cycle) > CYCLE:
+            shown[-1:-1] = ["…"]
+        return f"the graph has a cycle, through the values {' -> '.join(shown)}; no order can compute it, export the model again"
     return f"value '{value}' is read by {at} before {makers[value].op_type} '{makers[value].name}' computes it: the nodes are out of order; sort them (`polygraphy surgeon sanitize` does)"
 
 
 def _cycle(start: str, makers: dict[str, onnx.NodeProto]) -> list[str]:
     """Values, each computed from the one before, that lead from one back to itself; empty if there is no such round."""
-    path: list[str] = [start]
+    path: dict[str, None] = {start: None}  # a dict, because a cycle may have 100,000 values
     pending: list[Iterator[str]] = [iter(makers[start].input)]
     done: set[str] = set()
     while pending:
         value = next(pending[-1], None)
         if value is None:
-            done.add(path.pop())
+            done.add(path.popitem()[0])
             pending.pop()
         elif value in path:
-            return [f"'{v}'" for v in reversed([*path[path.index(value) :], value])]
+            values = list(path)
+            return [value, *reversed(values[values.index(value) :])]
         elif value in makers and value not in done:
-            path.append(value)
+            path[value] = None
             pending.append(iter(makers[value].input))
     return []
 

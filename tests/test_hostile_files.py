@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import time
 
+import numpy as np
 import onnx
 import pytest
+from click.testing import CliRunner
 from onnx import helper
 
 import rewrite
-from rewrite import sandbox
+from rewrite import sandbox, validity
+from rewrite.cli import main
+from rewrite.model import module_scope
 
 SECRET = b"the secret outside" * 4096
 
@@ -142,3 +147,61 @@ def test_unknown_and_repeated_keys(tmp_path):
         path = write(tmp_path / "m.onnx", [helper.make_node("Constant", [], ["c"], value=tensor), helper.make_node("Add", ["x", "c"], ["y"])])
         with pytest.raises(rewrite.RewriteError, match="has the key"):
             rewrite.load(path)
+
+
+def test_a_cycle_of_50_000_values_is_told_in_short(tmp_path):
+    count = 50_000
+    made = [helper.make_node("Neg", [f"v{(i - 1) % count}"], [f"v{i}"]) for i in range(count)] + [helper.make_node("Add", ["x", "v0"], ["y"])]
+    path = write(tmp_path / "m.onnx", made)
+    started = time.perf_counter()
+    with pytest.raises(rewrite.RewriteError, match="a cycle, through the values .* … -> 'v") as told:
+        rewrite.load(path)
+    assert time.perf_counter() - started < 8
+    assert len(str(told.value)) < len(str(path)) + 250
+    values = [f"v{i}" for i in range(400)]
+    makers = {v: helper.make_node("Neg", [values[i - 1]], [v]) for i, v in enumerate(values)}
+    assert validity._cycle("v0", makers) == [*values, "v0"]  # each is computed from the one before
+
+
+BROKEN_SCOPES = ["[", "['a', ", "[" * 5000, "[" + "-" * 5000 + "1]", "['a', 'b', " + "'c', " * 10**6 + "]", "[1, 2]", "['\\x']", "[b'a', b'b']", "[x]", "['a\0', 'b']", "[" + "9" * 5000 + "]",
+                 "['layer." + "9" * 5000 + "', 'b']", "['layer.²', 'b']", "['a' + 'b', 'c']", "[{}.a, {}]", "[*x]"]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", BROKEN_SCOPES, ids=range(len(BROKEN_SCOPES)))
+def test_broken_metadata_is_no_reason_to_fail(tmp_path, text):
+    made = [helper.make_node("Sigmoid", ["x"], ["s"]), helper.make_node("Mul", ["x", "s"], ["y"], "swish")]
+    for node in made:
+        node.metadata_props.add(key="pkg.torch.onnx.name_scopes", value=text)
+    path = write(tmp_path / "m.onnx", made)
+    started = time.perf_counter()
+    done = CliRunner().invoke(main, ["optimize", str(path), "--expect", "swish>=0", "--no-verify"])
+    assert done.exit_code == 0, (done.output[-300:], done.exception)
+    assert time.perf_counter() - started < 8
+
+
+def test_scopes_that_are_none_name_no_module():
+    node = helper.make_node("Neg", ["x"], ["y"], "/a/b/Neg")
+    node.metadata_props.add(key="pkg.torch.onnx.name_scopes", value="['', 'layer.0', 'layer.0.norm', 'neg']")
+    assert module_scope(node) == "layer.0.norm"
+    for text in BROKEN_SCOPES[:10]:
+        node.metadata_props[0].value = text
+        assert module_scope(node) == ""
+
+
+@pytest.mark.parametrize("command", ["optimize", "verify", "run"])
+def test_advice_names_options_that_the_command_has(tmp_path, monkeypatch, command):
+    made = [helper.make_node("Sigmoid", ["x"], ["s"]), helper.make_node("Mul", ["x", "s"], ["y"])]
+    path, feeds = write(tmp_path / "m.onnx", made), tmp_path / "x.npz"
+    np.savez(feeds, x=np.ones(2, np.float32))
+
+    def die(*_):
+        raise sandbox.Died("it takes more than 1 s")
+
+    monkeypatch.setattr(sandbox, "rehearse", lambda *_: None)
+    monkeypatch.setattr(sandbox, "_ask", die)
+    rest = {"optimize": [], "verify": [path], "run": ["--inputs", feeds]}[command]
+    done = CliRunner().invoke(main, [command, str(path), *map(str, rest)])
+    assert done.exit_code == 2 and "does not end well" in done.stderr
+    options = {o for parameter in main.commands[command].params for o in (*parameter.opts, *parameter.secondary_opts)}
+    advised = set(re.findall(r"--[a-z-]+", done.stderr))
+    assert advised and advised <= options
