@@ -29,6 +29,7 @@ from rewrite.weights import embedded, place, relocated
 
 G_LOGGER.severity = G_LOGGER.ERROR
 KEYS = ("location", "offset", "length", "checksum")  # of a reference to external data
+SCOPES = 10_000  # characters of a hint that are read
 INLINE = 16384  # bytes: external tensors up to this size are read at once, so that rules can see their values
 
 
@@ -299,10 +300,21 @@ def module_scope(node: onnx.NodeProto) -> str:
     """The PyTorch module a node came from, `encoder.layer.0.attention`: a hint that exporters leave, or ""."""
     for entry in node.metadata_props:
         if entry.key == "pkg.torch.onnx.name_scopes":
-            scopes = ast.literal_eval(entry.value) if entry.value.startswith("[") else []
-            return str(scopes[-2]) if len(scopes) > 1 else ""
+            scopes = _list_of_names(entry.value)
+            return scopes[-2] if len(scopes) > 1 else ""
     name = str(node.name)
     return name[1:].rpartition("/")[0].replace("/", ".") if name.startswith("/") else ""
+
+
+def _list_of_names(text: str | bytes) -> list[str]:
+    """The names in a Python list of strings; none in anything else, which is no reason to refuse a model."""
+    if not isinstance(text, str) or not text.startswith("[") or len(text) > SCOPES:
+        return []
+    try:
+        found = ast.literal_eval(text)
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        return []
+    return found if all(isinstance(name, str) for name in found) else []
 
 
 def close_graph(imported: Imported, functions: dict[str, onnx.FunctionProto], metadata: dict[int, dict[str, str]]) -> Model:

@@ -52,8 +52,9 @@ def summarize_scopes(scopes: list[str]) -> str:
     groups: dict[str, list[tuple[int, ...]]] = {}
     for scope in scopes:
         parts = scope.split(".")
-        template = ".".join("{}" if p.isdigit() else p.replace("{", "").replace("}", "") for p in parts)
-        groups.setdefault(template, []).append(tuple(int(p) for p in parts if p.isdigit()))
+        numbers = [int(p) if p.isdecimal() and len(p) < 10 else None for p in parts]
+        template = ".".join("{}" if n is not None else p.replace("{", "").replace("}", "") for p, n in zip(parts, numbers, strict=True))
+        groups.setdefault(template, []).append(tuple(n for n in numbers if n is not None))
     texts = []
     for template, numbers in groups.items():
         columns = [sorted(set(column)) for column in zip(*numbers, strict=True)]
