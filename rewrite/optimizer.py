@@ -85,7 +85,7 @@ def optimize(
         report.not_run = f"its weights are {size / 2**30:.1f} GiB, more than the {LARGEST_RUN / 2**30:.0f} GiB up to which it is run unasked"
     elif verify and not report.unknown:
         started = time.perf_counter()
-        report.model_error = sandbox.compare(source, result.model, inputs, 0.0 if bitwise else tolerance)
+        report.model_error = sandbox.compare(source, result.model, inputs, 0.0 if bitwise else tolerance, "give small inputs with --inputs FILE.npz, or leave the check out with --no-verify")
         if bitwise and report.model_error:
             raise CheckFailed(f"the rewritten model differs by {report.model_error:.1e} where --bitwise allows nothing")
         report.verify_seconds += time.perf_counter() - started

@@ -41,6 +41,7 @@ FREE = 0.9  # of the memory that the machine has free, at most
 MESSAGE = 1 << 16
 MOST_FILES = 250  # in one message, by the kernel
 BOOT = "import json, sys; sys.path[:] = json.loads(sys.argv[2]); from rewrite.sandbox import serve; serve(int(sys.argv[1]))"
+SMALLER = "give smaller inputs with --inputs FILE.npz"  # what to do about it
 ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
 
 
@@ -136,23 +137,23 @@ def rehearse(path: Path, file: int, size: int) -> None:
         raise RewriteError(f"{path}: refused, because reading it does not end well: {reason}; export the model again, or split it if it is sound") from reason
 
 
-def compare(one: Model, other: Model, inputs: list[dict[str, np.ndarray[Any, Any]]] | None, tolerance: float) -> float:
-    """`rewrite.verify.check_models` in the child. Raises RewriteError if it hangs, crashes, or takes too much memory."""
+def compare(one: Model, other: Model, inputs: list[dict[str, np.ndarray[Any, Any]]] | None, tolerance: float, advice: str = SMALLER) -> float:
+    """`rewrite.verify.check_models` in the child. Raises RewriteError, with the advice, if it hangs, crashes, or takes too much memory."""
     with contextlib.ExitStack() as stack:
         files = [stack.enter_context(_in_memory(m.proto.SerializeToString())) for m in (one, other)]
         files += [stack.enter_context(_arrays(feeds)) for feeds in inputs or ()]
         request = {"do": "compare", "models": [_description(one), _description(other)], "generate": inputs is None, "tolerance": tolerance}
-        return float(_run(one, request, files, bool(inputs))["error"])
+        return float(_run(one, request, files, bool(inputs), advice)["error"])
 
 
 def run(model: Model, inputs: Mapping[str, np.ndarray[Any, Any]]) -> dict[str, np.ndarray[Any, Any]]:
     """`rewrite.verify.run_model` in the child: the outputs by name. Raises RewriteError as `compare` does."""
     with _in_memory(model.proto.SerializeToString()) as file, _arrays(inputs) as feeds, _in_memory(b"") as results:
-        _run(model, {"do": "run", "models": [_description(model)]}, [file, feeds, results], True)
+        _run(model, {"do": "run", "models": [_description(model)]}, [file, feeds, results], True, SMALLER)
         return read_arrays(os.dup(results))
 
 
-def _run(model: Model, request: dict[str, Any], files: list[int], asked_for: bool) -> dict[str, Any]:
+def _run(model: Model, request: dict[str, Any], files: list[int], asked_for: bool, advice: str) -> dict[str, Any]:
     from rewrite.weights import external_size
 
     seconds = RUN_SECONDS + (model.proto.ByteSize() + external_size(model.external)) / RUN_RATE
@@ -160,7 +161,7 @@ def _run(model: Model, request: dict[str, Any], files: list[int], asked_for: boo
     try:
         answer = _ask({**request, "seconds": seconds * (os.cpu_count() or 1), "memory": _free_memory()}, files, seconds)
     except Died as reason:
-        raise RewriteError(f"{model.name}: running it in ONNX Runtime does not end well: {reason}; give small inputs with --inputs FILE.npz, or leave the check out with --no-verify") from reason
+        raise RewriteError(f"{model.name}: running it in ONNX Runtime does not end well: {reason}; {advice}") from reason
     if "failed" in answer:
         raise CheckFailed(answer["failed"])
     if "refused" in answer:
