@@ -52,9 +52,9 @@ def summarize_scopes(scopes: list[str]) -> str:
     groups: dict[str, list[tuple[int, ...]]] = {}
     for scope in scopes:
         parts = scope.split(".")
-        numbers = [int(p) if p.isdecimal() and len(p) < 10 else None for p in parts]
-        template = ".".join("{}" if n is not None else p.replace("{", "").replace("}", "") for p, n in zip(parts, numbers, strict=True))
-        groups.setdefault(template, []).append(tuple(n for n in numbers if n is not None))
+        found = [int(p) if p.isdecimal() and len(p) < 10 else None for p in parts]
+        template = ".".join("{}" if n is not None else p.replace("{", "").replace("}", "") for p, n in zip(parts, found, strict=True))
+        groups.setdefault(template, []).append(tuple(n for n in found if n is not None))
     texts = []
     for template, numbers in groups.items():
         columns = [sorted(set(column)) for column in zip(*numbers, strict=True)]

@@ -15,7 +15,7 @@ from click.testing import CliRunner
 from onnx import helper
 
 import rewrite
-from rewrite import sandbox, validity
+from rewrite import sandbox, validity, verify
 from rewrite.cli import main
 from rewrite.model import module_scope
 
@@ -154,7 +154,7 @@ def test_a_cycle_of_50_000_values_is_told_in_short(tmp_path):
     made = [helper.make_node("Neg", [f"v{(i - 1) % count}"], [f"v{i}"]) for i in range(count)] + [helper.make_node("Add", ["x", "v0"], ["y"])]
     path = write(tmp_path / "m.onnx", made)
     started = time.perf_counter()
-    with pytest.raises(rewrite.RewriteError, match="a cycle, through the values .* … -> 'v") as told:
+    with pytest.raises(rewrite.RewriteError, match=r"a cycle, through the values .* … -> 'v") as told:
         rewrite.load(path)
     assert time.perf_counter() - started < 8
     assert len(str(told.value)) < len(str(path)) + 250
@@ -201,7 +201,40 @@ def test_advice_names_options_that_the_command_has(tmp_path, monkeypatch, comman
     monkeypatch.setattr(sandbox, "_ask", die)
     rest = {"optimize": [], "verify": [path], "run": ["--inputs", feeds]}[command]
     done = CliRunner().invoke(main, [command, str(path), *map(str, rest)])
-    assert done.exit_code == 2 and "does not end well" in done.stderr
+    assert done.exit_code == 2
+    assert "does not end well" in done.stderr
     options = {o for parameter in main.commands[command].params for o in (*parameter.opts, *parameter.secondary_opts)}
     advised = set(re.findall(r"--[a-z-]+", done.stderr))
-    assert advised and advised <= options
+    assert advised
+    assert advised <= options
+
+
+def site(made, inputs=("x",)):
+    return helper.make_function("f", "F", list(inputs), ["y"], made, [helper.make_opsetid("", 18)])
+
+
+def test_sites_run_here_only_if_every_size_is_known(monkeypatch):
+    asked = []
+    run_there = sandbox.run
+    monkeypatch.setattr(sandbox, "run", lambda *a: asked.append(a) or run_there(*a))
+    x, many = np.ones(2, np.float32), np.array([1 << 40, 2])
+    assert verify.run_function(site([helper.make_node("Neg", ["x"], ["y"])]), [], {"x": x})[0].tolist() == [-1, -1]
+    assert verify.run_function(site([helper.make_node("Expand", ["x", "n"], ["y"])], "xn"), [], {"x": x, "n": np.array([3, 2])})[0].shape == (3, 2)
+    assert not asked
+    with pytest.raises(rewrite.RewriteError, match=r"2\.2e\+12 elements"):
+        verify.run_function(site([helper.make_node("Expand", ["x", "n"], ["y"])], "xn"), [], {"x": x, "n": many})
+    assert not asked
+    assert verify.run_function(site([helper.make_node("NonZero", ["x"], ["y"])]), [], {"x": x})[0].tolist() == [[0, 1]]
+    assert len(asked) == 1
+    with pytest.raises(rewrite.RewriteError, match="elements, too many"):
+        verify.make_inputs([verify.Spec("x", np.dtype(np.float32), (1 << 20, 1 << 20))], 0, None)
+
+
+def test_a_site_that_loops_for_ever_is_ended(monkeypatch):
+    monkeypatch.setattr(sandbox, "RUN_SECONDS", 2)
+    body = helper.make_graph([helper.make_node("Identity", ["c"], ["d"]), helper.make_node("Neg", ["v"], ["w"])], "b", [helper.make_tensor_value_info("i", 7, []), helper.make_tensor_value_info("c", 9, []), helper.make_tensor_value_info("v", 1, [2])],
+                             [helper.make_tensor_value_info("d", 9, []), helper.make_tensor_value_info("w", 1, [2])])  # fmt: skip
+    trips = helper.make_tensor("t", 7, [], [1 << 62])
+    made = [helper.make_node("Constant", [], ["n"], value=trips), helper.make_node("Loop", ["n", "", "x"], ["y"], body=body)]
+    with pytest.raises(rewrite.RewriteError, match="does not end well: it takes more than"):
+        verify.run_function(site(made), [], {"x": np.ones(2, np.float32)})
