@@ -232,8 +232,8 @@ def test_sites_run_here_only_if_every_size_is_known(monkeypatch):
 
 def test_a_site_that_loops_for_ever_is_ended(monkeypatch):
     monkeypatch.setattr(sandbox, "RUN_SECONDS", 2)
-    body = helper.make_graph([helper.make_node("Identity", ["c"], ["d"]), helper.make_node("Neg", ["v"], ["w"])], "b", [helper.make_tensor_value_info("i", 7, []), helper.make_tensor_value_info("c", 9, []), helper.make_tensor_value_info("v", 1, [2])],
-                             [helper.make_tensor_value_info("d", 9, []), helper.make_tensor_value_info("w", 1, [2])])  # fmt: skip
+    values = [helper.make_tensor_value_info(n, kind, shape) for n, kind, shape in (("i", 7, []), ("c", 9, []), ("v", 1, [2]), ("d", 9, []), ("w", 1, [2]))]
+    body = helper.make_graph([helper.make_node("Identity", ["c"], ["d"]), helper.make_node("Neg", ["v"], ["w"])], "b", values[:3], values[3:])
     trips = helper.make_tensor("t", 7, [], [1 << 62])
     made = [helper.make_node("Constant", [], ["n"], value=trips), helper.make_node("Loop", ["n", "", "x"], ["y"], body=body)]
     with pytest.raises(rewrite.RewriteError, match="does not end well: it takes more than"):
