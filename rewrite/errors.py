@@ -15,6 +15,10 @@ class RewriteError(Exception):
         super().__init__(" ".join(message.split()))
 
 
+class Unfinished(RewriteError):
+    """A model that was run under limits came to no end within them."""
+
+
 class CheckFailed(RewriteError):
     """A check the user asked for did not hold: an expected fusion is missing, two models differ."""
 

@@ -25,7 +25,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rewrite.errors import CheckFailed, RewriteError
+from rewrite.errors import CheckFailed, RewriteError, Unfinished
 
 if TYPE_CHECKING:
     import numpy as np
@@ -34,8 +34,9 @@ if TYPE_CHECKING:
 
 GIGABYTE = 1 << 30
 READ_SECONDS, READ_RATE = 8, 10e6  # of processor time for a small file; bytes of a large one for which there is a second more
-RUN_SECONDS, RUN_RATE = 60, 10e6  # the same for running a model, by the clock
-PATIENCE = 6  # a reading child may be kept waiting by others: so much longer by the clock
+RUN_SECONDS, RUN_RATE = 6, 10e6  # the same for running a model
+PATIENCE = 6  # a child may be kept waiting by others: so much longer by the clock
+ASKED_FOR = 600  # times as long for inputs that the user gave, which may be large
 READ_MEMORY, READ_FACTOR = 2 * GIGABYTE, 8  # bytes for a small file; more for each byte of a large one
 FREE = 0.9  # of the memory that the machine has free, at most
 MESSAGE = 1 << 16
@@ -148,21 +149,28 @@ def compare(one: Model, other: Model, inputs: list[dict[str, np.ndarray[Any, Any
 
 
 def run(model: Model, inputs: Mapping[str, np.ndarray[Any, Any]], advice: str = SMALLER) -> dict[str, np.ndarray[Any, Any]]:
-    """`rewrite.verify.run_model` in the child: the outputs by name. Raises RewriteError as `compare` does."""
+    """`rewrite.verify.run_model` in the child: the outputs by name. Raises RewriteError as `compare` does.
+
+    With the usual advice the inputs are the user's, who may want to wait; with another, generated.
+    """
     with _in_memory(model.proto.SerializeToString()) as file, _arrays(inputs) as feeds, _in_memory(b"") as results:
-        _run(model, {"do": "run", "models": [_description(model)]}, [file, feeds, results], advice != SITE, advice)
+        _run(model, {"do": "run", "models": [_description(model)]}, [file, feeds, results], advice == SMALLER, advice)
         return read_arrays(os.dup(results))
 
 
 def _run(model: Model, request: dict[str, Any], files: list[int], asked_for: bool, advice: str) -> dict[str, Any]:
     from rewrite.weights import external_size
 
-    seconds = RUN_SECONDS + (model.proto.ByteSize() + external_size(model.external)) / RUN_RATE
-    seconds *= 60 if asked_for else 1  # the user's own inputs may be large
+    size = model.proto.ByteSize() + external_size(model.external)
+    seconds, memory = (RUN_SECONDS + size / RUN_RATE) * (ASKED_FOR if asked_for else 1), _free_memory()
+    if not asked_for:
+        memory = min(memory, READ_MEMORY + READ_FACTOR * size)
+    if model.external:
+        seconds *= os.cpu_count() or 1  # it runs on all of them
     try:
-        answer = _ask({**request, "seconds": seconds * (os.cpu_count() or 1), "memory": _free_memory()}, files, seconds)
+        answer = _ask({**request, "seconds": seconds, "memory": memory}, files, PATIENCE * seconds)
     except Died as reason:
-        raise RewriteError(f"{model.name}: running it in ONNX Runtime does not end well: {reason}; {advice}") from reason
+        raise Unfinished(f"{model.name}: running it in ONNX Runtime does not end well: {reason}; {advice}") from reason
     if "failed" in answer:
         raise CheckFailed(answer["failed"])
     if "refused" in answer:

@@ -21,6 +21,7 @@ ONNX_RUNTIME = ("com.microsoft", "com.microsoft.nchwc", "com.microsoft.experimen
 PACKED = {"UNDEFINED", "STRING", "INT4", "UINT4", "FLOAT4E2M1", "INT2", "UINT2"}  # no whole number of bytes an element
 
 EQUATION = re.compile(rb"(?:[A-Za-z]*(?:\.\.\.)?[A-Za-z]*)(?:,[A-Za-z]*(?:\.\.\.)?[A-Za-z]*)*(?:->[A-Za-z]*(?:\.\.\.)?[A-Za-z]*)?")
+NESTING = 100  # graphs inside graphs: what walks them calls itself for each
 EXPANDED = 10_000_000  # nodes, all calls of functions replaced by bodies
 CYCLE = 6  # values of a cycle that are shown
 
@@ -29,6 +30,7 @@ Scopes = tuple[set[str], ...]
 
 def check_validity(proto: onnx.ModelProto, name: str) -> None:
     """Raises RewriteError, starting with `name`, if the model cannot be rewritten safely."""
+    _check_depth(proto, name)
     for text in _texts(proto):
         if isinstance(text, bytes):  # what protobuf makes of text that is none
             raise RewriteError(f"{name}: a name in it is not UTF-8 text ({text[:60]!r}); rename it where the model is made")
@@ -40,6 +42,17 @@ def check_validity(proto: onnx.ModelProto, name: str) -> None:
     _check_nesting(proto, name)
     for node in (*all_nodes(proto.graph), *(inner for f in proto.functions for n in f.node for inner in _with_inner(n))):
         _check_equation(node, name)
+
+
+def _check_depth(proto: onnx.ModelProto, name: str) -> None:
+    bodies = [n for f in proto.functions for n in f.node]
+    pending = [(g, 1) for g in (proto.graph, *(t.initialization for t in proto.training_info), *(t.algorithm for t in proto.training_info))]
+    pending += [(inner, 2) for node in bodies for inner in subgraphs(node)]
+    while pending:
+        graph, depth = pending.pop()
+        if depth > NESTING:
+            raise RewriteError(f"{name}: graphs inside graphs, more than {NESTING} deep; export the model again, or flatten its If and Loop nodes")
+        pending += [(inner, depth + 1) for node in graph.node for inner in subgraphs(node)]
 
 
 def _check_versions(proto: onnx.ModelProto, name: str) -> None:
@@ -307,9 +320,9 @@ def _node_tensors(nodes: Iterable[onnx.NodeProto]) -> Iterator[onnx.TensorProto]
             if attribute.HasField("t"):
                 yield attribute.t
             yield from attribute.tensors
-            if attribute.HasField("sparse_tensor"):
-                yield attribute.sparse_tensor.values
-                yield attribute.sparse_tensor.indices
+            for sparse in (*([attribute.sparse_tensor] if attribute.HasField("sparse_tensor") else []), *attribute.sparse_tensors):
+                yield sparse.values
+                yield sparse.indices
         for inner in subgraphs(node):
             yield from _graph_tensors(inner)
 

@@ -22,7 +22,7 @@ import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 
-from rewrite.errors import CheckFailed, RewriteError
+from rewrite.errors import CheckFailed, RewriteError, Unfinished
 from rewrite.graph import DOMAIN, Dim
 from rewrite.precision import is_narrow, widen_arrays, widen_function, widen_model
 from rewrite.registry import Plugin
@@ -112,7 +112,7 @@ def make_inputs(specs: list[Spec], attempt: int, sample: Callable[..., Any] | No
             raise RewriteError(f"the shape of '{spec.name}' is unknown")
         shape = tuple(resolve(d, sizes, draw) for d in spec.shape)
         if math.prod(shape) > MOST:
-            raise RewriteError(f"'{spec.name}' has {math.prod(shape):.1e} elements, too many to check ({MOST:.1e} are allowed)")
+            raise RewriteError(f"'{spec.name}' has {math.prod(shape):.1e} elements, too many to check ({MOST:.1e} are allowed); export the model with smaller fixed sizes, or leave the check out with --no-verify")
         if spec.value is not None:
             made[spec.name] = np.array([resolve(d, sizes, draw) for d in spec.value], np.int64).reshape(shape)
             continue
@@ -207,7 +207,7 @@ def _is_harmless(model: onnx.ModelProto, feeds: Mapping[str, np.ndarray]) -> boo
         if tensor.HasField("shape") and all(d.HasField("dim_value") for d in tensor.shape.dim):
             sizes[value.name] = math.prod(d.dim_value for d in tensor.shape.dim)
             if sizes[value.name] > MOST:
-                raise RewriteError(f"'{value.name}' has {sizes[value.name]:.1e} elements, too many to check ({MOST:.1e} are allowed)")
+                raise RewriteError(f"'{value.name}' has {sizes[value.name]:.1e} elements, too many to check ({MOST:.1e} are allowed); export the model with smaller fixed sizes, or leave the check out with --no-verify")
     return all(name in sizes for node in graph.node for name in node.output if name) and max(sizes.values(), default=0) <= LARGE
 
 
@@ -290,11 +290,14 @@ def check_site(
     zero included; NaN equals NaN. Then the sizes are always the model's, because the order of a sum may depend on them.
     """
     small = None if bitwise else shrink(specs)
-    if small is not None:
-        verdict = _compare_site(body, needed, small, replacement, tolerance, sample, bitwise)
-        if verdict.ok:
-            return verdict
-    return _compare_site(body, needed, specs, replacement, tolerance, sample, bitwise)
+    try:
+        if small is not None:
+            verdict = _compare_site(body, needed, small, replacement, tolerance, sample, bitwise)
+            if verdict.ok:
+                return verdict
+        return _compare_site(body, needed, specs, replacement, tolerance, sample, bitwise)
+    except Unfinished as error:  # it took its time once; other inputs would take it again
+        return Verdict(False, np.inf, str(error))
 
 
 def shrink(specs: list[Spec]) -> list[Spec] | None:
@@ -330,12 +333,16 @@ def _compare_site(
             expected = run_function(body, needed, inputs)
             if narrow:
                 exact = run_function(widen_function(body), [widen_function(f) for f in needed], widen_arrays(inputs))
+        except Unfinished:
+            raise
         except RewriteError as error:
             last = str(error)
             continue
         try:
             with np.errstate(all="ignore"):
                 actual = replacement(inputs)
+        except Unfinished:
+            raise
         except Exception as error:
             return Verdict(False, np.inf, f"the replacement fails: {type(error).__name__}: {str(error)[:200]}")
         if any(s.dtype.name == "bfloat16" for s in specs):  # computed in float32: the types of the results are not known
