@@ -92,6 +92,8 @@ def watch(event, arguments):
         path = os.path.realpath(os.fsdecode(arguments[0]))
         if path == os.path.realpath(sys.argv[2]) or path.startswith(("/etc/passwd", "/dev/zero", "/dev/stdin")) or path.endswith(("/pipe", "/hard")):
             print("OPENED", path, flush=True)
+        if path.endswith("/sound"):
+            print("READ", path, flush=True)
 import rewrite
 from rewrite.model import read
 from pathlib import Path
@@ -106,8 +108,50 @@ for path in sorted(Path(home).glob("*.onnx")):
 """
 
 
+def branches(name):
+    """A model with an If."""
+    made = [helper.make_node("Constant", [], ["c"], value=helper.make_tensor("c", 9, [], [True]))]
+    inner = [helper.make_graph([helper.make_node("Neg", ["x"], [f"y{i}"])], f"b{i}", [], [helper.make_tensor_value_info(f"y{i}", 1, [2])]) for i in range(2)]
+    made.append(helper.make_node("If", ["c"], ["y"], then_branch=inner[0], else_branch=inner[1]))
+    values = [helper.make_tensor_value_info(n, 1, [2]) for n in "xy"]
+    return helper.make_model(helper.make_graph(made, name, values[:1], values[1:]), opset_imports=[helper.make_opsetid("", 18)], ir_version=8)
+
+
+def sparse_of(tensor, place):
+    if place == "indices":
+        tensor.data_type = 7
+        return onnx.SparseTensorProto(values=helper.make_tensor("sparse", 1, [2], [1, 2]), indices=tensor, dims=[2])
+    return onnx.SparseTensorProto(values=tensor, indices=helper.make_tensor("i", 7, [2], [0, 1]), dims=[2])
+
+
+def in_attribute(model, name, **fields):
+    (attribute := model.graph.node[0].attribute.add(name=name)).type = getattr(onnx.AttributeProto, name.upper())
+    for field, value in fields.items():
+        target = getattr(attribute, field)
+        target.CopyFrom(value) if hasattr(target, "CopyFrom") and not hasattr(target, "append") else target.append(value)
+
+
+def in_training(model, part, tensor):
+    getattr(model.training_info.add(), part).initializer.append(tensor)
+
+
+PLACES = {
+    "initializer": lambda m, t: m.graph.initializer.append(t),
+    "sparse values": lambda m, t: m.graph.sparse_initializer.append(sparse_of(t, "values")),
+    "sparse indices": lambda m, t: m.graph.sparse_initializer.append(sparse_of(t, "indices")),
+    "attribute": lambda m, t: in_attribute(m, "tensor", t=t),
+    "attribute of tensors": lambda m, t: in_attribute(m, "tensors", tensors=t),
+    "sparse attribute": lambda m, t: in_attribute(m, "sparse_tensor", sparse_tensor=sparse_of(t, "values")),
+    "attribute of sparse tensors": lambda m, t: in_attribute(m, "sparse_tensors", sparse_tensors=sparse_of(t, "indices")),
+    "branch": lambda m, t: m.graph.node[1].attribute[0].g.initializer.append(t),
+    "function": lambda m, t: m.functions.append(function("F", [helper.make_node("Constant", [], ["y"], value=t)])),
+    "initialization": lambda m, t: in_training(m, "initialization", t),
+    "algorithm": lambda m, t: in_training(m, "algorithm", t),
+}
+
+
 def test_no_form_of_escape_is_opened(tmp_path):
-    """The weights' place in a dense tensor, an attribute, a function's body, a sparse tensor and a subgraph, in turn."""
+    """Each form in each place that a tensor can have in a model; a weight that may be read is seen by the same watch."""
     assert len(ESCAPES) >= 40
     home = tmp_path / "in"
     (home / "sub").mkdir(parents=True)
@@ -117,25 +161,23 @@ def test_no_form_of_escape_is_opened(tmp_path):
     (home / "folder").symlink_to(tmp_path)
     os.link(secret, home / "hard")
     os.mkfifo(home / "pipe")
-    for index, location in enumerate(ESCAPES):
-        tensor = onnx.TensorProto(name="w", data_type=1, dims=[2], data_location=onnx.TensorProto.EXTERNAL)
-        tensor.external_data.add(key="location", value=location)
-        constant = helper.make_node("Constant", [], ["c"], value=tensor)
-        path = home / f"m{index:02}.onnx"
-        kind = index % 3
-        if kind == 0:
-            write(path, [constant, helper.make_node("Add", ["x", "c"], ["y"])])
-        elif kind == 1:
-            write(path, [call("F")], [function("F", [constant, helper.make_node("Add", ["x", "c"], ["y"])])])
-        else:
-            model = onnx.load(write(path, [helper.make_node("Add", ["x", "w"], ["y"])]), load_external_data=False)
-            model.graph.initializer.append(tensor)
-            path.write_bytes(model.SerializeToString())
+    (home / "sound").write_bytes(bytes(16))
+    for index, location in enumerate([*ESCAPES, "sound"]):
+        for number, put in enumerate(PLACES.values()):
+            tensor = onnx.TensorProto(name="w", data_type=1, dims=[2], data_location=onnx.TensorProto.EXTERNAL)
+            for key, value in (("location", location), ("length", "16" if number in (2, 6) else "8")):
+                tensor.external_data.add(key=key, value=value)
+            put(model := branches("g"), tensor)
+            (home / f"m{index:02}-{number:02}.onnx").write_bytes(model.SerializeToString())
     done = subprocess.run([sys.executable, "-c", AUDITED, home, secret], capture_output=True, text=True, timeout=120)
     lines = done.stdout.splitlines()
     assert done.returncode == 0, done.stderr[-500:]
-    assert [line for line in lines if not line.startswith("refused")] == []
-    assert len(lines) == 2 * len(ESCAPES)
+    sound = [line for line in lines if not line.startswith("refused")]
+    assert [line for line in sound if not line.endswith("/sound") and f"/m{len(ESCAPES):02}-" not in line] == []
+    assert sum(line.startswith("READ ") for line in sound) == 2 * len(PLACES), "the watch sees what is opened"
+    assert sum(line.startswith("ACCEPTED ") for line in sound) == 2 * len(PLACES)
+    assert len(lines) - len(sound) == 2 * len(ESCAPES) * len(PLACES)
+    assert sum("tensor 'w'" in line for line in lines) == 2 * len(ESCAPES) * len(PLACES), "refused for the place of its data"
 
 
 def test_unknown_and_repeated_keys(tmp_path):
