@@ -21,7 +21,7 @@ ONNX_RUNTIME = ("com.microsoft", "com.microsoft.nchwc", "com.microsoft.experimen
 PACKED = {"UNDEFINED", "STRING", "INT4", "UINT4", "FLOAT4E2M1", "INT2", "UINT2"}  # no whole number of bytes an element
 
 EQUATION = re.compile(rb"(?:[A-Za-z]*(?:\.\.\.)?[A-Za-z]*)(?:,[A-Za-z]*(?:\.\.\.)?[A-Za-z]*)*(?:->[A-Za-z]*(?:\.\.\.)?[A-Za-z]*)?")
-NESTING = 100  # graphs inside graphs: what walks them calls itself for each
+NESTING = 100  # graphs inside graphs, functions that call functions: what walks them calls itself for each
 EXPANDED = 10_000_000  # nodes, all calls of functions replaced by bodies
 CYCLE = 6  # values of a cycle that are shown
 
@@ -161,9 +161,10 @@ def _check_equation(node: onnx.NodeProto, name: str) -> None:
 
 
 def _check_nesting(proto: onnx.ModelProto, name: str) -> None:
-    """Functions must not call themselves, and must not become more than `EXPANDED` nodes when all calls are replaced by bodies."""
+    """Functions must not call themselves, nor others through more than `NESTING`, nor become more than `EXPANDED` nodes when all calls are replaced by bodies."""
     functions = {(f.domain, f.name): f for f in proto.functions}
     sizes: dict[tuple[str, str], int] = {}
+    depths: dict[tuple[str, str], int] = {}
     pending, open_calls = list(functions), set()
     while pending:
         key = pending[-1]
@@ -177,6 +178,9 @@ def _check_nesting(proto: onnx.ModelProto, name: str) -> None:
             pending.append(new[0])
             continue
         sizes[key] = len(body) + sum(sizes[c] for c in calls)
+        depths[key] = 1 + max((depths[c] for c in calls), default=0)
+        if depths[key] > NESTING:
+            raise RewriteError(f"{name}: functions call functions, more than {NESTING} deep, at '{key[0]}::{key[1]}'; export the model again, or inline its functions (`onnx.inliner` does)")
         open_calls.discard(key)
         pending.pop()
     total = sum(sizes.get((n.domain, n.op_type), 1) for n in all_nodes(proto.graph))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -280,3 +281,109 @@ def test_a_site_that_loops_for_ever_is_ended(monkeypatch):
     made = [helper.make_node("Constant", [], ["n"], value=trips), helper.make_node("Loop", ["n", "", "x"], ["y"], body=body)]
     with pytest.raises(rewrite.RewriteError, match="does not end well: it takes more than"):
         verify.run_function(site(made), [], {"x": np.ones(2, np.float32)})
+
+
+def graph_model(made, shape=(2,), functions=()):
+    values = [helper.make_tensor_value_info(n, onnx.TensorProto.FLOAT, s) for n, s in (("x", shape), ("y", None))]
+    opsets = [helper.make_opsetid("", 18), helper.make_opsetid("f", 1)]
+    return helper.make_model(helper.make_graph(made, "g", values[:1], values[1:]), opset_imports=opsets, functions=list(functions), ir_version=8)
+
+
+def integers(name, *values):
+    return helper.make_node("Constant", [], [name], value=helper.make_tensor(name, 7, [len(values)] if len(values) != 1 else [], values))
+
+
+def swish(x, y):
+    """Something to fuse, so that the model is run whole."""
+    return [helper.make_node("Sigmoid", [x], [f"{x}s"]), helper.make_node("Mul", [x, f"{x}s"], [y])]
+
+
+def loop(trips):
+    values = [helper.make_tensor_value_info(n, kind, shape) for n, kind, shape in (("i", 7, []), ("c", 9, []), ("v", 1, [2]), ("d", 9, []), ("w", 1, [2]))]
+    body = helper.make_graph([helper.make_node("Identity", ["c"], ["d"]), helper.make_node("Neg", ["v"], ["w"])], "b", values[:3], values[3:])
+    return [integers("n", trips), helper.make_node("Loop", ["n", "", "x"], ["z"], body=body)]
+
+
+def nested(depth):
+    """A model with graphs inside graphs."""
+    model = graph_model([integers("n", 1)])
+    graph = model.graph
+    for _ in range(depth):
+        (attribute := graph.node.add(op_type="If", input=["n"], output=["y"]).attribute.add(name="then_branch")).type = onnx.AttributeProto.GRAPH
+        graph = attribute.g
+    return model
+
+
+MANY = 1 << 40
+BOMBS = {
+    "ConstantOfShape": lambda: graph_model([integers("n", 1 << 20, 1 << 20), helper.make_node("ConstantOfShape", ["n"], ["z"]), *swish("z", "y")]),
+    "Expand": lambda: graph_model([integers("n", 1 << 39, 2), helper.make_node("Expand", ["x", "n"], ["z"]), *swish("z", "y")]),
+    "Tile": lambda: graph_model([integers("n", 1 << 20, 1 << 20), helper.make_node("Tile", ["x", "n"], ["z"]), *swish("z", "y")], (1, 1)),
+    "Range": lambda: graph_model([integers("a", 0), integers("n", MANY), integers("i", 1), helper.make_node("Range", ["a", "n", "i"], ["r"]),
+                                  helper.make_node("Cast", ["r"], ["z"], to=1), *swish("z", "y")]),
+    "OneHot": lambda: graph_model([helper.make_node("Cast", ["x"], ["i"], to=7), integers("n", MANY), helper.make_node("Constant", [], ["v"], value=helper.make_tensor("v", 1, [2], [0, 1])),
+                                   helper.make_node("OneHot", ["i", "n", "v"], ["z"]), *swish("z", "y")]),
+    "input": lambda: graph_model(swish("x", "y"), (1 << 20, 1 << 20)),
+    "Loop": lambda: graph_model([*loop(1 << 62), *swish("z", "y")]),
+    "nested": lambda: nested(1000),
+    "recursive": lambda: graph_model([call("a")], functions=[function("a", [call("b")]), function("b", [call("a")])]),
+    "functions 100 deep": lambda: graph_model([call("f99")], functions=[function("f0", [helper.make_node("Neg", ["x"], ["y"])]), *(function(f"f{i}", [call(f"f{i - 1}")]) for i in range(1, 100))]),
+    "chain": lambda: graph_model([call("f999")], functions=[function("f0", [helper.make_node("Neg", ["x"], ["y"])]), *(function(f"f{i}", [call(f"f{i - 1}")]) for i in range(1, 1000))]),
+    "laughs": lambda: graph_model([call("f39")], functions=laughs(40)),
+}  # fmt: skip
+COMMANDS = {
+    "optimize": ["-o", "out.onnx"],
+    "explain": [],
+    "unfuse": ["-o", "out.onnx"],
+    "verify": ["m.onnx"],
+    "build": ["--no-engines", "-o", "plan"],
+    "inspect": ["--steps", "--attributes"],
+    "run": ["--inputs", "x.npz"],
+}
+TIMED = """
+import json, os, resource, sys, time
+before = time.perf_counter()
+child = os.posix_spawn(sys.executable, sys.argv[1:], os.environ)
+status, usage = os.wait4(child, 0)[1:]
+print(json.dumps([os.waitstatus_to_exitcode(status), time.perf_counter() - before, usage.ru_utime + usage.ru_stime, max(usage.ru_maxrss, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss) / 1024]))
+"""
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("bomb", BOMBS)
+def test_a_bomb_ends_in_one_line_in_time_and_memory(tmp_path, bomb, command):
+    if bomb == "Loop" and command == "run":
+        pytest.skip("the user's own inputs may take as long as the user waits")
+    (tmp_path / "m.onnx").write_bytes(BOMBS[bomb]().SerializeToString())
+    np.savez(tmp_path / "x.npz", x=np.ones((1, 1) if bomb == "Tile" else 2, np.float32))
+    asked = [sys.executable, "-m", "rewrite.cli", command, "m.onnx", *COMMANDS[command]]
+    done = subprocess.run([sys.executable, "-c", TIMED, *asked], capture_output=True, text=True, timeout=120, cwd=tmp_path)
+    *_, told = done.stdout.splitlines()
+    code, _, cpu, peak = json.loads(told)
+    assert code in (0, 2), done.stderr[-300:]
+    assert "Traceback" not in done.stderr
+    said = [line for line in done.stderr.splitlines() if line.startswith("rewrite: ")]
+    assert len(said) == (code == 2), done.stderr[-600:]
+    if code == 2:
+        assert command == "build" or len(done.stderr.splitlines()) == 1  # that one tells its progress there
+        assert not (tmp_path / "out.onnx").exists()
+        assert not (tmp_path / "plan").exists()
+    assert cpu < 10
+    assert peak < 2048
+
+
+def test_functions_that_call_functions_100_deep_are_read_and_unfused(tmp_path):
+    def chain(depth):
+        return [function("f0", [helper.make_node("Neg", ["x"], ["y"])]), *(function(f"f{i}", [call(f"f{i - 1}")]) for i in range(1, depth))]
+
+    done = rewrite.optimize(write(tmp_path / "m.onnx", [call("f99")], chain(100)), rules=[])
+    assert len(done.model.proto.functions) == 100
+    with pytest.raises(rewrite.RewriteError, match="more than 100 deep, at 'f::f100'"):
+        rewrite.load(write(tmp_path / "m.onnx", [call("f100")], chain(101)))
+
+
+def test_graphs_inside_graphs_over_100_deep_are_refused_in_memory():
+    started = time.perf_counter()
+    with pytest.raises(rewrite.RewriteError, match="more than 100 deep"):
+        rewrite.load(nested(1000))
+    assert time.perf_counter() - started < 5
