@@ -35,6 +35,7 @@ SIZES = ((2, 5, 7, 3, 4, 6), (1, 4, 4, 2, 3, 5), (3, 8, 8, 1, 2, 2))
 SCALES = (1.0, 8.0, 1e-3)  # one for each attempt; 16-bit sites have one attempt more
 LARGE = 1 << 22  # elements of one input
 MOST = 1 << 28  # elements of one value of a site: no array larger than this is made to check one
+TOO_MANY = f"too many to check ({MOST:.1e} are allowed); export the model with smaller fixed sizes, or leave the check out with --no-verify"
 NEAR_LARGEST = 0.92  # of the largest finite value, in that attempt: 6e4 in float16
 
 
@@ -112,7 +113,7 @@ def make_inputs(specs: list[Spec], attempt: int, sample: Callable[..., Any] | No
             raise RewriteError(f"the shape of '{spec.name}' is unknown")
         shape = tuple(resolve(d, sizes, draw) for d in spec.shape)
         if math.prod(shape) > MOST:
-            raise RewriteError(f"'{spec.name}' has {math.prod(shape):.1e} elements, too many to check ({MOST:.1e} are allowed); export the model with smaller fixed sizes, or leave the check out with --no-verify")
+            raise RewriteError(f"'{spec.name}' has {math.prod(shape):.1e} elements, {TOO_MANY}")
         if spec.value is not None:
             made[spec.name] = np.array([resolve(d, sizes, draw) for d in spec.value], np.int64).reshape(shape)
             continue
@@ -207,7 +208,7 @@ def _is_harmless(model: onnx.ModelProto, feeds: Mapping[str, np.ndarray]) -> boo
         if tensor.HasField("shape") and all(d.HasField("dim_value") for d in tensor.shape.dim):
             sizes[value.name] = math.prod(d.dim_value for d in tensor.shape.dim)
             if sizes[value.name] > MOST:
-                raise RewriteError(f"'{value.name}' has {sizes[value.name]:.1e} elements, too many to check ({MOST:.1e} are allowed); export the model with smaller fixed sizes, or leave the check out with --no-verify")
+                raise RewriteError(f"'{value.name}' has {sizes[value.name]:.1e} elements, {TOO_MANY}")
     return all(name in sizes for node in graph.node for name in node.output if name) and max(sizes.values(), default=0) <= LARGE
 
 

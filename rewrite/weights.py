@@ -9,6 +9,7 @@ import functools
 import hashlib
 import os
 import shutil
+import stat
 from collections.abc import Mapping
 from pathlib import Path
 from typing import BinaryIO
@@ -29,25 +30,38 @@ def place(source: Path, folder: Path, name: str) -> str:
     """Have the weights of `source` in `folder` under `name`, or under another name if a different file has this one.
 
     Weights that are there already are not touched, and never linked: newer versions of onnx refuse links. A file that is
-    there is never overwritten: it may hold the weights of another model, or of the one being replaced. Returns the name.
+    there is never overwritten: it may hold the weights of another model, or of the one being replaced. A link, a pipe or a
+    folder of this name is such a file, too, and never written through. Returns the name.
     Raises RewriteError if the weights cannot be read or written.
     """
     try:
-        if not (folder / name).exists():
+        link = next((p for p in (folder / name).parents if p != folder and p.is_relative_to(folder) and p.is_symlink()), None)
+        if link is not None:
+            raise RewriteError(f"{folder / name}: the weights cannot be copied there: {link} is a symbolic link; remove it, or choose another folder")
+        if not os.path.lexists(folder / name):
             target = name
-        elif os.path.samefile(source, folder / name) or filecmp.cmp(source, folder / name, shallow=False):
+        elif _holds(folder / name, source):
             return name
         else:
             with source.open("rb") as stream:
                 digest = hashlib.file_digest(stream, "sha256").hexdigest()[:12]
             target = str(Path(name).with_name(f"{Path(name).stem}.{digest}{Path(name).suffix}"))
-            if (folder / target).exists():
-                return target  # named for its content
+            if _holds(folder / target, source):
+                return target
         (folder / target).parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise RewriteError(f"{folder / name}: the weights cannot be copied there: {error.strerror or error}; nothing was changed") from error
     write_atomically(folder / target, functools.partial(copy, source))
     return target
+
+
+def _holds(file: Path, source: Path) -> bool:
+    """Whether a file of a folder's own, which no link leads to, has the content of `source`."""
+    try:
+        found = file.lstat()
+    except OSError:
+        return False
+    return stat.S_ISREG(found.st_mode) and found.st_nlink == 1 and (os.path.samefile(source, file) or filecmp.cmp(source, file, shallow=False))
 
 
 def copy(source: Path, target: BinaryIO) -> None:
