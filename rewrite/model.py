@@ -29,6 +29,7 @@ from rewrite.weights import embedded, place, relocated
 
 G_LOGGER.severity = G_LOGGER.ERROR
 KEYS = ("location", "offset", "length", "checksum")  # of a reference to external data
+PYTORCH = (b"PK\x03\x04", b"\x80")  # how zip files and pickles begin
 SCOPES = 10_000  # characters of a hint that are read
 INLINE = 16384  # bytes: external tensors up to this size are read at once, so that rules can see their values
 
@@ -153,6 +154,8 @@ def read(path: Path, data: bytes) -> Model:
 def _parse(path: Path, data: bytes) -> onnx.ModelProto:
     if not data:
         raise RewriteError(f"{path}: an empty file; export the model again")
+    if path.suffix in (".pt", ".pth", ".bin", ".ckpt") and data.startswith(PYTORCH):
+        raise RewriteError(f"{path}: a PyTorch file, which is never read, for it may run code; export the model to ONNX (`rewrite export` takes a folder or a function)")
     try:
         proto = onnx.load_model_from_string(data)
     except MemoryError:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import re
 import subprocess
 import sys
 import time
+import zipfile
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -473,3 +476,73 @@ def test_weights_are_not_written_into_a_folder_that_is_a_link(tmp_path):
         rewrite.load(path).save(there / "out.onnx")
     assert list(outside.iterdir()) == []
     assert not (there / "out.onnx").exists()
+
+
+ROOT = Path(__file__).parent.parent
+PICKLING = {"pickle", "_pickle", "cPickle", "marshal", "shelve", "dill", "joblib", "cloudpickle"}
+
+
+def unpickling(source):
+    """What in a module's source can run code out of a file."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found += [a.name for a in node.names if a.name.split(".")[0] in PICKLING]
+        elif isinstance(node, ast.ImportFrom):
+            found += [node.module] if (node.module or "").split(".")[0] in PICKLING else []
+            found += [f"{node.module}.load" for a in node.names if node.module in ("torch", "numpy") and a.name == "load"]
+        elif isinstance(node, ast.Call):
+            called, given = ast.unparse(node.func), {k.arg: ast.unparse(k.value) for k in node.keywords}
+            if (called.split(".")[-1] in ("__import__", "import_module") and node.args and ast.unparse(node.args[0]).strip("'").split(".")[0] in PICKLING) or (called.startswith("torch.") and called.endswith((".load", "load_file")) and given.get("weights_only") != "True") or (called in ("np.load", "numpy.load") and given.get("allow_pickle", "False") != "False") or called.endswith(("read_pickle", "hub.load")):
+                found.append(called)
+    return found
+
+
+BAD = ["import pickle", "import os, marshal as m", "from shelve import open", "import dill.source", "from joblib import load", "def f():\n import _pickle", "__import__('pickle')",
+       "importlib.import_module('pickle')", "torch.load(p)", "torch.load(p, weights_only=False)", "torch.load(p, None, x)", "torch.jit.load(p)", "from torch import load",
+       "np.load(p, allow_pickle=True)", "numpy.load(p, allow_pickle=x)", "torch.hub.load(a)"]  # fmt: skip
+
+
+@pytest.mark.parametrize("source", BAD)
+def test_the_scan_for_pickles_sees(source):
+    assert unpickling(source)
+
+
+def test_no_module_reads_pickles():
+    modules = [p for folder in ("rewrite", "patterns", "plugins", "export", "runtime") for p in (ROOT / folder).rglob("*.py")]
+    assert len({p.parent for p in modules}) >= 5
+    assert len(modules) > 60
+    assert {str(p.relative_to(ROOT)): found for p in modules if (found := unpickling(p.read_text()))} == {}
+    for sound in ("np.load(p)", "np.load(p, allow_pickle=False)", "torch.load(p, weights_only=True)", "import json", "from torch import nn"):
+        assert not unpickling(sound)
+
+
+class Trap:
+    def __reduce__(self):
+        return os.mkdir, ("sprung",)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("form", ["zip", "pickle"])
+def test_a_pt_file_is_refused_and_not_unpickled(tmp_path, monkeypatch, form, command):
+    import pickle
+
+    monkeypatch.chdir(tmp_path)
+    data = pickle.dumps({"state_dict": Trap()})
+    path = tmp_path / "m.pt"
+    if form == "pickle":
+        path.write_bytes(data)
+    else:
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("archive/data.pkl", data)
+    np.savez("x.npz", x=np.ones(2, np.float32))
+    done = CliRunner().invoke(main, [command, "m.pt", *(a.replace("m.onnx", "m.pt") for a in COMMANDS[command])])
+    assert done.exit_code == 2
+    assert re.search(r"rewrite: m\.pt: a PyTorch file, which is never read, for it may run code; .*`rewrite export`", done.stderr.splitlines()[-1])
+    assert not (tmp_path / "sprung").exists()
+    if command == "run":  # nor are arrays of objects
+        np.savez("x.npz", x=np.array([Trap()], object))
+        (tmp_path / "m.onnx").write_bytes(graph_model(swish("x", "y")).SerializeToString())
+        done = CliRunner().invoke(main, ["run", "m.onnx", "--inputs", "x.npz"])
+        assert (done.exit_code, "holds Python objects" in done.stderr) == (2, True)
+        assert not (tmp_path / "sprung").exists()
