@@ -1,8 +1,9 @@
 """Mutated model files: whatever is in a file, `rewrite` ends with a model or one RewriteError, in time and in memory.
 
-    python tests/mutated_files.py --count 100000
+    python tests/mutated_files.py --count 100000 [--start SEED] [--record]
 
-runs each mutant in a child process that may use 2 GiB and 10 seconds for it, and prints what happened how often.
+runs each mutant in a child process that may use 2 GiB and 10 seconds for it, and prints what happened how often. `--record`
+writes the counts to benchmarks/results/mutated_files.json.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ import argparse
 import os
 import resource
 import signal
+import subprocess
+import sys
 import tempfile
 import time
 from collections import Counter
@@ -22,14 +25,19 @@ import onnx
 from random_graphs import make_case
 
 import rewrite
+from rewrite.validity import all_nodes, tensors
 
 SECONDS, MEMORY, BATCH = 10, 2 << 30, 200
+WEIGHTS, SIZE = "w.bin", 1 << 16  # the file of external data beside each mutant, all zeros
 
 
 def mutant(seed: int) -> bytes:
     """The bytes of a small random model, changed; the same seed gives the same bytes."""
     rng = np.random.default_rng([seed, 3])
     model = make_case(int(rng.integers(40))).model
+    for grow in GROWTHS.values():
+        if rng.random() < 0.3:
+            grow(model, rng)
     if rng.random() < 0.5:
         for _ in range(int(rng.integers(1, 4))):
             mutate_structure(model, rng)
@@ -50,11 +58,121 @@ def mutant(seed: int) -> bytes:
     return bytes(data)
 
 
+def add_external(model: onnx.ModelProto, rng: np.random.Generator) -> None:
+    """Numeric initializers lie in the file of weights, and one that is too large to be read at once."""
+    offset = 0
+    for tensor in model.graph.initializer:
+        size = len(onnx.numpy_helper.to_array(tensor).tobytes())
+        if tensor.data_type == onnx.TensorProto.STRING or offset + size > SIZE // 2:
+            continue
+        kind, dims, name = tensor.data_type, list(tensor.dims), tensor.name
+        tensor.Clear()
+        tensor.MergeFrom(_outside(name, kind, dims, offset, size))
+        offset += size
+    model.graph.initializer.append(_outside("large", onnx.TensorProto.FLOAT, [SIZE // 8], SIZE // 2, SIZE // 2))
+    model.graph.node.append(onnx.helper.make_node("Neg", ["large"], ["large_neg"]))
+
+
+def _outside(name: str, kind: int, dims: list[int], offset: int, size: int) -> onnx.TensorProto:
+    tensor = onnx.TensorProto(name=name, data_type=kind, dims=dims, data_location=onnx.TensorProto.EXTERNAL)
+    for key, value in (("location", WEIGHTS), ("offset", offset), ("length", size)):
+        tensor.external_data.add(key=key, value=str(value))
+    return tensor
+
+
+def add_function(model: onnx.ModelProto, rng: np.random.Generator) -> None:
+    """A node is a call of a function, which calls another, which is that node."""
+    node = model.graph.node[int(rng.integers(len(model.graph.node)))]
+    inner, names = onnx.NodeProto(), [f"i{n}" if v else "" for n, v in enumerate(node.input)]
+    inner.CopyFrom(node)
+    inner.input[:], inner.output[:] = names, [f"o{n}" for n in range(len(node.output))]
+    opsets = [*model.opset_import, onnx.helper.make_opsetid("local", 1)]
+    read = list(dict.fromkeys(filter(None, names)))
+    call = onnx.helper.make_node("Inner", read, list(inner.output), domain="local")
+    for name, made in (("Inner", inner), ("Outer", call)):
+        model.functions.append(onnx.helper.make_function("local", name, read, list(inner.output), [made], opsets))
+    given = [v for v in node.input if v]
+    del node.attribute[:]
+    node.op_type, node.domain, node.input[:] = "Outer", "local", given
+    model.opset_import.append(onnx.helper.make_opsetid("local", 1))
+    model.ir_version = max(8, model.ir_version)
+
+
+def add_sparse(model: onnx.ModelProto, rng: np.random.Generator) -> None:
+    """A sparse initializer, and a Constant that is one."""
+    for name in ("sparse", "sparse_constant"):
+        values = onnx.helper.make_tensor(name, onnx.TensorProto.FLOAT, [2], [1.0, 2.0])
+        made = onnx.helper.make_sparse_tensor(values, onnx.helper.make_tensor(f"{name}_indices", onnx.TensorProto.INT64, [2], [0, 3]), [4])
+        if name == "sparse":
+            model.graph.sparse_initializer.append(made)
+        else:
+            model.graph.node.append(onnx.helper.make_node("Constant", [], [name], sparse_value=made))
+        model.graph.node.append(onnx.helper.make_node("Neg", [name], [f"{name}_neg"]))
+
+
+def add_branches(model: onnx.ModelProto, rng: np.random.Generator) -> None:
+    """An If in an If, which read a value of the graphs around them."""
+    outer = str(rng.choice([v for n in model.graph.node for v in n.output if v]))
+    made = [onnx.helper.make_node("Identity", [outer], ["if_0"])]
+    for depth in range(1, 3):
+        graphs = [onnx.helper.make_graph([onnx.NodeProto.FromString(n.SerializeToString()) for n in made], f"g{depth}", [], [onnx.ValueInfoProto(name=f"if_{depth - 1}")]) for _ in range(2)]
+        condition = onnx.helper.make_node("Constant", [], [f"condition_{depth}"], value=onnx.helper.make_tensor("c", onnx.TensorProto.BOOL, [], [True]))
+        made = [condition, onnx.helper.make_node("If", [f"condition_{depth}"], [f"if_{depth}"], then_branch=graphs[0], else_branch=graphs[1])]
+    model.graph.node.extend(made)
+
+
+GROWTHS = {"external": add_external, "function": add_function, "sparse": add_sparse, "branches": add_branches}
+
+
+def mutate_growth(model: onnx.ModelProto, rng: np.random.Generator) -> None:
+    """One change of a reference to external data, a function, or a sparse tensor, if there is any."""
+    outside = [e for t in tensors(model) for e in t.external_data]
+    sparse = [*model.graph.sparse_initializer, *(a.sparse_tensor for n in model.graph.node for a in n.attribute if a.HasField("sparse_tensor"))]
+    kind = int(rng.integers(3))
+    if kind == 0 and outside:
+        entry = outside[int(rng.integers(len(outside)))]
+        if rng.random() < 0.3:
+            entry.key = str(rng.choice(["location", "offset", "length", "checksum", "basepath", ""]))
+        else:
+            entry.value = str(rng.choice(["../w.bin", "/dev/zero", "", "m.onnx", "-1", str(SIZE), str(2**63), str(2**70), "1e3", "0", "3"]))
+    elif kind == 1 and model.functions:
+        function = model.functions[int(rng.integers(len(model.functions)))]
+        choice = int(rng.integers(6))
+        if choice == 0 and function.input:
+            del function.input[int(rng.integers(len(function.input)))]
+        elif choice == 1:
+            function.output.append(str(rng.choice(["missing", "o0", "i0"])))
+        elif choice == 2:
+            function.name = str(rng.choice(["Inner", "Outer", "MatMul", ""]))
+        elif choice == 3:
+            function.domain = str(rng.choice(["", "rewrite", "local2"]))
+        elif choice == 4:
+            function.node[0].op_type, function.node[0].domain = "Outer", "local"
+        else:
+            del function.opset_import[:]
+    elif kind == 2 and sparse:
+        one = sparse[int(rng.integers(len(sparse)))]
+        choice = int(rng.integers(4))
+        if choice == 0:
+            one.dims[:] = [int(rng.choice([0, -1, 1, 2**40, 2**63 - 1]))]
+        elif choice == 1:
+            one.indices.int64_data[:] = [int(i) for i in rng.choice([-1, 0, 3, 4, 2**62], int(rng.integers(0, 4)))]
+        elif choice == 2:
+            one.values.dims[:] = [int(d) for d in rng.choice([0, 1, 2, 2**40], int(rng.integers(0, 3)))]
+        else:
+            one.indices.data_type = int(rng.integers(0, 30))
+
+
 def mutate_structure(model: onnx.ModelProto, rng: np.random.Generator) -> None:
     """One change that keeps the file a protobuf."""
+    if rng.random() < 0.3:
+        return mutate_growth(model, rng)
     graph = model.graph
-    node = graph.node[int(rng.integers(len(graph.node)))]
-    values = [v for n in graph.node for v in (*n.input, *n.output)]
+    nodes = [*all_nodes(graph), *(n for f in model.functions for n in f.node)]
+    if not nodes or not graph.node:
+        return
+    node = nodes[int(rng.integers(len(nodes)))]
+    values = [v for n in nodes for v in (*n.input, *n.output)] or ["missing"]
     kind = int(rng.integers(12))
     if kind == 0 and node.input:
         node.input[int(rng.integers(len(node.input)))] = str(rng.choice([*values, "", "missing", "a\x00b"]))
@@ -111,6 +229,7 @@ def outcomes(seeds: range) -> Iterator[tuple[int, str]]:
         if child == 0:
             resource.setrlimit(resource.RLIMIT_AS, (MEMORY + (1 << 30), MEMORY + (1 << 30)))  # what the libraries map is not used
             with tempfile.TemporaryDirectory() as folder:
+                (Path(folder) / WEIGHTS).write_bytes(bytes(SIZE))
                 for seed in range(start, stop):
                     os.write(write, f"{seed} {attempt(Path(folder) / 'm.onnx', seed)[:300]!r}\n".encode())
             os._exit(0)
@@ -130,6 +249,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--count", type=int, default=5000)
     parser.add_argument("--start", type=int, default=0)
+    parser.add_argument("--record", action="store_true", help="write benchmarks/results/mutated_files.json")
     arguments = parser.parse_args()
     started, counts = time.perf_counter(), Counter[str]()
     for seed, outcome in outcomes(range(arguments.start, arguments.start + arguments.count)):
@@ -137,7 +257,16 @@ def main() -> None:
         counts[outcome if good else "problem"] += 1
         if not good:
             print(seed, outcome, flush=True)
-    print(f"{sum(counts.values())} mutants in {time.perf_counter() - started:.0f} s: {dict(counts)}")
+    seconds = time.perf_counter() - started
+    print(f"{sum(counts.values())} mutants in {seconds:.0f} s: {dict(counts)}")
+    if arguments.record:
+        sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+        import record
+
+        commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
+        good = {k: n for k, n in sorted(counts.items()) if k != "problem"}
+        data = {"mutants": sum(counts.values()), "seconds": round(seconds), "outcomes": good, "problems": counts["problem"], "commit": commit}
+        print(record.write("mutated_files", record.cpu(), record.versions("onnx", "onnxruntime", "onnx-graphsurgeon"), data))
     raise SystemExit(1 if counts["problem"] else 0)
 
 

@@ -493,8 +493,14 @@ def unpickling(source):
             found += [f"{node.module}.load" for a in node.names if node.module in ("torch", "numpy") and a.name == "load"]
         elif isinstance(node, ast.Call):
             called, given = ast.unparse(node.func), {k.arg: ast.unparse(k.value) for k in node.keywords}
-            if (called.split(".")[-1] in ("__import__", "import_module") and node.args and ast.unparse(node.args[0]).strip("'").split(".")[0] in PICKLING) or (called.startswith("torch.") and called.endswith((".load", "load_file")) and given.get("weights_only") != "True") or (called in ("np.load", "numpy.load") and given.get("allow_pickle", "False") != "False") or called.endswith(("read_pickle", "hub.load")):
-                found.append(called)
+            module = ast.unparse(node.args[0]).strip("'").split(".")[0] if node.args else ""
+            bad = [
+                called.split(".")[-1] in ("__import__", "import_module") and module in PICKLING,
+                called.startswith("torch.") and called.endswith((".load", "load_file")) and given.get("weights_only") != "True",
+                called in ("np.load", "numpy.load") and given.get("allow_pickle", "False") != "False",
+                called.endswith(("read_pickle", "hub.load")),
+            ]
+            found += [called] if any(bad) else []
     return found
 
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections import Counter
 
+import numpy as np
 import pytest
-from mutated_files import mutant, outcomes
+from mutated_files import GROWTHS, SIZE, WEIGHTS, mutant, outcomes
+from random_graphs import make_case
 
 import rewrite
 
@@ -32,3 +34,19 @@ def test_crashes_and_tracebacks_are_seen(monkeypatch):
 
     monkeypatch.setattr(rewrite, "optimize", crash)
     assert dict(outcomes(range(4)))[2] == "signal SIGABRT"
+
+
+@pytest.mark.parametrize("growth", GROWTHS)
+def test_what_is_added_before_the_mutation_is_sound(tmp_path, growth):
+    """So that what is refused is refused for the mutation."""
+    (tmp_path / WEIGHTS).write_bytes(bytes(SIZE))
+    for seed in range(8):
+        model = make_case(seed).model
+        before = model.SerializeToString()
+        GROWTHS[growth](model, np.random.default_rng(seed))
+        assert model.SerializeToString() != before
+        (tmp_path / "m.onnx").write_bytes(model.SerializeToString())
+        found = rewrite.load(tmp_path / "m.onnx").proto
+        count = {"external": sum(i.data_location == 1 for i in found.graph.initializer), "function": len(found.functions), "sparse": len(found.graph.sparse_initializer),
+                 "branches": sum(n.op_type == "If" for n in found.graph.node)}[growth]  # fmt: skip
+        assert count
