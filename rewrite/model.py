@@ -27,7 +27,7 @@ from rewrite.graph import DOMAIN
 from rewrite.validity import all_nodes, byte_size, check_validity, subgraphs, tensors
 from rewrite.weights import embedded, place, relocated
 
-G_LOGGER.severity = G_LOGGER.ERROR
+G_LOGGER.severity = G_LOGGER.CRITICAL + 1  # what it says it raises, too, and we tell that in one line
 KEYS = ("location", "offset", "length", "checksum")  # of a reference to external data
 PYTORCH = (b"PK\x03\x04", b"\x80")  # how zip files and pickles begin
 SCOPES = 10_000  # characters of a hint that are read
@@ -179,6 +179,8 @@ def _find_external(model: Model, path: Path) -> None:
         if tensor.data_location != onnx.TensorProto.EXTERNAL:
             continue
         where = f"{path}: tensor '{tensor.name}'"
+        if any(isinstance(text, bytes) for e in tensor.external_data for text in (e.key, e.value)):
+            raise RewriteError(f"{where}: its reference to external data is not UTF-8 text; export the model again")
         keys = [e.key for e in tensor.external_data]
         strange = next((k for k in keys if k not in KEYS or keys.count(k) > 1), None)
         if strange is not None:

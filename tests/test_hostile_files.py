@@ -552,3 +552,24 @@ def test_a_pt_file_is_refused_and_not_unpickled(tmp_path, monkeypatch, form, com
         done = CliRunner().invoke(main, ["run", "m.onnx", "--inputs", "x.npz"])
         assert (done.exit_code, "holds Python objects" in done.stderr) == (2, True)
         assert not (tmp_path / "sprung").exists()
+
+
+def test_what_graphsurgeon_says_is_told_once(tmp_path):
+    model = graph_model([helper.make_node("Neg", ["x"], ["y"]), helper.make_node("Typed", ["x"], ["z"], domain="other")])
+    model.graph.node[1].attribute.add(name="absent", type=onnx.AttributeProto.TENSOR)
+    model.opset_import.append(helper.make_opsetid("other", 1))
+    (tmp_path / "m.onnx").write_bytes(model.SerializeToString())
+    done = subprocess.run([sys.executable, "-m", "rewrite.cli", "optimize", "m.onnx"], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 2
+    assert re.fullmatch(r"rewrite: m.onnx: .*Unsupported type: 0.*\n", done.stderr)
+    assert done.stdout == ""
+
+
+def test_references_that_are_no_text_are_refused(tmp_path):
+    path = with_weights(tmp_path, "w.bin")
+    for old in (b"w.bin", b"location", b"32768"):
+        data = path.read_bytes()
+        assert data.count(old) == 1
+        (tmp_path / "b.onnx").write_bytes(data.replace(old, b"\xff" * len(old)))
+        with pytest.raises(rewrite.RewriteError, match="tensor 'w': its reference to external data is not UTF-8 text"):
+            rewrite.load(tmp_path / "b.onnx")
