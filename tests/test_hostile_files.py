@@ -573,3 +573,23 @@ def test_references_that_are_no_text_are_refused(tmp_path):
         (tmp_path / "b.onnx").write_bytes(data.replace(old, b"\xff" * len(old)))
         with pytest.raises(rewrite.RewriteError, match="tensor 'w': its reference to external data is not UTF-8 text"):
             rewrite.load(tmp_path / "b.onnx")
+
+
+def test_a_site_that_did_not_end_is_not_tried_again(monkeypatch):
+    """Neither with the other inputs of its check, nor at the model's sizes after smaller ones."""
+    asked = []
+
+    def die(request, files, seconds):
+        asked.append(request["seconds"])
+        raise sandbox.Died("it takes more than 6 s")
+
+    monkeypatch.setattr(sandbox, "_ask", die)
+    large = verify.Spec("x", np.dtype(np.float32), (4096, 4096))
+    assert verify.shrink([large])
+    here, there = site([helper.make_node("Neg", ["x"], ["y"])]), site([helper.make_node("NonZero", ["x"], ["y"])])
+    for body, replacement in ((there, lambda arrays: []), (here, lambda arrays: verify.run_function(there, [], arrays))):
+        asked.clear()
+        verdict = verify.check_site(body, [], [large], replacement, verify.TOLERANCE, None)
+        assert (verdict.ok, "does not end well: it takes more than 6 s" in verdict.reason) == (False, True)
+        assert len(asked) == 1
+        assert asked[0] < 8
