@@ -1,18 +1,18 @@
-"""CUDA kernels of attention: cuDNN's fused one where it computes exactly this, else products by cuBLAS around a softmax.
+"""CUDA kernels of attention, three of them.
 
-cuDNN: float16, no soft cap, no boolean mask, no rows of NaN to mend, head sizes up to 128. The softmax here handles every
-mask that the plugin takes, in float32, one block a row: scores are read once and weights written once.
+`attention.cu`, ours: 16-bit floats, head sizes that are multiples of 16 up to 128, every mask. cuDNN's: long rows, float16, no
+soft cap, no boolean mask, no rows of NaN to mend. Products by cuBLAS around a softmax: everything else, float32 too; scores are
+read once and weights written once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import ctypes
 from functools import cache
 from typing import Any
 
 from rewrite.plugins.cublaslt import product
-
-Launch = Callable[[], None]
+from rewrite.plugins.cuda_launch import Launch, launcher, module
 
 SOFTMAX = r"""
 #include <cuda_fp16.h>
@@ -83,6 +83,54 @@ def _cudnn() -> Any:
     except ImportError:
         return None
     return cudnn, cudnn.create_handle()
+
+
+class _Call(ctypes.Structure):
+    _fields_ = [
+        *((n, ctypes.c_void_p) for n in ("q", "k", "v", "y", "mask")), *((n, ctypes.c_longlong * 3) for n in ("qs", "ks", "vs", "ys")), ("ms", ctypes.c_longlong * 4),
+        *((n, ctypes.c_int) for n in ("heads", "group", "queries", "keys")), *((n, ctypes.c_float) for n in ("scale", "cap", "fill")),
+        *((n, ctypes.c_int) for n in ("drop", "zero", "causal", "pairs")),
+    ]  # fmt: skip
+
+
+def tiles(queries: int, keys: int, size: int) -> tuple[int, int, int]:
+    """How `attention.cu` cuts the work: 16-row tiles a warp, keys a step, warps a block."""
+    if queries <= 32 and keys <= 32:
+        return 1, 32, 2
+    return (2 if queries > 64 and size <= 64 else 1), 64, 4
+
+
+def takes(q: Any, k: Any, v: Any, mask: Any, y: Any) -> bool:
+    """Whether `attention.cu` takes these arrays."""
+    size = q.shape[-1]
+    if q.ndim != 4 or q.dtype.name not in ("float16", "bfloat16") or size % 16 or size > 128 or v.shape[-1] != size:
+        return False
+    if mask is not None and mask.dtype.name not in ("bool", q.dtype.name):
+        return False
+    return all(a.dtype == q.dtype and a.strides[-1] == 2 and a.data.ptr % 16 == 0 and all(n % 16 == 0 for n in a.strides[:-1]) for a in (q, k, v, y))
+
+
+def flash(q: Any, k: Any, v: Any, mask: Any, y: Any, options: tuple[Any, ...], cut: tuple[int, int, int] | None = None) -> Launch:
+    """Our kernel; `options` are scale, softcap, fill, drop, zero_masked, causal. Call only where `takes` says so."""
+    import cupy
+
+    scale, softcap, fill, drop, zero_masked, causal = options
+    (batch, heads, queries, size), keys = q.shape, k.shape[2]
+    strides = [(ctypes.c_longlong * 3)(*(n // 2 for n in a.strides[:3])) for a in (q, k, v, y)]
+    steps, pairs = (0, 0, 0, 0), 0
+    if mask is not None:
+        steps = tuple(n // mask.itemsize for n in cupy.broadcast_to(mask, (batch, heads, queries, keys)).strides)
+        pairs = int(steps[3] == 1 and keys % 2 == 0 and mask.data.ptr % 4 == 0 and all(n % 2 == 0 for n in steps[:3]))
+    call = _Call(
+        *(int(a.data.ptr) for a in (q, k, v, y)), None if mask is None else int(mask.data.ptr), *strides, (ctypes.c_longlong * 4)(*steps),
+        heads, heads // k.shape[1], queries, keys, scale, softcap, fill, int(drop), int(zero_masked), int(causal), pairs,
+    )  # fmt: skip
+    rows, width, warps = cut or tiles(queries, keys, size)
+    kind = 0 if mask is None else 1 if mask.dtype.name == "bool" else 2
+    variant = f"{size}, {rows}, {width}, {warps}"
+    function = module("attention", q.dtype.name, (), (("VARIANTS\n", f"MASKS({variant})\n"),)).get_function(f"attention_{variant.replace(', ', '_')}_{kind}")
+    grid = (-(-queries // (16 * rows * warps)), heads, batch)
+    return launcher(function, grid, 32 * warps, [call], shared=4 * width * (size + 8) * 2, keep=(q, k, v, mask, y))
 
 
 def attention(

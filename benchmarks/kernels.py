@@ -1,0 +1,256 @@
+"""Our CUDA kernels one by one: right against float64, and how fast against the libraries and the ceilings of the card.
+
+    python benchmarks/kernels.py                       everything (about 2 minutes on an H100)
+    python benchmarks/kernels.py --only products       products, attention or norms
+
+Each time is the median of the GPU time of one launch among 20 in a CUDA graph. Weights are different ones in turn where a model's
+would not stay in the L2 cache. Ceilings: a product of 8192 x 8192 x 8192 by cuBLASLt, and a copy of 1 GB.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import multiprocessing
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from typing import Any
+
+import cupy
+import numpy as np
+import record
+
+from rewrite.plugins import cuda_attention, cuda_gemm, cuda_matmul, cuda_norms
+from rewrite.plugins.cublaslt import product as library_product
+from rewrite.plugins.cuda_launch import compiled
+
+WIDTHS = {"minilm": (384, 12, 1536), "bert-base": (768, 12, 3072), "bert-large": (1024, 16, 4096)}  # width, heads, hidden
+POISON = float("nan")
+
+
+def median_us(launches: Sequence[Callable[[], None]], rounds: int = 7, least: int = 20) -> float:
+    """GPU time of one launch: the launches in turn, captured in one graph."""
+    stream = cupy.cuda.Stream(non_blocking=True)
+    with stream:
+        for launch in launches:
+            launch()
+        stream.synchronize()
+        repeats = -(-least // len(launches))
+        stream.begin_capture()
+        for _ in range(repeats):
+            for launch in launches:
+                launch()
+        graph = stream.end_capture()
+        times = []
+        for _ in range(rounds):
+            first, last = cupy.cuda.Event(), cupy.cuda.Event()
+            first.record(stream)
+            graph.launch(stream)
+            last.record(stream)
+            last.synchronize()
+            times.append(cupy.cuda.get_elapsed_time(first, last) * 1e3 / (repeats * len(launches)))
+    return statistics.median(times[1:])
+
+
+def random(rng: Any, *shape: int, dtype: str = "float16", scale: float = 1.0) -> Any:
+    return (rng.standard_normal(shape, dtype=np.float32) * scale).astype(dtype)
+
+
+def error(got: Any, want: Any) -> float:
+    """||got - want|| / ||want||; NaN never passes."""
+    got, want = got.astype(np.float64), want.astype(np.float64)
+    value = float(cupy.linalg.norm(got - want) / cupy.linalg.norm(want))
+    return value if value == value else float("inf")
+
+
+def ceilings() -> dict[str, float]:
+    rng = cupy.random.default_rng(0)
+    a, b, y = (random(rng, 1, 8192, 8192) for _ in range(3))
+    us = median_us([library_product(y, a, b, trans_w=True)], least=3)
+    big, other = cupy.zeros(1 << 29, np.uint8), cupy.empty(1 << 29, np.uint8)
+    copy = median_us([lambda: cupy.cuda.runtime.memcpyAsync(other.data.ptr, big.data.ptr, big.nbytes, 3, cupy.cuda.get_current_stream().ptr)], least=3)
+    return {"tflops": 2 * 8192**3 / us / 1e6, "gbs": 2 * big.nbytes / copy / 1e3}
+
+
+ACTIVATE = {"none": lambda v: v, "gelu": lambda v: 0.5 * v * (1 + _erf(v / 2**0.5)), "swish": lambda v: v / (1 + cupy.exp(-v))}
+
+
+def _erf(x: Any) -> Any:
+    from cupyx.scipy.special import erf
+
+    return erf(x)
+
+
+def compile_all(wanted: Iterable[tuple[Any, ...]]) -> None:
+    """Fill the cache of compiled kernels with all processors."""
+    with ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as pool:
+        list(pool.map(_compile, sorted(set(wanted))))
+
+
+def _compile(wanted: tuple[Any, ...]) -> None:
+    compiled(*wanted, 90)
+
+
+def check_products() -> list[dict[str, Any]]:
+    """Every layout on awkward sizes against float64; outputs poisoned."""
+    rows, rng = [], cupy.random.default_rng(0)
+    layouts = cuda_gemm.shapes(1000, 520, 1032)
+    compile_all(cuda_gemm.variant(s, d, a, g) for s in layouts for d in ("float16", "bfloat16") for a in ACTIVATE for g in (False, True))
+    cases = [(1, 64, 64), (7, 72, 40), (33, 200, 328), (130, 384, 1536), (257, 1152, 384), (1000, 520, 1032)]
+    for dtype, (tokens, features, inner), gated in itertools.product(("float16", "bfloat16"), cases, (False, True)):
+        x = random(rng, tokens, inner, dtype=dtype)
+        jobs = []
+        for index in range(2):
+            w, bias = random(rng, features, inner, dtype=dtype, scale=inner**-0.5), random(rng, features, dtype=dtype)
+            jobs.append(cuda_gemm.Product(cupy.empty((tokens, features), dtype), w, bias, random(rng, tokens, features, dtype=dtype) if index == 0 and not gated else None))
+        wide = [j.w.astype(np.float64) for j in jobs]
+        sums = [x.astype(np.float64) @ w.T + j.bias.astype(np.float64) for w, j in zip(wide, jobs, strict=True)]
+        for activation in ACTIVATE:
+            act = ACTIVATE[activation]
+            want = [act(sums[0]) * sums[1]] if gated else [act(sums[0]) + jobs[0].residual.astype(np.float64), act(sums[1])]
+            for shape in [*cuda_gemm.shapes(tokens, features, inner), cuda_gemm.Shape("wide", 256)]:
+                for job in jobs:
+                    job.y[...] = POISON
+                cuda_gemm.product(x, jobs, activation, gated, shape)()
+                worst = max(error(j.y, w) for j, w in zip(jobs, want, strict=False))
+                limit = 1e-3 if dtype == "float16" else 8e-3
+                if not worst < limit:
+                    print(f"WRONG product {dtype} {tokens}x{features}x{inner} gated={gated} {activation} {shape}: {worst:.1e}", flush=True)
+                rows.append({"dtype": dtype, "sizes": [tokens, features, inner], "gated": gated, "activation": activation, "layout": str(shape), "error": worst, "right": worst < limit})
+    print(f"products: {sum(r['right'] for r in rows)} of {len(rows)} right, worst {max(r['error'] for r in rows):.1e}", flush=True)
+    return rows
+
+
+def time_products(limits: dict[str, float], all_layouts: bool) -> list[dict[str, Any]]:
+    rows, rng = [], cupy.random.default_rng(0)
+    print(f"{'product':34} {'library':>8} {'ours':>8} {'layout':>12} {'chosen':>8} {'TFLOP/s':>8} {'of peak':>8} {'GB/s':>6}")
+    for name, (width, _, hidden) in WIDTHS.items():
+        for tokens in (32, 128, 256, 512, 1024, 4096, 16384):
+            for what, parts, features, inner, activation in (("qkv", 3, width, width, "none"), ("out", 1, width, width, "none"), ("up", 1, hidden, width, "gelu"), ("down", 1, width, hidden, "none")):
+                sets = max(1, min(8, (100 << 20) // (parts * features * inner * 2))) if name != "minilm" else 1
+                x = random(rng, tokens, inner)
+                calls = []
+                for _ in range(sets):
+                    residual = random(rng, tokens, features) if what in ("out", "down") else None
+                    calls.append([cuda_gemm.Product(cupy.empty((tokens, features), np.float16), random(rng, features, inner, scale=inner**-0.5), random(rng, features), residual) for _ in range(parts)])
+                library = []
+                for jobs in calls:
+                    for j in jobs:
+                        library.append(library_product(j.y[None], x[None], j.w[None], trans_w=True, bias=j.bias, residual=None if j.residual is None else j.residual[None]))
+                        if activation != "none":
+                            library.append(cuda_matmul.elementwise(cuda_matmul.ACTIVATIONS[activation], j.y, j.y))
+                row: dict[str, Any] = {"model": name, "what": what, "tokens": tokens, "features": features * parts, "inner": inner, "library_us": median_us(library) * len(library) / sets}
+                chosen = cuda_gemm.choose(tokens, features * parts, inner)
+                times = {}
+                for shape in cuda_gemm.shapes(tokens, features * parts, inner) if all_layouts else [chosen]:
+                    times[str(shape)] = median_us([cuda_gemm.product(x, jobs, activation, shape=shape) for jobs in calls])
+                best = min(times, key=times.__getitem__)
+                row |= {"layouts_us": times, "best": best, "best_us": times[best], "chosen": str(chosen), "chosen_us": times[str(chosen)]}
+                row["tflops"] = 2 * tokens * features * parts * inner / times[best] / 1e6
+                row["gbs"] = 2 * (parts * features * inner + tokens * (inner + parts * features)) / times[best] / 1e3
+                rows.append(row)
+                label = f"{name} {what} {tokens} x {features * parts} x {inner}"
+                print(f"{label:34} {row['library_us']:8.1f} {row['best_us']:8.1f} {best:>12} {row['chosen_us']:8.1f} {row['tflops']:8.0f} {row['tflops'] / limits['tflops']:8.0%} {row['gbs']:6.0f}", flush=True)
+    return rows
+
+
+def check_attention() -> list[dict[str, Any]]:
+    from rewrite.registry import library
+
+    reference = library().plugins["FusedAttention"].reference
+    rows, rng = [], cupy.random.default_rng(0)
+    sizes = [(2, 4, 2, 17, 17, 16), (1, 3, 3, 1, 130, 32), (2, 2, 1, 33, 77, 64), (3, 2, 2, 128, 128, 32), (1, 4, 2, 200, 200, 128), (2, 2, 2, 65, 65, 96)]
+    for dtype, (b, h, g, s, t, d), kind, causal in itertools.product(("float16", "bfloat16"), sizes, ("none", "row", "full", "bool", "nan"), (0, 1)):
+        q, k, v = random(rng, b, s, h, d, dtype=dtype).transpose(0, 2, 1, 3), random(rng, b, t, g, d, dtype=dtype).transpose(0, 2, 1, 3), random(rng, b, g, t, d, dtype=dtype)
+        mask = None
+        if kind != "none":
+            seen = rng.random((b, 1, 1 if kind == "row" else s, t)) < 0.7
+            seen[..., 0] = True
+            if kind in ("bool", "nan"):
+                seen[0, 0, -1] = False
+            lowest = -np.inf if kind == "nan" else -60000.0
+            mask = seen if kind == "bool" else cupy.where(seen, 0, lowest).astype(dtype)
+        options = {"scale": 0.2, "softcap": 5.0 if kind == "full" else 0.0, "fill": -3.4e38, "drop": 0, "zero_masked": int(kind == "nan"), "causal": causal}
+        exact = [None if a is None else a.get() if a.dtype == bool else a.get().astype(np.float64) for a in (q, k, v, mask)]
+        with np.errstate(all="ignore"):
+            want = cupy.asarray(reference(*exact, **options))
+        for cut in {cuda_attention.tiles(s, t, d), (1, 64, 4), (2, 64, 4) if d <= 64 else (1, 64, 4)}:
+            y = cupy.full((b, s, h, d), POISON, dtype).transpose(0, 2, 1, 3)
+            cuda_attention.flash(q, k, v, mask, y, tuple(options.values()), cut)()
+            worst = error(y, want)
+            limit = 2e-3 if dtype == "float16" else 1.2e-2
+            if not worst < limit:
+                print(f"WRONG attention {dtype} {[b, h, g, s, t, d]} {kind} causal={causal} {cut}: {worst:.1e}", flush=True)
+            rows.append({"dtype": dtype, "sizes": [b, h, g, s, t, d], "mask": kind, "causal": causal, "cut": list(cut), "error": worst, "right": worst < limit})
+    print(f"attention: {sum(r['right'] for r in rows)} of {len(rows)} right, worst {max(r['error'] for r in rows):.1e}", flush=True)
+    return rows
+
+
+def time_attention(limits: dict[str, float]) -> list[dict[str, Any]]:
+    rows, rng = [], cupy.random.default_rng(0)
+    print(f"{'attention':26} {'mask':5} {'cuDNN':>8} {'ours':>8} {'cut':>12} {'TFLOP/s':>8} {'of peak':>8}")
+    for (b, s), (h, d), kind in itertools.product(itertools.product((1, 8, 32, 128), (32, 128, 512)), ((12, 32), (12, 64), (16, 64)), ("none", "row", "full")):
+        q, k, v, y = (random(rng, b, s, h, d).transpose(0, 2, 1, 3) for _ in range(4))
+        mask = None if kind == "none" else cupy.where(rng.random((b, 1, 1 if kind == "row" else s, s)) < 0.9, 0, -10000).astype(np.float16)
+        row: dict[str, Any] = {"batch": b, "heads": h, "length": s, "size": d, "mask": kind}
+        try:
+            wide = mask if kind != "row" else cupy.broadcast_to(mask, (b, 1, s, s))
+            row["cudnn_us"] = median_us([cuda_attention._fused(q, k, v, wide, y, 0.125, False)])
+        except Exception as problem:
+            row["cudnn_us"], row["cudnn_error"] = float("nan"), str(problem)[:200]
+        times = {}
+        for cut in {cuda_attention.tiles(s, s, d), (1, 64, 4), (2, 64, 4)}:
+            times[str(cut)] = median_us([cuda_attention.flash(q, k, v, mask, y, (0.125, 0.0, 0.0, 0, 0, 0), cut)])
+        best = min(times, key=times.__getitem__)
+        row |= {"cuts_us": times, "best": best, "best_us": times[best], "tflops": 4 * b * h * s * s * d / times[best] / 1e6}
+        rows.append(row)
+        print(f"{f'{b} x {h} x {s} x {d}':26} {kind:5} {row['cudnn_us']:8.1f} {row['best_us']:8.1f} {best:>12} {row['tflops']:8.0f} {row['tflops'] / limits['tflops']:8.0%}", flush=True)
+    for problem in {r["cudnn_error"] for r in rows if "cudnn_error" in r}:
+        print("cuDNN:", problem)
+    return rows
+
+
+def norms(limits: dict[str, float]) -> list[dict[str, Any]]:
+    rows, rng = [], cupy.random.default_rng(0)
+    for kind, tokens, width, dtype in itertools.product(("layer", "rms"), (32, 1001, 16384), (384, 768, 1024, 1032, 4096, 8192), ("float16", "bfloat16")):
+        x, scale, bias, y = random(rng, tokens, width, dtype=dtype), random(rng, width, dtype=dtype), random(rng, width, dtype=dtype), cupy.full((tokens, width), POISON, dtype)
+        launch = cuda_norms.norm(kind, x, scale, bias, y, 1e-5)
+        assert launch is not None
+        launch()
+        w = x.astype(np.float64)
+        w -= w.mean(-1, keepdims=True) if kind == "layer" else 0
+        want = w / cupy.sqrt((w * w).mean(-1, keepdims=True) + 1e-5) * scale.astype(np.float64) + bias.astype(np.float64)
+        worst, us = error(y, want), median_us([launch])
+        right, gbs = worst < (1e-3 if dtype == "float16" else 8e-3), 4 * tokens * width / us / 1e3
+        rows.append({"kind": kind, "dtype": dtype, "tokens": tokens, "width": width, "error": worst, "right": right, "us": us, "gbs": gbs})
+    print(f"norms: {sum(r['right'] for r in rows)} of {len(rows)} right, worst {max(r['error'] for r in rows):.1e}")
+    for r in rows:
+        if r["dtype"] == "float16" and r["kind"] == "layer":
+            print(f"norm {r['tokens']} x {r['width']}: {r['us']:.1f} us, {r['gbs']:.0f} GB/s, {r['gbs'] / limits['gbs']:.0%}")
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", default="products,attention,norms")
+    parser.add_argument("--all-layouts", action="store_true", help="time every layout of a product, not only the chosen one")
+    parser.add_argument("--output", default="kernels")
+    options = parser.parse_args()
+    device = cupy.cuda.runtime.getDeviceProperties(0)["name"].decode()
+    limits = ceilings()
+    print(f"{device}: {limits['tflops']:.0f} TFLOP/s, {limits['gbs']:.0f} GB/s", flush=True)
+    results: dict[str, Any] = {"ceilings": limits}
+    if "products" in options.only:
+        results["products_right"], results["products"] = check_products(), time_products(limits, options.all_layouts)
+    if "attention" in options.only:
+        results["attention_right"], results["attention"] = check_attention(), time_attention(limits)
+    if "norms" in options.only:
+        results["norms"] = norms(limits)
+    path = record.write(options.output, device, record.versions("cupy-cuda13x", "numpy"), results)
+    print(json.dumps({"written": str(path)}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,221 @@
+// Attention by tensor cores (mma.sync), softmax computed on the way in float32: every mask that FusedAttention takes, head
+// sizes that are multiples of 16 up to 128, float16 or bfloat16. A block owns 64 MT queries of one head (16 MT a warp).
+// Source: Dao, FlashAttention-2 (2023).
+typedef unsigned char u8;
+typedef unsigned short u16;
+typedef unsigned int u32;
+typedef long long i64;
+
+struct Attention {
+    const u16 *q, *k, *v;
+    u16* y;
+    const void* mask;
+    i64 qs[3], ks[3], vs[3], ys[3];  // strides of batch, head, position, in elements; the last axis is packed
+    i64 ms[4];                       // of the mask: batch, head, query, key
+    int heads, group, queries, keys; // group: query heads of one key head
+    float scale, cap, fill;
+    int drop, zero, causal, pairs;   // pairs: two neighbours of the mask may be read at once
+};
+
+#define INF __int_as_float(0x7f800000)
+#define LOG2E 1.44269504f
+__device__ __forceinline__ u32 shared(const void* p) { return (u32)__cvta_generic_to_shared(p); }
+__device__ __forceinline__ float widen(u16 v) {
+#if BFLOAT16
+    return __uint_as_float((u32)v << 16);
+#else
+    float f;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(v));
+    return f;
+#endif
+}
+__device__ __forceinline__ u32 pack(float low, float high) {
+    u32 v;
+#if BFLOAT16
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(v) : "f"(high), "f"(low));
+#else
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(v) : "f"(high), "f"(low));
+#endif
+    return v;
+}
+__device__ __forceinline__ float exp2(float x) { float y; asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x)); return y; }
+__device__ __forceinline__ void multiply(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) {
+#if BFLOAT16
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+#else
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+#endif
+                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+__device__ __forceinline__ void load(u32 (&r)[4], u32 at) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];" : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(at));
+}
+__device__ __forceinline__ void loadTransposed(u32 (&r)[4], u32 at) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];" : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(at));
+}
+
+// Rows [first, first + KT) of a head, row pitch D + 8 elements; what lies past the end is zero.
+template <int D, int KT, int THREADS>
+__device__ __forceinline__ void fetch(u16* to, const u16* from, i64 stride, int first, int rows) {
+    constexpr int CHUNKS = D / 8;
+    #pragma unroll
+    for (int e = threadIdx.x; e < KT * CHUNKS; e += THREADS) {
+        const int row = e / CHUNKS, chunk = e % CHUNKS, there = first + row < rows ? 16 : 0;
+        const u16* source = from + (there ? (first + row) * stride : 0) + chunk * 8;
+        asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared(to + row * (D + 8) + chunk * 8)), "l"(source), "r"(there));
+    }
+}
+
+template <int D, int MT, int KT, int WARPS, int MASK>  // MASK: 0 none, 1 boolean, 2 added
+__device__ __forceinline__ void attention(const Attention& c) {
+    constexpr int PITCH = D + 8, TILE = KT * PITCH;
+    extern __shared__ u16 tiles[];  // K and V of this step, K and V of the next
+    const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, head = blockIdx.y, batch = blockIdx.z;
+    const int start = blockIdx.x * 16 * MT * WARPS, first = start + warp * 16 * MT, r = lane >> 2, p = (lane & 3) * 2;
+    const u16* q = c.q + batch * c.qs[0] + head * c.qs[1];
+    const u16* k = c.k + batch * c.ks[0] + head / c.group * c.ks[1];
+    const u16* v = c.v + batch * c.vs[0] + head / c.group * c.vs[1];
+    const int end = c.causal ? min(c.keys, start + 16 * MT * WARPS) : c.keys, steps = (end + KT - 1) / KT;
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+    fetch<D, KT, WARPS * 32>(tiles, k, c.ks[2], 0, c.keys);
+    fetch<D, KT, WARPS * 32>(tiles + TILE, v, c.vs[2], 0, c.keys);
+    asm volatile("cp.async.commit_group;");
+    u32 a[MT][D / 16][4];
+    #pragma unroll
+    for (int m = 0; m < MT; ++m)
+        #pragma unroll
+        for (int n = 0; n < D / 16; ++n)
+            #pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                const int row = first + m * 16 + r + (i & 1) * 8;
+                a[m][n][i] = row < c.queries ? *(const u32*)(q + row * c.qs[2] + n * 16 + p + (i >> 1) * 8) : 0;
+            }
+    float o[MT][D / 8][4], top[MT][2], sum[MT][2];
+    #pragma unroll
+    for (int m = 0; m < MT; ++m) {
+        top[m][0] = top[m][1] = -INF, sum[m][0] = sum[m][1] = 0.f;
+        #pragma unroll
+        for (int n = 0; n < D / 8; ++n) o[m][n][0] = o[m][n][1] = o[m][n][2] = o[m][n][3] = 0.f;
+    }
+    for (int step = 0; step < steps; ++step) {
+        u16* tile = tiles + (step & 1) * 2 * TILE;
+        if (step + 1 < steps) {
+            u16* next = tiles + (~step & 1) * 2 * TILE;
+            fetch<D, KT, WARPS * 32>(next, k, c.ks[2], (step + 1) * KT, c.keys);
+            fetch<D, KT, WARPS * 32>(next + TILE, v, c.vs[2], (step + 1) * KT, c.keys);
+        }
+        asm volatile("cp.async.commit_group;");
+        asm volatile("cp.async.wait_group 1;" ::: "memory");
+        __syncthreads();
+        float s[MT][KT / 8][4];
+        #pragma unroll
+        for (int m = 0; m < MT; ++m)
+            #pragma unroll
+            for (int n = 0; n < KT / 8; ++n) s[m][n][0] = s[m][n][1] = s[m][n][2] = s[m][n][3] = 0.f;
+        #pragma unroll
+        for (int d = 0; d < D / 16; ++d)
+            #pragma unroll
+            for (int n = 0; n < KT / 8; n += 2) {
+                u32 b[4];
+                load(b, shared(tile + (n * 8 + (lane >> 4) * 8 + (lane & 7)) * PITCH + d * 16 + (lane >> 3 & 1) * 8));
+                #pragma unroll
+                for (int m = 0; m < MT; ++m) multiply(s[m][n], a[m][d], b[0], b[1]), multiply(s[m][n + 1], a[m][d], b[2], b[3]);
+            }
+        #pragma unroll
+        for (int m = 0; m < MT; ++m) {
+            #pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                const int row = first + m * 16 + r + half * 8;
+                const i64 line = MASK ? batch * c.ms[0] + head * c.ms[1] + min(row, c.queries - 1) * c.ms[2] : 0;
+                float best = -INF;
+                #pragma unroll
+                for (int n = 0; n < KT / 8; ++n) {
+                    const int key = step * KT + n * 8 + p;
+                    float add[2] = {0.f, 0.f};
+                    bool seen[2] = {true, true};
+                    if (MASK == 2 && key < c.keys) {
+                        const u16* at = (const u16*)c.mask + line + key * c.ms[3];
+                        if (c.pairs) { const u32 both = __ldg((const u32*)at); add[0] = widen(both & 0xffff), add[1] = widen(both >> 16); }
+                        else { add[0] = widen(at[0]); if (key + 1 < c.keys) add[1] = widen(at[c.ms[3]]); }
+                    }
+                    if (MASK == 1 && key < c.keys) {
+                        const u8* at = (const u8*)c.mask + line + key * c.ms[3];
+                        seen[0] = (at[0] != 0) != (bool)c.drop;
+                        if (key + 1 < c.keys) seen[1] = (at[c.ms[3]] != 0) != (bool)c.drop;
+                    }
+                    #pragma unroll
+                    for (int i = 0; i < 2; ++i) {
+                        float x = s[m][n][half * 2 + i] * c.scale;
+                        if (c.cap != 0.f) x = c.cap * tanhf(x / c.cap);
+                        if (MASK == 1) x = seen[i] ? x : c.fill;
+                        if (MASK == 2) x += add[i];
+                        if (key + i >= c.keys || (c.causal && key + i > row)) x = -INF;
+                        s[m][n][half * 2 + i] = x;
+                        best = fmaxf(best, x);
+                    }
+                }
+                best = fmaxf(best, __shfl_xor_sync(~0u, best, 1));
+                best = fmaxf(best, __shfl_xor_sync(~0u, best, 2));
+                const float now = fmaxf(top[m][half], best), used = now == -INF ? 0.f : now;
+                const float shrink = exp2((top[m][half] - used) * LOG2E);
+                top[m][half] = now;
+                float total = 0.f;
+                #pragma unroll
+                for (int n = 0; n < KT / 8; ++n)
+                    #pragma unroll
+                    for (int i = 0; i < 2; ++i) {
+                        // The subtraction comes first: a finite score of -3.4e38 would overflow when scaled.
+                        const float e = exp2((s[m][n][half * 2 + i] - used) * LOG2E);
+                        s[m][n][half * 2 + i] = e;
+                        total += e;
+                    }
+                sum[m][half] = sum[m][half] * shrink + total;
+                #pragma unroll
+                for (int n = 0; n < D / 8; ++n) o[m][n][half * 2] *= shrink, o[m][n][half * 2 + 1] *= shrink;
+            }
+        }
+        #pragma unroll
+        for (int t = 0; t < KT / 16; ++t) {
+            u32 w[MT][4];
+            #pragma unroll
+            for (int m = 0; m < MT; ++m) {
+                w[m][0] = pack(s[m][2 * t][0], s[m][2 * t][1]);
+                w[m][1] = pack(s[m][2 * t][2], s[m][2 * t][3]);
+                w[m][2] = pack(s[m][2 * t + 1][0], s[m][2 * t + 1][1]);
+                w[m][3] = pack(s[m][2 * t + 1][2], s[m][2 * t + 1][3]);
+            }
+            #pragma unroll
+            for (int n = 0; n < D / 8; n += 2) {
+                u32 b[4];
+                loadTransposed(b, shared(tile + TILE + (t * 16 + (lane >> 3 & 1) * 8 + (lane & 7)) * PITCH + n * 8 + (lane >> 4) * 8));
+                #pragma unroll
+                for (int m = 0; m < MT; ++m) multiply(o[m][n], w[m], b[0], b[1]), multiply(o[m][n + 1], w[m], b[2], b[3]);
+            }
+        }
+        __syncthreads();
+    }
+    u16* y = c.y + batch * c.ys[0] + head * c.ys[1];
+    #pragma unroll
+    for (int m = 0; m < MT; ++m)
+        #pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            float l = sum[m][half];
+            l += __shfl_xor_sync(~0u, l, 1);
+            l += __shfl_xor_sync(~0u, l, 2);
+            const int row = first + m * 16 + r + half * 8;
+            if (row >= c.queries) continue;
+            const bool blank = c.zero && !(l > 0.f);
+            const float by = 1.f / l;  // no key: 0 / 0, as softmax of nothing but -inf
+            #pragma unroll
+            for (int n = 0; n < D / 8; ++n) {
+                const float low = l == 0.f ? o[m][n][half * 2] / l : o[m][n][half * 2] * by, high = l == 0.f ? o[m][n][half * 2 + 1] / l : o[m][n][half * 2 + 1] * by;
+                *(u32*)(y + row * c.ys[2] + n * 8 + p) = blank ? 0 : pack(low, high);
+            }
+        }
+}
+
+#define ONE(D, MT, KT, WARPS, MASK) \
+    extern "C" __global__ void __launch_bounds__(WARPS * 32) attention_##D##_##MT##_##KT##_##WARPS##_##MASK(const __grid_constant__ Attention c) { attention<D, MT, KT, WARPS, MASK>(c); }
+#define MASKS(D, MT, KT, WARPS) ONE(D, MT, KT, WARPS, 0) ONE(D, MT, KT, WARPS, 1) ONE(D, MT, KT, WARPS, 2)
+VARIANTS

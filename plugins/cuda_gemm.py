@@ -1,0 +1,143 @@
+"""Matrix products on Hopper by our own kernels (`gemm.cu`): which of them, in what shape, and the launch.
+
+Weights lie [N, K] (`trans_w`), inputs and outputs are packed, float16 or bfloat16. Several products of one input share a launch.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rewrite.plugins.cuda_launch import MOST_SHARED, Launch, capability, launcher, module, tensor_map
+
+ACTIVATIONS = ("none", "relu", "relu2", "gelu", "gelu_tanh", "swish", "quick_gelu", "tanh", "sigmoid")  # by their number in gemm.cu
+NARROW, WIDE = (16, 32, 64, 128), {128: 6, 192: 5, 256: 4}  # tokens of a narrow tile; features of a wide one, and its stages
+MOST_JOBS = 3
+CLUSTERS = (1, 2, 4, 8)
+
+
+class _Job(ctypes.Structure):
+    _fields_ = [("y", ctypes.c_void_p), ("bias", ctypes.c_void_p), ("residual", ctypes.c_void_p), ("features", ctypes.c_longlong)]
+
+
+class _Call(ctypes.Structure):
+    _fields_ = [("job", _Job * 3), *((n, ctypes.c_int) for n in ("jobs", "tokens", "inner", "token_tiles", "feature_tiles", "stages"))]
+
+
+@dataclass
+class Product:
+    """y = activation(x @ w^T + bias) + residual: CuPy arrays w [N, K], bias [N], residual and y [M, N]."""
+
+    y: Any
+    w: Any
+    bias: Any = None
+    residual: Any = None
+
+
+@dataclass(frozen=True)
+class Shape:
+    """How a product is laid out: `kind` "narrow" (tile: tokens; split: blocks that share the inner dimension) or "wide" (tile: features; split: blocks that share weights)."""
+
+    kind: str
+    tile: int
+    split: int = 1
+
+    def __str__(self) -> str:
+        return f"{self.kind} {self.tile}{f' / {self.split}' if self.split > 1 else ''}"
+
+
+def ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def wgmma(tile: int, dtype: str) -> str:
+    """d[64, tile] += a[64, 16] b[tile, 16]^T as a C++ function."""
+    kind, count = "bf16" if dtype == "bfloat16" else "f16", tile // 2
+    registers, operands = ", ".join(f"%{i}" for i in range(count)), ", ".join(f'"+f"(d[{i}])' for i in range(count))
+    code = f"wgmma.mma_async.sync.aligned.m64n{tile}k16.f32.{kind}.{kind} {{{registers}}}, %{count}, %{count + 1}, 1, 1, 1, 0, 0;"
+    return f'template <int N> struct Wgmma;\ntemplate <> struct Wgmma<{tile}> {{ static __device__ __forceinline__ void add(float (&d)[{count}], u64 a, u64 b) {{ asm volatile("{code}" : {operands} : "l"(a), "l"(b)); }} }};\n'
+
+
+def supported(x: Any, products: Sequence[Product]) -> bool:
+    """Whether the kernels take these arrays on the GPU at hand."""
+    if capability() != 90 or x.dtype.name not in ("float16", "bfloat16") or len(products) > MOST_JOBS:
+        return False
+    arrays = [a for p in products for a in (p.y, p.w, p.bias, p.residual) if a is not None]
+    if any(a.dtype != x.dtype or not a.flags.c_contiguous or a.data.ptr % 16 for a in (x, *arrays)):
+        return False
+    return x.shape[-1] % 8 == 0 and all(p.w.shape[0] % 8 == 0 for p in products)
+
+
+def shapes(tokens: int, features: int, inner: int) -> list[Shape]:
+    """The layouts worth measuring for a product."""
+    steps = ceil_div(inner, 64)
+    tiles = [t for t in NARROW if t < 2 * tokens or t == NARROW[0]]
+    found = [Shape("narrow", t, s) for t in tiles for s in CLUSTERS if s <= steps and t >= s and ceil_div(tokens, t) * ceil_div(features, 64) * s <= 132 * 16]
+    return found + [Shape("wide", t, s) for t in WIDE for s in (1, 2) if tokens > 64 * s]
+
+
+def choose(tokens: int, features: int, inner: int) -> Shape:
+    """The layout by estimate: the waves of blocks, each with the time of its tile."""
+    return min(shapes(tokens, features, inner), key=lambda s: estimate(s, tokens, features, inner))
+
+
+def estimate(shape: Shape, tokens: int, features: int, inner: int) -> float:
+    """About how many microseconds a layout takes on an H100."""
+    steps = ceil_div(inner, 64)
+    if shape.kind == "wide":
+        blocks = ceil_div(tokens, 128) * ceil_div(features, shape.tile)
+        return 3.0 + ceil_div(blocks, 132) * (steps * 0.0017 * shape.tile + 0.008 * shape.tile)
+    blocks = ceil_div(tokens, shape.tile) * ceil_div(features, 64) * shape.split
+    together = max(1, min(4, MOST_SHARED // (_stages(shape, inner) * (8192 + shape.tile * 128))))
+    step = 0.06 + 0.0006 * shape.tile
+    return 2.0 + 0.3 * (shape.split > 1) + ceil_div(blocks, 132 * together) * together**0.7 * ceil_div(steps, shape.split) * step
+
+
+def _stages(shape: Shape, inner: int) -> int:
+    steps = ceil_div(ceil_div(inner, 64), shape.split)
+    room = (MOST_SHARED - 1024 - shape.tile * 272 - 512) // (8192 + shape.tile * 128)
+    return max(1, min(steps, room, 12 if shape.tile <= 32 else 6))
+
+
+def _threads(shape: Shape) -> int:
+    return 160 if shape.kind == "narrow" else 384
+
+
+def variant(shape: Shape, dtype: str, activation: str, gated: bool) -> tuple[str, str, tuple[str, ...], tuple[tuple[str, str], ...]]:
+    """What `cuda_launch.module` needs for a layout."""
+    stages = f", {WIDE[shape.tile]}" if shape.kind == "wide" else ""
+    defines = (f"ACTIVATION={ACTIVATIONS.index(activation)}", f"GATED={str(gated).lower()}", f"THREADS={_threads(shape)}", f"KERNEL={shape.kind}<{shape.tile}{stages}, {shape.split}>")
+    return "gemm", dtype, defines, (("WGMMA\n", wgmma(shape.tile, dtype)),)
+
+
+def product(x: Any, products: Sequence[Product], activation: str = "none", gated: bool = False, shape: Shape | None = None) -> Launch:
+    """A function that enqueues the products of x [M, K]; with `gated`, the one y = activation(x @ w^T + bias) * (x @ w'^T + bias') of two.
+
+    A gated call has two products, whose second gives w' and bias' alone. Call only where `supported` says so.
+    """
+    tokens, inner = x.shape
+    outputs = products[:1] if gated else products
+    features = sum(p.w.shape[0] for p in outputs)
+    shape = shape or choose(tokens, features * (2 if gated else 1), inner)
+    narrow = shape.kind == "narrow"
+    width = (64 if narrow else shape.tile) // (2 if gated else 1)
+    feature_tiles = sum(ceil_div(p.w.shape[0], width) for p in outputs)
+    token_tiles = ceil_div(tokens, shape.tile if narrow else 128)
+    stages = _stages(shape, inner) if narrow else WIDE[shape.tile]
+    call = _Call(jobs=len(outputs), tokens=tokens, inner=inner, token_tiles=token_tiles, feature_tiles=feature_tiles, stages=stages)
+    for index, p in enumerate(products):
+        call.job[index] = _Job(_address(p.y), _address(p.bias), _address(p.residual), p.w.shape[0])
+    w = [tensor_map(p.w, 32 if narrow else shape.tile // 2 // shape.split) for p in products]
+    arguments = [tensor_map(x, shape.tile if narrow else 128), *(w + w[:1] * 2)[:3], call]
+    function, block = module(*variant(shape, x.dtype.name, activation, gated)).get_function("multiply"), _threads(shape)
+    if narrow:
+        shared, grid = 1024 + stages * (8192 + shape.tile * 128 + 16) + shape.tile * 272, (shape.split, feature_tiles, token_tiles)
+    else:
+        shared, grid = 1024 + stages * (16384 + shape.tile * 128 + 16) + shape.tile * 8, (min(132, ceil_div(token_tiles, shape.split) * feature_tiles * shape.split),)
+    return launcher(function, grid, block, arguments, shared=shared, cluster=shape.split, keep=(x, products))
+
+
+def _address(array: Any) -> int | None:
+    return None if array is None else int(array.data.ptr)

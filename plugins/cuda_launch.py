@@ -1,0 +1,151 @@
+"""CUDA kernels from the `.cu` files beside this one: compiled by NVRTC for the GPU at hand, kept on disk, launched by the driver.
+
+CuPy's own launches know no clusters and no programmatic dependent launch. With the latter a kernel may start while the one
+before it still runs: it does what depends on nothing (barriers, weights) and waits with `griddepcontrol.wait` for the rest.
+
+Source: https://docs.nvidia.com/cuda/cuda-driver-api/group__CUDA__EXEC.html (cuLaunchKernelEx)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import hashlib
+import os
+from collections.abc import Callable, Sequence
+from functools import cache
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from rewrite.errors import RewriteError
+
+Launch = Callable[[], None]
+CLUSTER, OVERLAP = 4, 6  # CUlaunchAttributeID: cluster dimension, programmatic stream serialization
+SHARED_MEMORY = 8  # CUfunction_attribute: largest dynamic shared memory
+MAP_TYPES = {"float16": 6, "bfloat16": 9}  # CUtensorMapDataType
+MOST_SHARED = 227 << 10  # bytes a block may have on Hopper
+
+
+class _Attribute(ctypes.Structure):
+    _fields_ = [("id", ctypes.c_int), ("_", ctypes.c_int), ("value", ctypes.c_uint32 * 16)]
+
+
+class _Config(ctypes.Structure):
+    _fields_ = [("grid", ctypes.c_uint * 3), ("block", ctypes.c_uint * 3), ("shared", ctypes.c_uint), ("stream", ctypes.c_void_p), ("attributes", ctypes.POINTER(_Attribute)), ("count", ctypes.c_uint)]
+
+
+@cache
+def _driver() -> Any:
+    return ctypes.CDLL("libcuda.so.1")
+
+
+def check(status: int, what: str) -> None:
+    """Raises RewriteError with the driver's words if `status` is no success."""
+    if not status:
+        return
+    text = ctypes.c_char_p()
+    _driver().cuGetErrorString(status, ctypes.byref(text))
+    raise RewriteError(f"{what} fails: {(text.value or b'').decode() or f'CUDA error {status}'}")
+
+
+@cache
+def capability() -> int:
+    """Compute capability of the current GPU, 90 for 9.0."""
+    import cupy
+
+    return int(cupy.cuda.Device().compute_capability)
+
+
+def _folder() -> Path:
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "rewrite" / "kernels"
+
+
+def _binary(source: str, options: tuple[str, ...]) -> bytes:
+    """The compiled module, from the cache if it is there. A cache that cannot be read or written costs time only."""
+    from cupy.cuda import nvrtc
+
+    key = hashlib.sha256(repr((source, options, nvrtc.getVersion())).encode()).hexdigest()
+    path = _folder() / f"{key}.cubin"
+    with contextlib.suppress(OSError):
+        found = path.read_bytes()
+        digest, binary = found[:32], found[32:]
+        if hashlib.sha256(binary).digest() == digest:
+            return binary
+    program = nvrtc.createProgram(source, "rewrite.cu", (), ())
+    try:
+        nvrtc.compileProgram(program, options)
+    except nvrtc.NVRTCError as error:
+        raise RewriteError(f"NVRTC {'.'.join(map(str, nvrtc.getVersion()))} refuses a kernel: {nvrtc.getProgramLog(program).strip().splitlines()[0]}") from error
+    binary = bytes(nvrtc.getCUBIN(program))
+    nvrtc.destroyProgram(program)
+    with contextlib.suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_suffix(f".{os.getpid()}")
+        temporary.write_bytes(hashlib.sha256(binary).digest() + binary)
+        temporary.replace(path)
+    return binary
+
+
+def compiled(name: str, dtype: str, defines: tuple[str, ...], changes: tuple[tuple[str, str], ...], target: int) -> bytes:
+    """The binary of `name`.cu for float16 or bfloat16 and compute capability `target`, with macros NAME=VALUE and texts replaced in it."""
+    source = (resources.files(__package__) / f"{name}.cu").read_text()
+    for old, new in changes:
+        source = source.replace(old, new)
+    options = ("--std=c++17", f"-arch=sm_{target}{'a' if target == 90 else ''}", f"-DBFLOAT16={int(dtype == 'bfloat16')}", *(f"-D{d}" for d in defines))
+    return _binary(source, options)
+
+
+@cache
+def module(name: str, dtype: str, defines: tuple[str, ...] = (), changes: tuple[tuple[str, str], ...] = ()) -> Any:
+    """The CuPy module of what `compiled` gives for the GPU at hand."""
+    import cupy
+
+    made = cupy.cuda.function.Module()
+    made.load(compiled(name, dtype, defines, changes, capability()))
+    return made
+
+
+def tensor_map(array: Any, rows: int) -> Any:
+    """A TMA descriptor of a packed matrix [R, C], 16-bit floats, for boxes of `rows` x 64 elements, 128-byte swizzle.
+
+    What a box has beyond the matrix is read as zero. C must be a multiple of 8.
+    """
+    room = ctypes.create_string_buffer(192)
+    base = -(-ctypes.addressof(room) // 64) * 64
+    made = (ctypes.c_char * 128).from_address(base)
+    made._room = room  # type: ignore[attr-defined]
+    high, width = array.shape
+    size, box, steps = (ctypes.c_uint64 * 2)(width, high), (ctypes.c_uint32 * 2)(64, rows), (ctypes.c_uint32 * 2)(1, 1)
+    stride = (ctypes.c_uint64 * 1)(width * 2)
+    swizzle, promotion = 3, 2  # 128 bytes, L2 promotion to 128 bytes
+    status = _driver().cuTensorMapEncodeTiled(ctypes.c_void_p(base), MAP_TYPES[array.dtype.name], 2, ctypes.c_void_p(int(array.data.ptr)), size, stride, box, steps, 0, swizzle, promotion, 0)
+    check(status, f"cuTensorMapEncodeTiled of [{high}, {width}]")
+    return made
+
+
+def launcher(function: Any, grid: Sequence[int], block: int, arguments: Sequence[Any], *, shared: int = 0, cluster: int = 1, keep: Any = None) -> Launch:
+    """A function that enqueues one kernel on the current stream; it may start before the preceding kernel ends.
+
+    `arguments` are ctypes values, CuPy arrays (their address) or None (a null pointer); `cluster` blocks along the first
+    axis of the grid form a cluster; `keep` is held as long as the function is.
+    """
+    import cupy
+
+    driver = _driver()
+    if shared > 48 << 10:
+        check(driver.cuFuncSetAttribute(ctypes.c_void_p(function.ptr), SHARED_MEMORY, shared), f"a kernel with {shared} bytes of shared memory")
+    values = [a if isinstance(a, (ctypes._SimpleCData, ctypes.Structure, ctypes.Array)) else ctypes.c_void_p(0 if a is None else int(a.data.ptr)) for a in arguments]
+    pointers = (ctypes.c_void_p * len(values))(*[ctypes.addressof(v) for v in values])
+    attributes = (_Attribute * 2)(_Attribute(OVERLAP, 0, (ctypes.c_uint32 * 16)(1)), _Attribute(CLUSTER, 0, (ctypes.c_uint32 * 16)(cluster, 1, 1)))
+    dimensions = (*grid, 1, 1)[:3]
+    config = _Config((ctypes.c_uint * 3)(*dimensions), (ctypes.c_uint * 3)(block, 1, 1), shared, None, attributes, 2 if cluster > 1 else 1)
+    handle, call, reference = ctypes.c_void_p(function.ptr), driver.cuLaunchKernelEx, ctypes.byref(config)
+    kept = (function, values, attributes, list(arguments), keep)
+
+    def launch() -> None:
+        config.stream = cupy.cuda.get_current_stream().ptr
+        check(call(reference, handle, pointers, None), f"a kernel launch of {dimensions} x {block}, {len(kept[1])} arguments")
+
+    return launch

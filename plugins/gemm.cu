@@ -1,0 +1,398 @@
+// Matrix products for Hopper (sm_90a): weights and tokens arrive by TMA, are multiplied by wgmma, and leave with bias,
+// activation, gate and residual applied. float16 or bfloat16 in and out, sums in float32.
+//
+//   narrow   few tokens. A block owns 64 features (32 with a gate) of BN tokens; the blocks of a cluster share the inner
+//            dimension and add up through distributed shared memory. Weights are fetched before the preceding kernel ends.
+//   wide     many tokens. Persistent blocks of 128 tokens x BN features, one warpgroup fetching, two multiplying; the blocks of
+//            a cluster take neighbouring tokens and share the weights, each fetching a part for all.
+//
+// Both take up to three products of the same tokens (Q, K, V), which then share one launch. Weights lie [features, inner].
+// ACTIVATION and GATED are constants, so that every variant is a module of its own; KERNEL at the end names it.
+// Source: PTX ISA, "Asynchronous Warpgroup Level Matrix Instructions"; CUDA Driver API, tensor maps.
+typedef unsigned char u8;
+typedef unsigned short u16;
+typedef unsigned int u32;
+typedef unsigned long long u64;
+
+struct alignas(64) TensorMap { u8 opaque[128]; };
+struct Job { void* y; const void* bias; const void* residual; long long features; };
+struct Call { Job job[3]; int jobs, tokens, inner, tokenTiles, featureTiles, stages; };
+
+// --- 16-bit floats ----------------------------------------------------------------------------------------------------
+__device__ __forceinline__ float2 unpack(u32 v) {
+    float2 f;
+#if BFLOAT16
+    f.x = __uint_as_float(v << 16);
+    f.y = __uint_as_float(v & 0xffff0000u);
+#else
+    asm("{ .reg .f16 l, h; mov.b32 {l, h}, %2; cvt.f32.f16 %0, l; cvt.f32.f16 %1, h; }" : "=f"(f.x), "=f"(f.y) : "r"(v));
+#endif
+    return f;
+}
+__device__ __forceinline__ u32 pack(float low, float high) {
+    u32 v;
+#if BFLOAT16
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(v) : "f"(high), "f"(low));
+#else
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(v) : "f"(high), "f"(low));
+#endif
+    return v;
+}
+
+// --- activations, in the order of ACTIVATIONS in cuda_gemm.py ------------------------------------------------------------
+__device__ __forceinline__ float activate(float v) {
+    switch (ACTIVATION) {
+        case 1: return v < 0.f ? 0.f : v;
+        case 2: return v < 0.f ? 0.f : v * v;
+        case 3: {  // gelu by erfc, Abramowitz and Stegun 7.1.26: to 1.5e-7
+            const float z = fabsf(v) * 0.70710678f, t = __fdividef(1.f, 1.f + 0.3275911f * z);
+            const float p = t * (0.254829592f + t * (-0.284496736f + t * (1.421413741f + t * (-1.453152027f + t * 1.061405429f))));
+            const float half = 0.5f * p * __expf(-z * z);
+            return v * (v > 0.f ? 1.f - half : half);
+        }
+        case 4: return __fdividef(v, 1.f + __expf(-1.5957691216f * (v + 0.044715f * v * v * v)));  // gelu_tanh: 0.5 (1 + tanh u) = sigmoid(2 u)
+        case 5: return __fdividef(v, 1.f + __expf(-v));
+        case 6: return __fdividef(v, 1.f + __expf(-1.702f * v));
+        case 7: return tanhf(v);
+        case 8: return __fdividef(1.f, 1.f + __expf(-v));
+        default: return v;
+    }
+}
+
+// --- barriers, TMA, wgmma, clusters ---------------------------------------------------------------------------------------
+__device__ __forceinline__ u32 shared(const void* p) { return (u32)__cvta_generic_to_shared(p); }
+__device__ __forceinline__ void init(u64* barrier, int count) { asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared(barrier)), "r"(count)); }
+__device__ __forceinline__ void expect(u64* barrier, int bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared(barrier)), "r"(bytes) : "memory");
+}
+__device__ __forceinline__ void arrive(u64* barrier) { asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared(barrier)) : "memory"); }
+__device__ __forceinline__ void wait(u64* barrier, u32 parity) {
+    asm volatile("{ .reg .pred p;\nagain: mbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1;\n@p bra done;\nbra again;\ndone: }" ::"r"(shared(barrier)), "r"(parity) : "memory");
+}
+__device__ __forceinline__ void fetch(void* to, const TensorMap* map, u64* barrier, int column, int row) {
+    asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], [%2];" ::"r"(shared(to)), "l"(map),
+                 "r"(shared(barrier)), "r"(column), "r"(row)
+                 : "memory");
+}
+// The same box for every block in `mask`, at the same place in each, told to the barrier of each.
+__device__ __forceinline__ void fetchFor(u16 mask, void* to, const TensorMap* map, u64* barrier, int column, int row) {
+    asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1, {%3, %4}], [%2], %5;" ::"r"(shared(to)),
+                 "l"(map), "r"(shared(barrier)), "r"(column), "r"(row), "h"(mask)
+                 : "memory");
+}
+__device__ __forceinline__ void arriveAt(u32 rank, u64* barrier) {  // of that block of the cluster
+    asm volatile("{ .reg .u32 a; mapa.shared::cluster.u32 a, %0, %1; mbarrier.arrive.release.cluster.shared::cluster.b64 _, [a]; }" ::"r"(shared(barrier)), "r"(rank) : "memory");
+}
+__device__ __forceinline__ u64 descriptor(const void* tile) {  // K-major, 128-byte swizzle: rows of 64 elements, groups of 8 rows 1024 bytes apart
+    return ((u64)(shared(tile) & 0x3ffff) >> 4) | (1ull << 16) | (64ull << 32) | (1ull << 62);
+}
+__device__ __forceinline__ void wgmmaFence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+__device__ __forceinline__ void wgmmaCommit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+template <int N> __device__ __forceinline__ void wgmmaWait() { asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(N) : "memory"); }
+__device__ __forceinline__ void waitForPrecedingKernel() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+__device__ __forceinline__ void letNextKernelStart() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
+__device__ __forceinline__ void clusterSync() { asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory"); }
+__device__ __forceinline__ u32 clusterRank() { u32 r; asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(r)); return r; }
+__device__ __forceinline__ float4 remote(const float* mine, u32 rank) {
+    float4 v;
+    asm volatile("{ .reg .u32 a; mapa.shared::cluster.u32 a, %4, %5; ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [a]; }" : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
+                 : "r"(shared(mine)), "r"(rank) : "memory");
+    return v;
+}
+__device__ __forceinline__ int up(int n, int d) { return (n + d - 1) / d; }
+
+// The product a tile of features belongs to; `tile` becomes its place there.
+__device__ __forceinline__ int jobOf(const Call& c, int& tile, int width) {
+    int j = 0;
+    while (j + 1 < c.jobs && tile >= up((int)c.job[j].features, width)) tile -= up((int)c.job[j++].features, width);
+    return j;
+}
+WGMMA
+
+// --- few tokens ---------------------------------------------------------------------------------------------------------
+// 8 neighbouring sums of a token, over the blocks of the cluster.
+template <int RANKS>
+__device__ __forceinline__ void collect(float (&v)[8], const float* part) {
+    float4 p[RANKS][2];
+    #pragma unroll
+    for (int r = 0; r < RANKS; ++r)
+        #pragma unroll
+        for (int h = 0; h < 2; ++h) p[r][h] = RANKS == 1 ? *(const float4*)(part + 4 * h) : remote(part + 4 * h, r);
+    #pragma unroll
+    for (int r = 0; r < RANKS; ++r)
+        #pragma unroll
+        for (int h = 0; h < 2; ++h) {
+            const float4 q = p[r][h];
+            v[4 * h] = (r ? v[4 * h] : 0.f) + q.x, v[4 * h + 1] = (r ? v[4 * h + 1] : 0.f) + q.y;
+            v[4 * h + 2] = (r ? v[4 * h + 2] : 0.f) + q.z, v[4 * h + 3] = (r ? v[4 * h + 3] : 0.f) + q.w;
+        }
+}
+__device__ __forceinline__ uint4 read(const void* array, long long at) { return array ? __ldg((const uint4*)((const u16*)array + at)) : uint4{0, 0, 0, 0}; }
+__device__ __forceinline__ void add(float (&v)[8], uint4 u) {
+    const float2 a = unpack(u.x), b = unpack(u.y), c = unpack(u.z), d = unpack(u.w);
+    v[0] += a.x, v[1] += a.y, v[2] += b.x, v[3] += b.y, v[4] += c.x, v[5] += c.y, v[6] += d.x, v[7] += d.y;
+}
+
+template <int BN, int RANKS>
+__device__ __forceinline__ void narrow(const TensorMap& x, const TensorMap& w0, const TensorMap& w1, const TensorMap& w2, const Call& c) {
+    constexpr int STAGE = 8192 + BN * 128, PITCH = 68, WIDTH = GATED ? 32 : 64;
+    extern __shared__ u8 raw[];
+    const int stages = c.stages;
+    u8* base = (u8*)(((u64)raw + 1023) & ~1023ull);
+    float* part = (float*)(base + stages * STAGE);
+    u64* full = (u64*)(part + BN * PITCH);
+    u64* empty = full + stages;
+    const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
+    const u32 rank = RANKS > 1 ? clusterRank() : 0;
+    int tile = blockIdx.y;
+    const int j = jobOf(c, tile, WIDTH);
+    const int feature = tile * WIDTH, token = blockIdx.z * BN;
+    const int steps = up(c.inner, 64), per = up(steps, RANKS), first = min((int)rank * per, steps), count = min(per, steps - first);
+    if (threadIdx.x == 0) {
+        for (int s = 0; s < stages; ++s) init(full + s, 1), init(empty + s, 4);
+        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    }
+    __syncthreads();
+    letNextKernelStart();
+    if (warp == 4) {
+        if (lane == 0) {
+            const TensorMap* w = j == 0 ? &w0 : j == 1 ? &w1 : &w2;
+            const TensorMap* half = GATED ? &w1 : w;
+            const int second = GATED ? feature : feature + 32;
+            auto weights = [&](int i) {
+                u8* to = base + (i % stages) * STAGE;
+                expect(full + i % stages, STAGE);
+                fetch(to, w, full + i % stages, (first + i) * 64, feature);
+                fetch(to + 4096, half, full + i % stages, (first + i) * 64, second);
+            };
+            auto tokens = [&](int i) { fetch(base + (i % stages) * STAGE + 8192, &x, full + i % stages, (first + i) * 64, token); };
+            const int ahead = min(count, stages);
+            for (int i = 0; i < ahead; ++i) weights(i);
+            waitForPrecedingKernel();
+            for (int i = 0; i < ahead; ++i) tokens(i);
+            for (int i = ahead; i < count; ++i) {
+                wait(empty + i % stages, (i / stages - 1) & 1);
+                weights(i);
+                tokens(i);
+            }
+        }
+        __syncwarp();
+    } else {
+        float d[BN / 2];
+        #pragma unroll
+        for (int i = 0; i < BN / 2; ++i) d[i] = 0.f;
+        for (int i = 0; i < count; ++i) {
+            const int s = i % stages;
+            wait(full + s, (i / stages) & 1);
+            const u64 a = descriptor(base + s * STAGE), b = descriptor(base + s * STAGE + 8192);
+            wgmmaFence();
+            #pragma unroll
+            for (int k = 0; k < 4; ++k) Wgmma<BN>::add(d, a + 2 * k, b + 2 * k);
+            wgmmaCommit();
+            if (i) {
+                wgmmaWait<1>();
+                if (lane == 0) arrive(empty + (i - 1) % stages);
+            }
+        }
+        wgmmaWait<0>();
+        float* to = part + 2 * (lane & 3) * PITCH + warp * 16 + (lane >> 2);  // rows are tokens
+        #pragma unroll
+        for (int i = 0; i < BN / 8; ++i, to += 8 * PITCH) {
+            to[0] = d[4 * i];
+            to[PITCH] = d[4 * i + 1];
+            to[8] = d[4 * i + 2];
+            to[PITCH + 8] = d[4 * i + 3];
+        }
+    }
+    waitForPrecedingKernel();
+    if (RANKS > 1) clusterSync();
+    else __syncthreads();
+    const Job& job = c.job[j];
+    constexpr int ROWS = BN / RANKS, CHUNKS = WIDTH / 8, ROUNDS = (ROWS * CHUNKS + 159) / 160;
+    #pragma unroll (ROUNDS < 4 ? ROUNDS : 4)
+    for (int round = 0; round < ROUNDS; ++round) {
+        const int e = round * 160 + threadIdx.x, t = rank * ROWS + e / CHUNKS, f = e % CHUNKS * 8;
+        if (e >= ROWS * CHUNKS || token + t >= c.tokens || feature + f >= job.features) continue;
+        const long long at = (long long)(token + t) * job.features + feature + f;
+        const uint4 bias = read(job.bias, feature + f), residual = read(job.residual, at), other = GATED ? read(c.job[1].bias, feature + f) : uint4{0, 0, 0, 0};
+        float v[8], u[8];
+        collect<RANKS>(v, part + t * PITCH + f);
+        add(v, bias);
+        #pragma unroll
+        for (int i = 0; i < 8; ++i) v[i] = activate(v[i]);
+        if (GATED) {
+            collect<RANKS>(u, part + t * PITCH + 32 + f);
+            add(u, other);
+            #pragma unroll
+            for (int i = 0; i < 8; ++i) v[i] *= u[i];
+        }
+        add(v, residual);
+        *(uint4*)((u16*)job.y + at) = {pack(v[0], v[1]), pack(v[2], v[3]), pack(v[4], v[5]), pack(v[6], v[7])};
+    }
+    if (RANKS > 1) clusterSync();  // nobody leaves while its sums are read
+}
+
+// --- many tokens --------------------------------------------------------------------------------------------------------
+// Lane q's element i goes to lane i's element q, in each group of four lanes.
+__device__ __forceinline__ void transpose(u32 (&v)[4]) {
+    const bool odd = threadIdx.x & 1, high = threadIdx.x & 2;
+    #pragma unroll
+    for (int i = 0; i < 4; i += 2) {
+        const u32 got = __shfl_xor_sync(~0u, odd ? v[i] : v[i + 1], 1);
+        if (odd) v[i] = got;
+        else v[i + 1] = got;
+    }
+    #pragma unroll
+    for (int i = 0; i < 2; ++i) {
+        const u32 got = __shfl_xor_sync(~0u, high ? v[i] : v[i + 2], 2);
+        if (high) v[i] = got;
+        else v[i + 2] = got;
+    }
+}
+
+template <int BN, int STAGES, int RANKS>
+__device__ __forceinline__ void wide(const TensorMap& x, const TensorMap& w0, const TensorMap& w1, const TensorMap& w2, const Call& c) {
+    constexpr int STAGE = 16384 + BN * 128, GROUP = 16 / RANKS, WIDTH = GATED ? BN / 2 : BN, PART = BN / 2 / RANKS;
+    extern __shared__ u8 raw[];
+    u8* base = (u8*)(((u64)raw + 1023) & ~1023ull);
+    float* biases = (float*)(base + STAGES * STAGE);  // of this tile and the next
+    u64* full = (u64*)(biases + 2 * BN);
+    u64* empty = full + STAGES;
+    const int group = threadIdx.x >> 7, warp = threadIdx.x >> 5 & 3, lane = threadIdx.x & 31;
+    const int rank = RANKS > 1 ? clusterRank() : 0, place = blockIdx.x / RANKS, places = gridDim.x / RANKS;
+    const int steps = up(c.inner, 64), rows = up(c.tokenTiles, RANKS), tiles = rows * c.featureTiles;
+    if (threadIdx.x == 0) {
+        for (int s = 0; s < STAGES; ++s) init(full + s, 1), init(empty + s, 8 * RANKS);
+        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    }
+    if (RANKS > 1) clusterSync();
+    else __syncthreads();
+    letNextKernelStart();
+    // Tiles in groups of GROUP rows of tokens, so that what is read at a time stays in the L2 cache.
+    auto locate = [&](int index, int& token, int& tile) {
+        const int whole = GROUP * c.featureTiles, g = index / whole, rest = index % whole, height = min(GROUP, rows - g * GROUP);
+        token = ((g * GROUP + rest % height) * RANKS + rank) * 128;
+        tile = rest / height;
+        return jobOf(c, tile, WIDTH);
+    };
+    if (group == 0) {
+        asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
+        if (threadIdx.x == 0) {
+            int i = 0;
+            const int ahead = min(steps, STAGES);
+            for (int index = place; index < tiles; index += places) {
+                int token, tile;
+                const int j = locate(index, token, tile);
+                const TensorMap* w = j == 0 ? &w0 : j == 1 ? &w1 : &w2;
+                const TensorMap* half = GATED ? &w1 : w;
+                const int feature = tile * WIDTH, second = GATED ? feature : feature + BN / 2;
+                auto weights = [&](int k, int s) {  // this block's part of each half, for the whole cluster
+                    u8* to = base + s * STAGE + 16384 + rank * PART * 128;
+                    expect(full + s, STAGE);
+                    if (RANKS == 1) {
+                        fetch(to, w, full + s, k * 64, feature);
+                        fetch(to + BN * 64, half, full + s, k * 64, second);
+                    } else {
+                        fetchFor((1 << RANKS) - 1, to, w, full + s, k * 64, feature + rank * PART);
+                        fetchFor((1 << RANKS) - 1, to + BN * 64, half, full + s, k * 64, second + rank * PART);
+                    }
+                };
+                int k = 0;
+                if (i == 0) {
+                    for (; k < ahead; ++k) weights(k, k);
+                    waitForPrecedingKernel();
+                    for (; i < ahead; ++i) fetch(base + i * STAGE, &x, full + i, i * 64, token);
+                }
+                for (; k < steps; ++k, ++i) {
+                    const int s = i % STAGES;
+                    if (i >= STAGES) wait(empty + s, (i / STAGES - 1) & 1);
+                    weights(k, s);
+                    fetch(base + s * STAGE, &x, full + s, k * 64, token);
+                }
+            }
+        }
+        __syncwarp();
+        waitForPrecedingKernel();
+    } else {
+        asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
+        waitForPrecedingKernel();
+        auto release = [&](int s) {
+            if (RANKS == 1) {
+                if (lane == 0) arrive(empty + s);
+            } else if (lane < RANKS) arriveAt(lane, empty + s);
+        };
+        int i = 0, turn = 0;
+        for (int index = place; index < tiles; index += places, turn ^= 1) {
+            int token, tile;
+            const int j = locate(index, token, tile);
+            const Job& job = c.job[j];
+            const int feature = tile * WIDTH, row = token + (group - 1) * 64 + warp * 16 + (lane >> 2), q = lane & 3;
+            float* bias = biases + turn * BN;
+            {
+                const int t = threadIdx.x - 128, f = feature + (GATED && t >= WIDTH ? t - WIDTH : t);
+                const u16* from = (const u16*)(GATED && t >= WIDTH ? c.job[1].bias : job.bias);
+                if (t < BN) bias[t] = from && f < job.features ? unpack(__ldg(from + f)).x : 0.f;
+            }
+            if (job.residual) {
+                #pragma unroll
+                for (int n = 0; n < WIDTH / 32; ++n)
+                    #pragma unroll
+                    for (int h = 0; h < 2; ++h)
+                        if (row + 8 * h < c.tokens && feature + n * 32 < job.features)
+                            asm volatile("prefetch.global.L2 [%0];" ::"l"((const u16*)job.residual + (long long)(row + 8 * h) * job.features + feature + n * 32));
+            }
+            float d[BN / 2];
+            #pragma unroll
+            for (int n = 0; n < BN / 2; ++n) d[n] = 0.f;
+            for (int k = 0; k < steps; ++k, ++i) {
+                const int s = i % STAGES;
+                wait(full + s, (i / STAGES) & 1);
+                const u64 a = descriptor(base + s * STAGE + (group - 1) * 8192), b = descriptor(base + s * STAGE + 16384);
+                wgmmaFence();
+                #pragma unroll
+                for (int n = 0; n < 4; ++n) Wgmma<BN>::add(d, a + 2 * n, b + 2 * n);
+                wgmmaCommit();
+                if (k) {
+                    wgmmaWait<1>();
+                    release((i - 1) % STAGES);
+                }
+            }
+            wgmmaWait<0>();
+            release((i - 1) % STAGES);
+            asm volatile("bar.sync 1, 256;" ::: "memory");  // the bias is there
+            #pragma unroll
+            for (int h = 0; h < 2; ++h) {
+                const bool there = row + 8 * h < c.tokens;
+                const long long line = (long long)(row + 8 * h) * job.features + feature + q * 8;
+                uint4 added[WIDTH / 32];
+                #pragma unroll
+                for (int n = 0; n < WIDTH / 32; ++n) added[n] = job.residual && there && feature + n * 32 + q * 8 < job.features ? __ldg((const uint4*)((const u16*)job.residual + line + n * 32)) : uint4{0, 0, 0, 0};
+                #pragma unroll
+                for (int n = 0; n < WIDTH / 32; ++n) {  // 32 features at a time
+                    u32 out[4], more[4] = {added[n].x, added[n].y, added[n].z, added[n].w};
+                    if (job.residual) transpose(more);
+                    #pragma unroll
+                    for (int m = 0; m < 4; ++m) {
+                        const int at = (n * 4 + m) * 4 + 2 * h;
+                        const float2 b = *(const float2*)(bias + (n * 4 + m) * 8 + 2 * q);
+                        float low = activate(d[at] + b.x), high = activate(d[at + 1] + b.y);
+                        if (GATED) {
+                            const float2 g = *(const float2*)(bias + WIDTH + (n * 4 + m) * 8 + 2 * q);
+                            low *= d[(at + BN / 4) % (BN / 2)] + g.x, high *= d[(at + 1 + BN / 4) % (BN / 2)] + g.y;
+                        }
+                        const float2 r = unpack(more[m]);
+                        out[m] = pack(low + r.x, high + r.y);
+                    }
+                    transpose(out);
+                    if (there && feature + n * 32 + q * 8 < job.features) *(uint4*)((u16*)job.y + line + n * 32) = {out[0], out[1], out[2], out[3]};
+                }
+            }
+        }
+    }
+    if (RANKS > 1) clusterSync();  // nobody leaves while its barriers are told
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
+    multiply(const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap w0, const __grid_constant__ TensorMap w1, const __grid_constant__ TensorMap w2, const __grid_constant__ Call c) {
+    KERNEL(x, w0, w1, w2, c);
+}
