@@ -1,12 +1,14 @@
 """Encoders on the GPU: our plan against TensorRT alone and PyTorch, in one run.
 
-    python benchmarks/encoder.py                      the whole grid (about 8 minutes on an H200)
+    python benchmarks/encoder.py                                             the whole grid (about 8 minutes on an H100)
     python benchmarks/encoder.py --models minilm --batches 1,8 --lengths 32,128
+    python benchmarks/encoder.py --compile bert-base:1x32,bert-base:32x128   torch.compile where asked for: a minute a shape
 
-Shapes of MiniLM, BERT-base and BERT-large, random weights, float16, one added mask. TensorRT alone compiles the
-un-rewritten ONNX with its weights as constants, for each shape statically, and runs it in a CUDA graph. PyTorch runs
-the same layers written with scaled_dot_product_attention: eager in a CUDA graph, and torch.compile (max-autotune).
-Times are medians of the GPU time of one inference, inputs on the device.
+The models of `transformers` with random weights in the shapes of MiniLM, BERT-base and BERT-large, ViT-B, and one block of Llama
+3.1 8B as prefill, exported by PyTorch at opset 20. An eighth of the tokens of a text is padding, on the right. TensorRT alone
+compiles the un-rewritten export with its weights as constants, for each shape statically, and runs it in a CUDA graph. PyTorch runs
+the same module with scaled_dot_product_attention in a CUDA graph, its mask made beforehand: eager, and torch.compile
+(max-autotune). Times are medians of the GPU time of one inference, inputs on the device.
 """
 
 from __future__ import annotations
@@ -16,30 +18,90 @@ import itertools
 import json
 import statistics
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
 import cupy
-import graphs
 import numpy as np
 import onnx
 import record
+import torch
+import transformers
 
 import rewrite
+from rewrite.export.source import Source
+from rewrite.export.torch_export import export
 from rewrite.runtime import engine
 from rewrite.runtime.profile import Profile
 
-MODELS = {"minilm": (6, 384, 12, 1536), "bert-base": (12, 768, 12, 3072), "bert-large": (24, 1024, 16, 4096)}  # layers, width, heads, hidden
+BERTS = {"minilm": (6, 384, 12, 1536), "bert-base": (12, 768, 12, 3072), "bert-large": (24, 1024, 16, 4096)}  # layers, width, heads, hidden
+MODELS = (*BERTS, "vit-b", "llama-8b-block")
+VOCABULARY = 2048  # of the texts: the table of words is read, not multiplied
 
 
-def model(name: str) -> onnx.ModelProto:
-    layers, width, heads, hidden = MODELS[name]
-    return graphs.half(graphs.model(layers, "bert", width, heads, heads, hidden))
+class Text(torch.nn.Module):
+    """The hidden states of a model of token ids, with or without a mask."""
+
+    def __init__(self, model: Any, masked: bool):
+        super().__init__()
+        self.model, self.masked = model, masked
+
+    def forward(self, input_ids: Any, attention_mask: Any = None) -> Any:
+        options = {"attention_mask": attention_mask} if self.masked else {"use_cache": False}
+        return self.model(input_ids=input_ids, **options).last_hidden_state
+
+
+class Image(torch.nn.Module):
+    def __init__(self, model: Any):
+        super().__init__()
+        self.model = model
+
+    def forward(self, pixel_values: Any) -> Any:
+        return self.model(pixel_values=pixel_values).last_hidden_state
+
+
+def module(name: str, attention: str, dtype: str) -> torch.nn.Module:
+    torch.manual_seed(0)
+    common = {"attn_implementation": attention}
+    if name in BERTS:
+        layers, width, heads, hidden = BERTS[name]
+        sizes = {"num_hidden_layers": layers, "hidden_size": width, "num_attention_heads": heads, "intermediate_size": hidden}
+        made: Any = transformers.AutoModel.from_config(transformers.BertConfig(**sizes, vocab_size=VOCABULARY), add_pooling_layer=False, **common)
+    elif name == "vit-b":
+        made = transformers.AutoModel.from_config(transformers.ViTConfig(), add_pooling_layer=False, **common)
+    else:
+        sizes = {"num_hidden_layers": 1, "hidden_size": 4096, "num_attention_heads": 32, "num_key_value_heads": 8, "intermediate_size": 14336}
+        made = transformers.AutoModel.from_config(transformers.LlamaConfig(**sizes, vocab_size=VOCABULARY), **common)
+    wrapped = Image(made) if name == "vit-b" else Text(made, name in BERTS)
+    return wrapped.eval().to(getattr(torch, dtype))
+
+
+def feeds(name: str, batch: int, length: int, dtype: str) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    if name == "vit-b":
+        return {"pixel_values": torch.randn(batch, 3, 224, 224, generator=generator).to(getattr(torch, dtype))}
+    ids = {"input_ids": torch.randint(0, VOCABULARY, (batch, length), generator=generator)}
+    if name in BERTS:
+        ids["attention_mask"] = torch.ones(batch, length, dtype=torch.int64)
+        ids["attention_mask"][:, length - length // 8 :] = 0
+    return ids
+
+
+def exported(name: str, dtype: str, folder: Path) -> Path:
+    inputs = feeds(name, 2, 16, dtype)
+    dynamic = {n: {0: "batch"} if n == "pixel_values" else {0: "batch", 1: "sequence"} for n in inputs}
+    path = folder / f"{name}-{dtype}.onnx"
+    export(Source(module(name, "eager", dtype), inputs, dynamic, ["y"], {}), path, opset=20, exporter="dynamo")
+    return path
 
 
 def operations(name: str, batch: int, length: int) -> float:
-    """Floating-point operations of one inference: products and attention."""
-    layers, width, _, hidden = MODELS[name]
+    """Floating-point operations of the products and attentions of one inference."""
+    if name == "llama-8b-block":
+        width, hidden, keys = 4096, 14336, 1024
+        return batch * length * (2 * (2 * width * width + 2 * width * keys + 3 * width * hidden) + 4 * length * width)
+    layers, width, _, hidden = BERTS.get(name, (12, 768, 12, 3072))
     return layers * batch * length * (2 * (4 * width * width + 2 * width * hidden) + 4 * length * width)
 
 
@@ -60,19 +122,16 @@ def median_us(launch: Any, stream: Any, rounds: int = 30) -> float:
     return statistics.median(times)
 
 
-def feeds(name: str, batch: int, length: int) -> dict[str, Any]:
-    _, width, heads, _ = MODELS[name]
-    rng = np.random.default_rng(0)
-    mask = np.zeros((batch, 1, length, length), np.float16)
-    mask[..., length - length // 8 :] = -10000  # an eighth of the keys is padding
-    return {"x": rng.standard_normal((batch, length, width)).astype(np.float16), "mask": mask, "angles": np.zeros((batch, 1, length, width // heads), np.float16)}
+def arrays(inputs: dict[str, torch.Tensor]) -> dict[str, Any]:
+    """On the device, for CuPy."""
+    return {n: cupy.asarray(t.float().numpy()).astype(np.dtype(str(t.dtype).removeprefix("torch."))) if t.is_floating_point() else cupy.asarray(t.numpy()) for n, t in inputs.items()}
 
 
 def ours(plan: rewrite.Plan, inputs: dict[str, Any]) -> tuple[float, np.ndarray]:
-    result = plan.run(inputs)["y"]
-    executor = plan.executor
-    frame = executor.frame(plan.check(inputs))  # type: ignore[attr-defined]
-    return median_us(lambda: frame.graph.launch(executor.stream), executor.stream), result  # type: ignore[attr-defined]
+    (result,) = plan.run(inputs).values()
+    executor: Any = plan.executor
+    frame = executor.frame(plan.check(inputs))
+    return median_us(lambda: frame.graph.launch(executor.stream), executor.stream), cupy.asnumpy(result.astype(np.float32))
 
 
 def tensorrt_alone(proto: onnx.ModelProto, inputs: dict[str, Any]) -> tuple[float, np.ndarray]:
@@ -86,70 +145,50 @@ def tensorrt_alone(proto: onnx.ModelProto, inputs: dict[str, Any]) -> tuple[floa
     loaded = trt.Runtime(engine.logger()).deserialize_cuda_engine(engine.build_engine(static, shapes, Profile({})))
     context = engine.execution_context(loaded)
     stream = cupy.cuda.Stream(non_blocking=True)
-    arrays = {n: cupy.asarray(a) for n, a in inputs.items()}
-    arrays["y"] = cupy.full(inputs["x"].shape, np.nan, np.float16)
+    held = dict(inputs)
     for index in range(loaded.num_io_tensors):
         name = loaded.get_tensor_name(index)
-        context.set_tensor_address(name, int(arrays[name].data.ptr))
+        if name not in held:
+            kind = np.float16 if loaded.get_tensor_dtype(name) == trt.float16 else np.dtype("bfloat16")
+            held[name] = cupy.full(tuple(context.get_tensor_shape(name)), np.nan, kind)
+            result = name
+        context.set_tensor_address(name, int(held[name].data.ptr))
     for _ in range(2):
         context.execute_async_v3(stream.ptr)
     stream.synchronize()
     stream.begin_capture()
     context.execute_async_v3(stream.ptr)
     graph = stream.end_capture()
-    return median_us(lambda: graph.launch(stream), stream), cupy.asnumpy(arrays["y"])
+    return median_us(lambda: graph.launch(stream), stream), cupy.asnumpy(held[result].astype(np.float32))
 
 
-def pytorch(proto: onnx.ModelProto, name: str, inputs: dict[str, Any], compiled: bool) -> tuple[float, np.ndarray]:
-    import torch
-    import torch.nn.functional as F
-
-    layers, width, heads, _ = MODELS[name]
-    tensors = {i.name: torch.from_numpy(onnx.numpy_helper.to_array(i).copy()).cuda() for i in proto.graph.initializer if i.name.startswith("weight")}
-    each = len(tensors) // layers
-    weights = list(tensors.values())
-
-    class Layer(torch.nn.Module):
-        def __init__(self, w: list[Any]):
-            super().__init__()
-            self.w = torch.nn.ParameterList([torch.nn.Parameter(t.T.contiguous() if t.dim() == 2 else t, requires_grad=False) for t in w])
-
-        def forward(self, x: Any, mask: Any) -> Any:
-            w, (batch, length, _) = self.w, x.shape
-            q, k, v = (F.linear(x, w[2 * i], w[2 * i + 1]).view(batch, length, heads, -1).transpose(1, 2) for i in range(3))
-            a = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=0.25).transpose(1, 2).reshape(batch, length, width)
-            x = F.layer_norm(F.linear(a, w[6], w[7]) + x, (width,), w[8], w[9])
-            return F.layer_norm(F.linear(F.gelu(F.linear(x, w[10], w[11])), w[12], w[13]) + x, (width,), w[14], w[15])
-
-    class Encoder(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.layers = torch.nn.ModuleList([Layer(weights[i * each : (i + 1) * each]) for i in range(layers)])
-
-        def forward(self, x: Any, mask: Any) -> Any:
-            for layer in self.layers:
-                x = layer(x, mask)
-            return x
-
-    encoder = Encoder().eval()
-    x, mask = torch.from_numpy(inputs["x"]).cuda(), torch.from_numpy(inputs["mask"]).cuda()
+def pytorch(name: str, inputs: dict[str, torch.Tensor], dtype: str, compiled: bool) -> tuple[float, np.ndarray]:
+    run: Any = module(name, "sdpa", dtype).cuda()
+    held = {n: t.cuda() for n, t in inputs.items()}
+    if "attention_mask" in held:  # as sdpa takes it; made once, outside of what is timed
+        mask = held["attention_mask"].bool()[:, None, None]
+        held["attention_mask"] = mask.expand(-1, 1, mask.shape[-1], -1).contiguous()
     with torch.no_grad():
-        run = torch.compile(encoder, mode="max-autotune-no-cudagraphs", dynamic=False) if compiled else encoder
+        if compiled:
+            run = torch.compile(run, mode="max-autotune-no-cudagraphs", dynamic=False)
         stream = torch.cuda.Stream()
         with torch.cuda.stream(stream):
             for _ in range(3):
-                run(x, mask)
+                run(**held)
         stream.synchronize()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, stream=stream):
-            y = run(x, mask)
+            y = run(**held)
         with torch.cuda.stream(stream):
             time = median_us(graph.replay, cupy.cuda.ExternalStream(stream.cuda_stream))
-    return time, y.cpu().numpy()
+    return time, y.float().cpu().numpy()
 
 
-def difference(a: np.ndarray, b: np.ndarray) -> float:
-    return float(np.abs(a.astype(np.float64) - b).max() / np.abs(b.astype(np.float64)).max())
+def difference(a: np.ndarray, b: np.ndarray, inputs: dict[str, torch.Tensor]) -> float:
+    """Largest difference at tokens that are no padding, relative to the largest value."""
+    kept = inputs["attention_mask"].numpy() != 0 if "attention_mask" in inputs else slice(None)
+    a, b = a[kept].astype(np.float64), b[kept].astype(np.float64)
+    return float(np.abs(a - b).max() / np.abs(b).max())
 
 
 def main() -> None:
@@ -157,40 +196,50 @@ def main() -> None:
     parser.add_argument("--models", default=",".join(MODELS))
     parser.add_argument("--batches", default="1,8,32,128")
     parser.add_argument("--lengths", default="32,128,512")
-    parser.add_argument("--torch", choices=["none", "eager", "compile"], default="eager")
+    parser.add_argument("--dtype", default="float16", choices=["float16", "bfloat16"])
+    parser.add_argument("--compile", default="", help="MODEL:BATCHxLENGTH,... where torch.compile runs, too")
+    parser.add_argument("--no-torch", action="store_true")
+    parser.add_argument("--no-tensorrt", action="store_true")
+    parser.add_argument("--seconds", type=float, default=1e9, help="begin no further row after that")
     parser.add_argument("--output", default="encoder")
     options = parser.parse_args()
-    rows: list[dict[str, Any]] = []
+    started, rows = time.monotonic(), []
     device = cupy.cuda.runtime.getDeviceProperties(0)["name"].decode()
-    print(f"{'model':10} {'batch':>5} {'length':>6} {'ours µs':>9} {'TFLOP/s':>8} {'TensorRT':>9} {'torch':>9} {'compile':>9} {'vs TRT':>7} {'vs torch':>8} {'error':>8}")
+    versions = record.versions("onnx", "cupy-cuda13x", "torch", "transformers") | {"tensorrt": engine.version()}
+    print(f"{'model':14} {'batch':>5} {'length':>6} {'ours µs':>9} {'TFLOP/s':>8} {'TensorRT':>9} {'torch':>9} {'compile':>9} {'vs TRT':>7} {'vs torch':>8} {'error':>8}")
     for name in options.models.split(","):
-        proto = model(name)
         with tempfile.TemporaryDirectory() as folder:
-            fused = rewrite.optimize(proto, verify=False).model
-            rewrite.build(fused, Path(folder) / "p", profile="batch=1:32:128,seq=1:128:512", verify=False)
+            path = exported(name, options.dtype, Path(folder))
+            proto = onnx.load(path)
+            fused = rewrite.optimize(path, verify=False).model
+            ranges = "batch=1:32:128" + ("" if name == "vit-b" else ",sequence=1:128:512")
+            rewrite.build(fused, Path(folder) / "p", profile=ranges, verify=False)
             plan = rewrite.Plan(Path(folder) / "p", device="cuda")
-            for batch, length in itertools.product(map(int, options.batches.split(",")), map(int, options.lengths.split(","))):
-                inputs = feeds(name, batch, length)
-                row: dict[str, Any] = {"model": name, "batch": batch, "length": length}
-                row["ours_us"], got = ours(plan, inputs)
-                row["tensorrt_us"], want = tensorrt_alone(proto, inputs)
-                row["difference"] = difference(got, want)
-                if options.torch != "none":
-                    row["torch_us"], other = pytorch(proto, name, inputs, False)
-                    row["torch_difference"] = difference(got, other)
-                if options.torch == "compile":
-                    row["compile_us"], _ = pytorch(proto, name, inputs, True)
+            print(f"{name}: ready after {time.monotonic() - started:.0f} s", flush=True)
+            lengths = [197] if name == "vit-b" else list(map(int, options.lengths.split(",")))
+            for batch, length in itertools.product(map(int, options.batches.split(",")), lengths):
+                if time.monotonic() - started > options.seconds:
+                    continue
+                inputs = feeds(name, batch, length, options.dtype)
+                row: dict[str, Any] = {"model": name, "dtype": options.dtype, "batch": batch, "length": length}
+                row["ours_us"], got = ours(plan, arrays(inputs))
+                row["launches"] = len(plan.executor.frame(plan.check(arrays(inputs))).launches)  # type: ignore[attr-defined]
+                asked = {"tensorrt": not options.no_tensorrt, "torch": not options.no_torch, "compile": f"{name}:{batch}x{length}" in options.compile.split(",")}
+                for peer in (p for p, wanted in asked.items() if wanted):
+                    row[f"{peer}_us"], other = tensorrt_alone(proto, arrays(inputs)) if peer == "tensorrt" else pytorch(name, inputs, options.dtype, peer == "compile")
+                    row[f"{peer}_difference"] = difference(got, other, inputs)
                 row["tflops"] = operations(name, batch, length) / row["ours_us"] / 1e6
                 rows.append(row)
                 us = [f"{row[k]:9.1f}" if k in row else f"{'-':>9}" for k in ("tensorrt_us", "torch_us", "compile_us")]
-                best = min((row[k] for k in ("torch_us", "compile_us") if k in row), default=float("nan"))
-                mine = row["ours_us"]
-                print(f"{name:10} {batch:5} {length:6} {mine:9.1f} {row['tflops']:8.1f} {' '.join(us)} {row['tensorrt_us'] / mine:7.2f} {best / mine:8.2f} {row['difference']:8.1e}", flush=True)
-    ratios = [r["tensorrt_us"] / r["ours_us"] for r in rows]
-    print(f"against TensorRT alone: geometric mean {statistics.geometric_mean(ratios):.2f}, least {min(ratios):.2f}")
-    versions = record.versions("onnx", "cupy-cuda13x", "torch", "nvidia-cudnn-frontend") | {"tensorrt": engine.version()}
-    path = record.write(options.output, device, versions, rows)
-    print(json.dumps({"written": str(path)}))
+                against = [f"{row[k] / row['ours_us']:.2f}" if k in row else "-" for k in ("tensorrt_us", "torch_us")]
+                worst = max((v for k, v in row.items() if k.endswith("difference")), default=0.0)
+                print(f"{name:14} {batch:5} {length:6} {row['ours_us']:9.1f} {row['tflops']:8.1f} {' '.join(us)} {against[0]:>7} {against[1]:>8} {worst:8.1e}", flush=True)
+                record.write(options.output, device, versions, rows)
+    for peer in ("tensorrt", "torch", "compile"):
+        ratios = [r[f"{peer}_us"] / r["ours_us"] for r in rows if f"{peer}_us" in r]
+        if ratios:
+            print(f"against {peer}: geometric mean {statistics.geometric_mean(ratios):.2f}, least {min(ratios):.2f}, most {max(ratios):.2f}, of {len(ratios)}")
+    print(json.dumps({"written": str(record.write(options.output, device, versions, rows))}))
 
 
 if __name__ == "__main__":

@@ -1,5 +1,7 @@
 // Attention by tensor cores (mma.sync), softmax computed on the way in float32: every mask that FusedAttention takes, head
-// sizes that are multiples of 16 up to 128, float16 or bfloat16. A block owns 64 MT queries of one head (16 MT a warp).
+// sizes that are multiples of 16 up to 128, float16 or bfloat16. A block owns 16 MT WARPS queries of one head.
+// Constants: D the head size, MT tiles of 16 queries a warp, KT keys a step, WARPS; MASK 0 none, 1 boolean, 2 added; ROWS 1 if
+// all queries have the same mask; CAUSAL; CAP 1 for a soft cap; PLAIN 1 if scores need nothing but a positive scale.
 // Source: Dao, FlashAttention-2 (2023).
 typedef unsigned char u8;
 typedef unsigned short u16;
@@ -13,8 +15,8 @@ struct Attention {
     i64 qs[3], ks[3], vs[3], ys[3];  // strides of batch, head, position, in elements; the last axis is packed
     i64 ms[4];                       // of the mask: batch, head, query, key
     int heads, group, queries, keys; // group: query heads of one key head
-    float scale, cap, fill;
-    int drop, zero, causal, pairs;   // pairs: two neighbours of the mask may be read at once
+    float scale, cap, fill;          // fill to base 2
+    int drop, zero, pairs;           // pairs: two neighbours of the mask may be read at once
 };
 
 #define INF __int_as_float(0x7f800000)
@@ -55,19 +57,34 @@ __device__ __forceinline__ void loadTransposed(u32 (&r)[4], u32 at) {
 }
 
 // Rows [first, first + KT) of a head, row pitch D + 8 elements; what lies past the end is zero.
-template <int D, int KT, int THREADS>
 __device__ __forceinline__ void fetch(u16* to, const u16* from, i64 stride, int first, int rows) {
     constexpr int CHUNKS = D / 8;
-    #pragma unroll
-    for (int e = threadIdx.x; e < KT * CHUNKS; e += THREADS) {
+    for (int e = threadIdx.x; e < KT * CHUNKS; e += WARPS * 32) {
         const int row = e / CHUNKS, chunk = e % CHUNKS, there = first + row < rows ? 16 : 0;
         const u16* source = from + (there ? (first + row) * stride : 0) + chunk * 8;
         asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared(to + row * (D + 8) + chunk * 8)), "l"(source), "r"(there));
     }
 }
 
-template <int D, int MT, int KT, int WARPS, int MASK>  // MASK: 0 none, 1 boolean, 2 added
-__device__ __forceinline__ void attention(const Attention& c) {
+// The mask of keys `key` and `key + 1`, packed; for a boolean one 1 where the key is seen.
+__device__ __forceinline__ u32 maskOf(const Attention& c, i64 line, int key) {
+    if (key >= c.keys) return 0;
+    if (MASK == 2) {
+        const u16* at = (const u16*)c.mask + line + key * c.ms[3];
+        if (c.pairs) return __ldg((const u32*)at);
+        return at[0] | (key + 1 < c.keys ? (u32)at[c.ms[3]] << 16 : 0);
+    }
+    const u8* at = (const u8*)c.mask + line + key * c.ms[3];
+    const u32 low = (at[0] != 0) != (bool)c.drop, high = key + 1 < c.keys && (at[c.ms[3]] != 0) != (bool)c.drop;
+    return low | high << 16;
+}
+// To base 2. A finite -3.4e38 stays finite, so that a row of nothing else is no row of -inf.
+__device__ __forceinline__ float toBase2(float v) {
+    const float w = v * LOG2E;
+    return BFLOAT16 && w == -INF && v != -INF ? -3e38f : w;
+}
+
+extern "C" __global__ void __launch_bounds__(WARPS * 32) attention(const __grid_constant__ Attention c) {
     constexpr int PITCH = D + 8, TILE = KT * PITCH;
     extern __shared__ u16 tiles[];  // K and V of this step, K and V of the next
     const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, head = blockIdx.y, batch = blockIdx.z;
@@ -75,11 +92,13 @@ __device__ __forceinline__ void attention(const Attention& c) {
     const u16* q = c.q + batch * c.qs[0] + head * c.qs[1];
     const u16* k = c.k + batch * c.ks[0] + head / c.group * c.ks[1];
     const u16* v = c.v + batch * c.vs[0] + head / c.group * c.vs[1];
-    const int end = c.causal ? min(c.keys, start + 16 * MT * WARPS) : c.keys, steps = (end + KT - 1) / KT;
+    const i64 masks = MASK ? batch * c.ms[0] + head * c.ms[1] : 0;
+    const int end = CAUSAL ? min(c.keys, start + 16 * MT * WARPS) : c.keys, steps = (end + KT - 1) / KT;
+    const float by = c.scale * LOG2E;
     asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
     asm volatile("griddepcontrol.wait;" ::: "memory");
-    fetch<D, KT, WARPS * 32>(tiles, k, c.ks[2], 0, c.keys);
-    fetch<D, KT, WARPS * 32>(tiles + TILE, v, c.vs[2], 0, c.keys);
+    fetch(tiles, k, c.ks[2], 0, c.keys);
+    fetch(tiles + TILE, v, c.vs[2], 0, c.keys);
     asm volatile("cp.async.commit_group;");
     u32 a[MT][D / 16][4];
     #pragma unroll
@@ -102,10 +121,22 @@ __device__ __forceinline__ void attention(const Attention& c) {
         u16* tile = tiles + (step & 1) * 2 * TILE;
         if (step + 1 < steps) {
             u16* next = tiles + (~step & 1) * 2 * TILE;
-            fetch<D, KT, WARPS * 32>(next, k, c.ks[2], (step + 1) * KT, c.keys);
-            fetch<D, KT, WARPS * 32>(next + TILE, v, c.vs[2], (step + 1) * KT, c.keys);
+            fetch(next, k, c.ks[2], (step + 1) * KT, c.keys);
+            fetch(next + TILE, v, c.vs[2], (step + 1) * KT, c.keys);
         }
         asm volatile("cp.async.commit_group;");
+        // The mask comes early, so that it is there when the scores are.
+        u32 raw[ROWS ? 1 : MT][ROWS ? 1 : 2][KT / 8];
+        if (MASK) {
+            #pragma unroll
+            for (int m = 0; m < (ROWS ? 1 : MT); ++m)
+                #pragma unroll
+                for (int h = 0; h < (ROWS ? 1 : 2); ++h) {
+                    const i64 line = masks + (ROWS ? 0 : min(first + m * 16 + r + h * 8, c.queries - 1) * c.ms[2]);
+                    #pragma unroll
+                    for (int n = 0; n < KT / 8; ++n) raw[m][h][n] = maskOf(c, line, step * KT + n * 8 + p);
+                }
+        }
         asm volatile("cp.async.wait_group 1;" ::: "memory");
         __syncthreads();
         float s[MT][KT / 8][4];
@@ -122,59 +153,59 @@ __device__ __forceinline__ void attention(const Attention& c) {
                 #pragma unroll
                 for (int m = 0; m < MT; ++m) multiply(s[m][n], a[m][d], b[0], b[1]), multiply(s[m][n + 1], a[m][d], b[2], b[3]);
             }
-        #pragma unroll
-        for (int m = 0; m < MT; ++m) {
+        if (!PLAIN) {  // scores to base 2, with the mask
             #pragma unroll
-            for (int half = 0; half < 2; ++half) {
-                const int row = first + m * 16 + r + half * 8;
-                const i64 line = MASK ? batch * c.ms[0] + head * c.ms[1] + min(row, c.queries - 1) * c.ms[2] : 0;
-                float best = -INF;
+            for (int n = 0; n < KT / 8; ++n)
                 #pragma unroll
-                for (int n = 0; n < KT / 8; ++n) {
-                    const int key = step * KT + n * 8 + p;
-                    float add[2] = {0.f, 0.f};
-                    bool seen[2] = {true, true};
-                    if (MASK == 2 && key < c.keys) {
-                        const u16* at = (const u16*)c.mask + line + key * c.ms[3];
-                        if (c.pairs) { const u32 both = __ldg((const u32*)at); add[0] = widen(both & 0xffff), add[1] = widen(both >> 16); }
-                        else { add[0] = widen(at[0]); if (key + 1 < c.keys) add[1] = widen(at[c.ms[3]]); }
-                    }
-                    if (MASK == 1 && key < c.keys) {
-                        const u8* at = (const u8*)c.mask + line + key * c.ms[3];
-                        seen[0] = (at[0] != 0) != (bool)c.drop;
-                        if (key + 1 < c.keys) seen[1] = (at[c.ms[3]] != 0) != (bool)c.drop;
-                    }
+                for (int m = 0; m < MT; ++m)
                     #pragma unroll
-                    for (int i = 0; i < 2; ++i) {
-                        float x = s[m][n][half * 2 + i] * c.scale;
-                        if (c.cap != 0.f) x = c.cap * tanhf(x / c.cap);
-                        if (MASK == 1) x = seen[i] ? x : c.fill;
-                        if (MASK == 2) x += add[i];
-                        if (key + i >= c.keys || (c.causal && key + i > row)) x = -INF;
-                        s[m][n][half * 2 + i] = x;
-                        best = fmaxf(best, x);
+                    for (int h = 0; h < 2; ++h) {
+                        const u32 both = MASK ? raw[ROWS ? 0 : m][ROWS ? 0 : h][n] : 0;
+                        #pragma unroll
+                        for (int i = 0; i < 2; ++i) {
+                            float& x = s[m][n][2 * h + i];
+                            x = CAP ? c.cap * LOG2E * tanhf(x * c.scale / c.cap) : x * by;
+                            if (MASK == 1) x = (i ? both >> 16 : both & 1) ? x : c.fill;
+                            if (MASK == 2) x += toBase2(widen(i ? both >> 16 : both & 0xffff));
+                        }
                     }
-                }
+        }
+        if (step * KT + KT > c.keys || (CAUSAL && step * KT + KT > start)) {
+            #pragma unroll
+            for (int m = 0; m < MT; ++m)
+                #pragma unroll
+                for (int n = 0; n < KT / 8; ++n)
+                    #pragma unroll
+                    for (int i = 0; i < 4; ++i) {
+                        const int key = step * KT + n * 8 + p + (i & 1);
+                        if (key >= c.keys || (CAUSAL && key > first + m * 16 + r + (i >> 1) * 8)) s[m][n][i] = -INF;
+                    }
+        }
+        #pragma unroll
+        for (int m = 0; m < MT; ++m)
+            #pragma unroll
+            for (int h = 0; h < 2; ++h) {
+                float best = top[m][h];
+                #pragma unroll
+                for (int n = 0; n < KT / 8; ++n) best = fmaxf(best, fmaxf(s[m][n][2 * h], s[m][n][2 * h + 1]));
                 best = fmaxf(best, __shfl_xor_sync(~0u, best, 1));
                 best = fmaxf(best, __shfl_xor_sync(~0u, best, 2));
-                const float now = fmaxf(top[m][half], best), used = now == -INF ? 0.f : now;
-                const float shrink = exp2((top[m][half] - used) * LOG2E);
-                top[m][half] = now;
+                const float used = best == -INF ? 0.f : best, lower = used * by;
+                const float shrink = exp2(PLAIN ? top[m][h] * by - lower : top[m][h] - used);
+                top[m][h] = best;
                 float total = 0.f;
                 #pragma unroll
                 for (int n = 0; n < KT / 8; ++n)
                     #pragma unroll
                     for (int i = 0; i < 2; ++i) {
-                        // The subtraction comes first: a finite score of -3.4e38 would overflow when scaled.
-                        const float e = exp2((s[m][n][half * 2 + i] - used) * LOG2E);
-                        s[m][n][half * 2 + i] = e;
-                        total += e;
+                        float& x = s[m][n][2 * h + i];
+                        x = exp2(PLAIN ? x * by - lower : x - used);
+                        total += x;
                     }
-                sum[m][half] = sum[m][half] * shrink + total;
+                sum[m][h] = sum[m][h] * shrink + total;
                 #pragma unroll
-                for (int n = 0; n < D / 8; ++n) o[m][n][half * 2] *= shrink, o[m][n][half * 2 + 1] *= shrink;
+                for (int n = 0; n < D / 8; ++n) o[m][n][2 * h] *= shrink, o[m][n][2 * h + 1] *= shrink;
             }
-        }
         #pragma unroll
         for (int t = 0; t < KT / 16; ++t) {
             u32 w[MT][4];
@@ -199,23 +230,15 @@ __device__ __forceinline__ void attention(const Attention& c) {
     #pragma unroll
     for (int m = 0; m < MT; ++m)
         #pragma unroll
-        for (int half = 0; half < 2; ++half) {
-            float l = sum[m][half];
+        for (int h = 0; h < 2; ++h) {
+            float l = sum[m][h];
             l += __shfl_xor_sync(~0u, l, 1);
             l += __shfl_xor_sync(~0u, l, 2);
-            const int row = first + m * 16 + r + half * 8;
+            const int row = first + m * 16 + r + h * 8;
             if (row >= c.queries) continue;
             const bool blank = c.zero && !(l > 0.f);
-            const float by = 1.f / l;  // no key: 0 / 0, as softmax of nothing but -inf
+            const float share = 1.f / l;  // no key: 0 * inf = NaN, as softmax of nothing but -inf
             #pragma unroll
-            for (int n = 0; n < D / 8; ++n) {
-                const float low = l == 0.f ? o[m][n][half * 2] / l : o[m][n][half * 2] * by, high = l == 0.f ? o[m][n][half * 2 + 1] / l : o[m][n][half * 2 + 1] * by;
-                *(u32*)(y + row * c.ys[2] + n * 8 + p) = blank ? 0 : pack(low, high);
-            }
+            for (int n = 0; n < D / 8; ++n) *(u32*)(y + row * c.ys[2] + n * 8 + p) = blank ? 0 : pack(o[m][n][2 * h] * share, o[m][n][2 * h + 1] * share);
         }
 }
-
-#define ONE(D, MT, KT, WARPS, MASK) \
-    extern "C" __global__ void __launch_bounds__(WARPS * 32) attention_##D##_##MT##_##KT##_##WARPS##_##MASK(const __grid_constant__ Attention c) { attention<D, MT, KT, WARPS, MASK>(c); }
-#define MASKS(D, MT, KT, WARPS) ONE(D, MT, KT, WARPS, 0) ONE(D, MT, KT, WARPS, 1) ONE(D, MT, KT, WARPS, 2)
-VARIANTS

@@ -12,7 +12,7 @@ from functools import cache
 from typing import Any
 
 from rewrite.plugins.cublaslt import product
-from rewrite.plugins.cuda_launch import Launch, launcher, module
+from rewrite.plugins.cuda_launch import Launch, capability, launcher, module
 
 SOFTMAX = r"""
 #include <cuda_fp16.h>
@@ -65,6 +65,7 @@ __device__ void row(T* x, const void* mask, long long t, long long s, int heads,
 KERNEL(softmax_float32_0, float, 0) KERNEL(softmax_float32_1, float, 1) KERNEL(softmax_float32_2, float, 2)
 KERNEL(softmax_float16_0, __half, 0) KERNEL(softmax_float16_1, __half, 1) KERNEL(softmax_float16_2, __half, 2)
 """
+SHORT = 64  # keys up to which our kernel is the faster one
 LONGEST = 12000  # keys: a row of scores lies in 48 KB of shared memory
 
 
@@ -89,28 +90,40 @@ class _Call(ctypes.Structure):
     _fields_ = [
         *((n, ctypes.c_void_p) for n in ("q", "k", "v", "y", "mask")), *((n, ctypes.c_longlong * 3) for n in ("qs", "ks", "vs", "ys")), ("ms", ctypes.c_longlong * 4),
         *((n, ctypes.c_int) for n in ("heads", "group", "queries", "keys")), *((n, ctypes.c_float) for n in ("scale", "cap", "fill")),
-        *((n, ctypes.c_int) for n in ("drop", "zero", "causal", "pairs")),
+        *((n, ctypes.c_int) for n in ("drop", "zero", "pairs")),
     ]  # fmt: skip
 
 
-def tiles(queries: int, keys: int, size: int) -> tuple[int, int, int]:
-    """How `attention.cu` cuts the work: 16-row tiles a warp, keys a step, warps a block."""
+Cut = tuple[int, int, int]  # how attention.cu divides the work: tiles of 16 queries a warp, keys a step, warps a block
+CUTS: tuple[Cut, ...] = ((1, 32, 2), (1, 64, 4), (1, 64, 8), (2, 64, 4), (2, 32, 4))
+LOG2E, LOWEST = 1.4426950408889634, -3e38
+
+
+def choose(queries: int, keys: int, size: int) -> Cut:
+    """The cut for a number of queries and keys and a head size."""
     if queries <= 32 and keys <= 32:
         return 1, 32, 2
-    return (2 if queries > 64 and size <= 64 else 1), 64, 4
+    return 1, 64, 4
+
+
+def variant(cut: Cut, size: int, dtype: str, mask: int, rows: bool, causal: bool, cap: bool, plain: bool) -> tuple[str, str, tuple[str, ...], tuple[tuple[str, str], ...]]:
+    """What `cuda_launch.module` needs."""
+    tiles, keys, warps = cut
+    values = {"D": size, "MT": tiles, "KT": keys, "WARPS": warps, "MASK": mask, "ROWS": int(rows), "CAUSAL": int(causal), "CAP": int(cap), "PLAIN": int(plain)}
+    return "attention", dtype, tuple(f"{n}={v}" for n, v in values.items()), ()
 
 
 def takes(q: Any, k: Any, v: Any, mask: Any, y: Any) -> bool:
-    """Whether `attention.cu` takes these arrays."""
+    """Whether `attention.cu` takes these arrays on the GPU at hand."""
     size = q.shape[-1]
-    if q.ndim != 4 or q.dtype.name not in ("float16", "bfloat16") or size % 16 or size > 128 or v.shape[-1] != size:
+    if capability() < 80 or q.ndim != 4 or q.dtype.name not in ("float16", "bfloat16") or size % 16 or size > 128 or v.shape[-1] != size:
         return False
     if mask is not None and mask.dtype.name not in ("bool", q.dtype.name):
         return False
     return all(a.dtype == q.dtype and a.strides[-1] == 2 and a.data.ptr % 16 == 0 and all(n % 16 == 0 for n in a.strides[:-1]) for a in (q, k, v, y))
 
 
-def flash(q: Any, k: Any, v: Any, mask: Any, y: Any, options: tuple[Any, ...], cut: tuple[int, int, int] | None = None) -> Launch:
+def flash(q: Any, k: Any, v: Any, mask: Any, y: Any, options: tuple[Any, ...], cut: Cut | None = None) -> Launch:
     """Our kernel; `options` are scale, softcap, fill, drop, zero_masked, causal. Call only where `takes` says so."""
     import cupy
 
@@ -121,15 +134,16 @@ def flash(q: Any, k: Any, v: Any, mask: Any, y: Any, options: tuple[Any, ...], c
     if mask is not None:
         steps = tuple(n // mask.itemsize for n in cupy.broadcast_to(mask, (batch, heads, queries, keys)).strides)
         pairs = int(steps[3] == 1 and keys % 2 == 0 and mask.data.ptr % 4 == 0 and all(n % 2 == 0 for n in steps[:3]))
+    fill2 = fill if fill in (float("-inf"), float("inf")) else max(fill * LOG2E, LOWEST)
     call = _Call(
         *(int(a.data.ptr) for a in (q, k, v, y)), None if mask is None else int(mask.data.ptr), *strides, (ctypes.c_longlong * 4)(*steps),
-        heads, heads // k.shape[1], queries, keys, scale, softcap, fill, int(drop), int(zero_masked), int(causal), pairs,
+        heads, heads // k.shape[1], queries, keys, scale, softcap, fill2, int(drop), int(zero_masked), pairs,
     )  # fmt: skip
-    rows, width, warps = cut or tiles(queries, keys, size)
+    tiles, width, warps = cut = cut or choose(queries, keys, size)
     kind = 0 if mask is None else 1 if mask.dtype.name == "bool" else 2
-    variant = f"{size}, {rows}, {width}, {warps}"
-    function = module("attention", q.dtype.name, (), (("VARIANTS\n", f"MASKS({variant})\n"),)).get_function(f"attention_{variant.replace(', ', '_')}_{kind}")
-    grid = (-(-queries // (16 * rows * warps)), heads, batch)
+    plain = not kind and not softcap and scale > 0
+    function = module(*variant(cut, size, q.dtype.name, kind, steps[2] == 0, bool(causal), bool(softcap), plain)).get_function("attention")
+    grid = (-(-queries // (16 * tiles * warps)), heads, batch)
     return launcher(function, grid, 32 * warps, [call], shared=4 * width * (size + 8) * 2, keep=(q, k, v, mask, y))
 
 
@@ -137,15 +151,25 @@ def attention(
     inputs: list[Any], outputs: list[Any], *, scale: float, softcap: float, fill: float, drop: int, zero_masked: int, causal: int
 ) -> Launch | None:
     q, k, v, mask = inputs
-    if q.ndim != 4 or q.dtype.name not in ("float16", "float32") or k.shape[2] > LONGEST:
+    y, options = outputs[0], (scale, softcap, fill, drop, zero_masked, causal)
+    if q.ndim == 3:  # one head
+        q, k, v, y = (a[:, None] for a in (q, k, v, y))
+        mask = mask[:, None] if mask is not None and mask.ndim == 3 else mask
+    by_cudnn = _cudnn_takes(q, k, v, mask, options)
+    if takes(q, k, v, mask, y) and not (by_cudnn and k.shape[2] > SHORT):
+        return flash(q, k, v, mask, y, options)
+    if by_cudnn:
+        return _fused(q, k, v, mask, y, scale, bool(causal))
+    if q.dtype.name not in ("float16", "float32") or k.shape[2] > LONGEST or (mask is not None and mask.dtype.name not in ("bool", q.dtype.name)):
         return None
-    if mask is not None and mask.dtype.name not in ("bool", q.dtype.name):
-        return None
-    plain = mask is None or (mask.dtype.name == "float16" and mask.ndim == 4)
-    sizes = max(q.shape[-1], v.shape[-1]) <= 128 and q.shape[-1] % 8 == 0 and v.shape[-1] % 8 == 0
-    if q.dtype.name == "float16" and plain and not softcap and not zero_masked and sizes and (not causal or q.shape[2] == k.shape[2]) and _cudnn() is not None:
-        return _fused(q, k, v, mask, outputs[0], scale, bool(causal))
-    return _unfused(q, k, v, mask, outputs[0], (scale, softcap, fill, drop, zero_masked, causal))
+    return _unfused(q, k, v, mask, y, options)
+
+
+def _cudnn_takes(q: Any, k: Any, v: Any, mask: Any, options: tuple[Any, ...]) -> bool:
+    _, softcap, _, _, zero_masked, causal = options
+    if q.dtype.name != "float16" or softcap or zero_masked or (causal and q.shape[2] != k.shape[2]) or (mask is not None and (mask.dtype.name != "float16" or mask.ndim != 4)):
+        return False
+    return max(q.shape[-1], v.shape[-1]) <= 128 and q.shape[-1] % 8 == 0 and v.shape[-1] % 8 == 0 and _cudnn() is not None
 
 
 def _fused(q: Any, k: Any, v: Any, mask: Any, y: Any, scale: float, causal: bool) -> Launch:

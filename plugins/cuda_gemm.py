@@ -15,6 +15,7 @@ from rewrite.plugins.cuda_launch import MOST_SHARED, Launch, capability, launche
 ACTIVATIONS = ("none", "relu", "relu2", "gelu", "gelu_tanh", "swish", "quick_gelu", "tanh", "sigmoid")  # by their number in gemm.cu
 NARROW, WIDE = (16, 32, 64, 128), {128: 6, 192: 5, 256: 4}  # tokens of a narrow tile; features of a wide one, and its stages
 MOST_JOBS = 3
+MANY = 8192  # tokens from which a bare product is the library's
 CLUSTERS = (1, 2, 4, 8)
 
 
@@ -38,7 +39,7 @@ class Product:
 
 @dataclass(frozen=True)
 class Shape:
-    """How a product is laid out: `kind` "narrow" (tile: tokens; split: blocks that share the inner dimension) or "wide" (tile: features; split: blocks that share weights)."""
+    """How a product is laid out: `kind` "narrow" (tile: tokens; split: blocks that share the inner dimension) or "wide" (tile: features)."""
 
     kind: str
     tile: int
@@ -57,7 +58,8 @@ def wgmma(tile: int, dtype: str) -> str:
     kind, count = "bf16" if dtype == "bfloat16" else "f16", tile // 2
     registers, operands = ", ".join(f"%{i}" for i in range(count)), ", ".join(f'"+f"(d[{i}])' for i in range(count))
     code = f"wgmma.mma_async.sync.aligned.m64n{tile}k16.f32.{kind}.{kind} {{{registers}}}, %{count}, %{count + 1}, 1, 1, 1, 0, 0;"
-    return f'template <int N> struct Wgmma;\ntemplate <> struct Wgmma<{tile}> {{ static __device__ __forceinline__ void add(float (&d)[{count}], u64 a, u64 b) {{ asm volatile("{code}" : {operands} : "l"(a), "l"(b)); }} }};\n'
+    function = f'static __device__ __forceinline__ void add(float (&d)[{count}], u64 a, u64 b) {{ asm volatile("{code}" : {operands} : "l"(a), "l"(b)); }}'
+    return f"template <int N> struct Wgmma;\ntemplate <> struct Wgmma<{tile}> {{ {function} }};\n"
 
 
 def supported(x: Any, products: Sequence[Product]) -> bool:
@@ -70,12 +72,17 @@ def supported(x: Any, products: Sequence[Product]) -> bool:
     return x.shape[-1] % 8 == 0 and all(p.w.shape[0] % 8 == 0 for p in products)
 
 
+def preferred(x: Any, product: Product, activation: str) -> bool:
+    """Whether ours is the kernel to take: not where cuBLASLt, which has no other epilogue than a bias, is a little faster."""
+    return supported(x, [product]) and (activation != "none" or x.shape[0] < MANY or x.dtype.name != "float16")
+
+
 def shapes(tokens: int, features: int, inner: int) -> list[Shape]:
     """The layouts worth measuring for a product."""
     steps = ceil_div(inner, 64)
     tiles = [t for t in NARROW if t < 2 * tokens or t == NARROW[0]]
     found = [Shape("narrow", t, s) for t in tiles for s in CLUSTERS if s <= steps and t >= s and ceil_div(tokens, t) * ceil_div(features, 64) * s <= 132 * 16]
-    return found + [Shape("wide", t, s) for t in WIDE for s in (1, 2) if tokens > 64 * s]
+    return found + [Shape("wide", t) for t in WIDE if tokens > 64]
 
 
 def choose(tokens: int, features: int, inner: int) -> Shape:
@@ -85,14 +92,24 @@ def choose(tokens: int, features: int, inner: int) -> Shape:
 
 def estimate(shape: Shape, tokens: int, features: int, inner: int) -> float:
     """About how many microseconds a layout takes on an H100."""
-    steps = ceil_div(inner, 64)
+    steps, moved = ceil_div(inner, 64), (features * inner + tokens * (inner + features)) * 2  # bytes
+    memory = 1.47e-8 * moved
     if shape.kind == "wide":
-        blocks = ceil_div(tokens, 128) * ceil_div(features, shape.tile)
-        return 3.0 + ceil_div(blocks, 132) * (steps * 0.0017 * shape.tile + 0.008 * shape.tile)
+        waves = ceil_div(ceil_div(tokens, 128) * ceil_div(features, shape.tile), 132)
+        return max(memory, waves * (steps * shape.tile * 0.00236 + 2.55 + 0.0095 * shape.tile))
+    per, stages = ceil_div(steps, shape.split), _stages(shape, inner)
+    together = max(1, min(12, MOST_SHARED // (_shared(shape, stages) + 1024)))  # blocks of a multiprocessor
     blocks = ceil_div(tokens, shape.tile) * ceil_div(features, 64) * shape.split
-    together = max(1, min(4, MOST_SHARED // (_stages(shape, inner) * (8192 + shape.tile * 128))))
-    step = 0.06 + 0.0006 * shape.tile
-    return 2.0 + 0.3 * (shape.split > 1) + ceil_div(blocks, 132 * together) * together**0.7 * ceil_div(steps, shape.split) * step
+    active, waves = min(together, max(1.0, blocks / 132)), ceil_div(blocks, 132 * together)
+    step = max(0.249 + 0.00009 * shape.tile, active * (8192 + 128 * shape.tile) * 1.9e-5)
+    return 0.14 + 1.29 * (shape.split > 1) + 0.36 * shape.split + max(memory, waves * (per * step + 1.6 * active**0.486))
+
+
+def _shared(shape: Shape, stages: int) -> int:
+    """Bytes of shared memory of a block."""
+    if shape.kind == "narrow":
+        return 1024 + stages * (8192 + shape.tile * 128 + 16) + shape.tile * 272
+    return 1024 + stages * (16384 + shape.tile * 128 + 16) + shape.tile * 8
 
 
 def _stages(shape: Shape, inner: int) -> int:
@@ -107,8 +124,8 @@ def _threads(shape: Shape) -> int:
 
 def variant(shape: Shape, dtype: str, activation: str, gated: bool) -> tuple[str, str, tuple[str, ...], tuple[tuple[str, str], ...]]:
     """What `cuda_launch.module` needs for a layout."""
-    stages = f", {WIDE[shape.tile]}" if shape.kind == "wide" else ""
-    defines = (f"ACTIVATION={ACTIVATIONS.index(activation)}", f"GATED={str(gated).lower()}", f"THREADS={_threads(shape)}", f"KERNEL={shape.kind}<{shape.tile}{stages}, {shape.split}>")
+    second = WIDE[shape.tile] if shape.kind == "wide" else shape.split
+    defines = (f"ACTIVATION={ACTIVATIONS.index(activation)}", f"GATED={str(gated).lower()}", f"THREADS={_threads(shape)}", f"KERNEL={shape.kind}<{shape.tile}, {second}>")
     return "gemm", dtype, defines, (("WGMMA\n", wgmma(shape.tile, dtype)),)
 
 
@@ -129,14 +146,11 @@ def product(x: Any, products: Sequence[Product], activation: str = "none", gated
     call = _Call(jobs=len(outputs), tokens=tokens, inner=inner, token_tiles=token_tiles, feature_tiles=feature_tiles, stages=stages)
     for index, p in enumerate(products):
         call.job[index] = _Job(_address(p.y), _address(p.bias), _address(p.residual), p.w.shape[0])
-    w = [tensor_map(p.w, 32 if narrow else shape.tile // 2 // shape.split) for p in products]
+    w = [tensor_map(p.w, 32 if narrow else shape.tile // 2) for p in products]
     arguments = [tensor_map(x, shape.tile if narrow else 128), *(w + w[:1] * 2)[:3], call]
     function, block = module(*variant(shape, x.dtype.name, activation, gated)).get_function("multiply"), _threads(shape)
-    if narrow:
-        shared, grid = 1024 + stages * (8192 + shape.tile * 128 + 16) + shape.tile * 272, (shape.split, feature_tiles, token_tiles)
-    else:
-        shared, grid = 1024 + stages * (16384 + shape.tile * 128 + 16) + shape.tile * 8, (min(132, ceil_div(token_tiles, shape.split) * feature_tiles * shape.split),)
-    return launcher(function, grid, block, arguments, shared=shared, cluster=shape.split, keep=(x, products))
+    grid = (shape.split, feature_tiles, token_tiles) if narrow else (min(132, token_tiles * feature_tiles),)
+    return launcher(function, grid, block, arguments, shared=_shared(shape, stages), cluster=shape.split, keep=(x, products))
 
 
 def _address(array: Any) -> int | None:

@@ -1,16 +1,16 @@
-"""CUDA kernels of the matrix products: cuBLASLt with bias, ReLU and residual in its epilogue; other activations and the
-gate in one pass after it. Sums are in float32.
+"""CUDA kernels of the matrix products: ours (`gemm.cu`) for 16-bit floats on Hopper, with everything in the epilogue; else cuBLASLt
+with bias, ReLU and residual in its epilogue, other activations and the gate in one pass after it. Sums are in float32.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import cache
 from typing import Any
 
+from rewrite.plugins import cuda_gemm
 from rewrite.plugins.cublaslt import product
-
-Launch = Callable[[], None]
+from rewrite.plugins.cuda_gemm import Product
+from rewrite.plugins.cuda_launch import Launch
 
 # Of v, in float32. erff and tanhf are the accurate ones.
 ACTIVATIONS = {
@@ -82,8 +82,23 @@ def _matrix(a: Any) -> Any:
     return a.reshape(1, -1, a.shape[-1])
 
 
+def _rows(a: Any) -> Any:
+    return None if a is None else a.reshape(-1, a.shape[-1])
+
+
+def merged_matmul_act(calls: list[tuple[list[Any], list[Any]]], *, activation: str, trans_w: int) -> Launch | None:
+    """Several products of one input, as of queries, keys and values, in one launch."""
+    x = _rows(calls[0][0][0])
+    products = [Product(_rows(outputs[0]), inputs[1], inputs[2], _rows(inputs[3])) for inputs, outputs in calls]
+    if not trans_w or not cuda_gemm.supported(x, products):
+        return None
+    return cuda_gemm.product(x, products, activation)
+
+
 def matmul_act(inputs: list[Any], outputs: list[Any], *, activation: str, trans_w: int) -> Launch | None:
     x, w, bias, residual = inputs
+    if trans_w and cuda_gemm.preferred(_rows(x), ours := Product(_rows(outputs[0]), w, bias, _rows(residual)), activation):
+        return cuda_gemm.product(_rows(x), [ours], activation)
     if not _supported(*inputs):
         return None
     y = _matrix(outputs[0])
@@ -107,6 +122,10 @@ def gated_matmul_act(inputs: list[Any], outputs: list[Any], *, activation: str, 
     import cupy
 
     x, w_gate, w_up, bias_gate, bias_up = inputs
+    if trans_w and merged == "none" and w_up is not None:
+        products = [Product(_rows(outputs[0]), w_gate, bias_gate), Product(_rows(outputs[0]), w_up, bias_up)]
+        if cuda_gemm.supported(_rows(x), products):
+            return cuda_gemm.product(_rows(x), products, activation, gated=True)
     if not _supported(*inputs) or merged != "none" or w_up is None:
         return None
     y = _matrix(outputs[0])

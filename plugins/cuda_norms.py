@@ -33,3 +33,13 @@ def norm(kind: str, x: Any, scale: Any, bias: Any, y: Any, epsilon: float) -> La
     function = module("norms", x.dtype.name).get_function(f"{kind}_{count}_{warps}")
     grid, block = ((-(-rows // 4),), 128) if warps == 1 else ((rows,), 256)
     return launcher(function, grid, block, [y, x, scale, bias, ctypes.c_int(rows), ctypes.c_int(width), ctypes.c_float(epsilon)])
+
+
+def layer_norm(inputs: list[Any], outputs: list[Any], *, axis: int, epsilon: float) -> Launch | None:
+    x, scale, bias = inputs
+    return norm("layer", x, scale, bias, outputs[0], epsilon)
+
+
+def rms_norm(inputs: list[Any], outputs: list[Any], *, axis: int, epsilon: float) -> Launch | None:
+    x, scale = inputs
+    return norm("rms", x, scale, None, outputs[0], epsilon)

@@ -3,8 +3,7 @@
 //
 //   narrow   few tokens. A block owns 64 features (32 with a gate) of BN tokens; the blocks of a cluster share the inner
 //            dimension and add up through distributed shared memory. Weights are fetched before the preceding kernel ends.
-//   wide     many tokens. Persistent blocks of 128 tokens x BN features, one warpgroup fetching, two multiplying; the blocks of
-//            a cluster take neighbouring tokens and share the weights, each fetching a part for all.
+//   wide     many tokens. Persistent blocks of 128 tokens x BN features, one warpgroup fetching, two multiplying.
 //
 // Both take up to three products of the same tokens (Q, K, V), which then share one launch. Weights lie [features, inner].
 // ACTIVATION and GATED are constants, so that every variant is a module of its own; KERNEL at the end names it.
@@ -44,11 +43,11 @@ __device__ __forceinline__ float activate(float v) {
     switch (ACTIVATION) {
         case 1: return v < 0.f ? 0.f : v;
         case 2: return v < 0.f ? 0.f : v * v;
-        case 3: {  // gelu by erfc, Abramowitz and Stegun 7.1.26: to 1.5e-7
-            const float z = fabsf(v) * 0.70710678f, t = __fdividef(1.f, 1.f + 0.3275911f * z);
-            const float p = t * (0.254829592f + t * (-0.284496736f + t * (1.421413741f + t * (-1.453152027f + t * 1.061405429f))));
-            const float half = 0.5f * p * __expf(-z * z);
-            return v * (v > 0.f ? 1.f - half : half);
+        case 3: {  // gelu: v * Phi(v), Phi(-|v|) = 2^p(|v|) by a minimax polynomial; the error of gelu is at most 2e-6
+            const float z = fabsf(v);
+            float q;
+            asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(q) : "f"(-1.0001281f + z * (-1.1500717f + z * (-0.46171433f + z * (-0.05012448f + z * (0.00636023f + z * -0.00036422245f))))));
+            return v * (v > 0.f ? 1.f - q : q);
         }
         case 4: return __fdividef(v, 1.f + __expf(-1.5957691216f * (v + 0.044715f * v * v * v)));  // gelu_tanh: 0.5 (1 + tanh u) = sigmoid(2 u)
         case 5: return __fdividef(v, 1.f + __expf(-v));
@@ -73,15 +72,6 @@ __device__ __forceinline__ void fetch(void* to, const TensorMap* map, u64* barri
     asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], [%2];" ::"r"(shared(to)), "l"(map),
                  "r"(shared(barrier)), "r"(column), "r"(row)
                  : "memory");
-}
-// The same box for every block in `mask`, at the same place in each, told to the barrier of each.
-__device__ __forceinline__ void fetchFor(u16 mask, void* to, const TensorMap* map, u64* barrier, int column, int row) {
-    asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1, {%3, %4}], [%2], %5;" ::"r"(shared(to)),
-                 "l"(map), "r"(shared(barrier)), "r"(column), "r"(row), "h"(mask)
-                 : "memory");
-}
-__device__ __forceinline__ void arriveAt(u32 rank, u64* barrier) {  // of that block of the cluster
-    asm volatile("{ .reg .u32 a; mapa.shared::cluster.u32 a, %0, %1; mbarrier.arrive.release.cluster.shared::cluster.b64 _, [a]; }" ::"r"(shared(barrier)), "r"(rank) : "memory");
 }
 __device__ __forceinline__ u64 descriptor(const void* tile) {  // K-major, 128-byte swizzle: rows of 64 elements, groups of 8 rows 1024 bytes apart
     return ((u64)(shared(tile) & 0x3ffff) >> 4) | (1ull << 16) | (64ull << 32) | (1ull << 62);
@@ -250,28 +240,26 @@ __device__ __forceinline__ void transpose(u32 (&v)[4]) {
     }
 }
 
-template <int BN, int STAGES, int RANKS>
+template <int BN, int STAGES>
 __device__ __forceinline__ void wide(const TensorMap& x, const TensorMap& w0, const TensorMap& w1, const TensorMap& w2, const Call& c) {
-    constexpr int STAGE = 16384 + BN * 128, GROUP = 16 / RANKS, WIDTH = GATED ? BN / 2 : BN, PART = BN / 2 / RANKS;
+    constexpr int STAGE = 16384 + BN * 128, GROUP = 16, WIDTH = GATED ? BN / 2 : BN;
     extern __shared__ u8 raw[];
     u8* base = (u8*)(((u64)raw + 1023) & ~1023ull);
     float* biases = (float*)(base + STAGES * STAGE);  // of this tile and the next
     u64* full = (u64*)(biases + 2 * BN);
     u64* empty = full + STAGES;
     const int group = threadIdx.x >> 7, warp = threadIdx.x >> 5 & 3, lane = threadIdx.x & 31;
-    const int rank = RANKS > 1 ? clusterRank() : 0, place = blockIdx.x / RANKS, places = gridDim.x / RANKS;
-    const int steps = up(c.inner, 64), rows = up(c.tokenTiles, RANKS), tiles = rows * c.featureTiles;
+    const int steps = up(c.inner, 64), tiles = c.tokenTiles * c.featureTiles;
     if (threadIdx.x == 0) {
-        for (int s = 0; s < STAGES; ++s) init(full + s, 1), init(empty + s, 8 * RANKS);
+        for (int s = 0; s < STAGES; ++s) init(full + s, 1), init(empty + s, 8);
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     }
-    if (RANKS > 1) clusterSync();
-    else __syncthreads();
+    __syncthreads();
     letNextKernelStart();
     // Tiles in groups of GROUP rows of tokens, so that what is read at a time stays in the L2 cache.
     auto locate = [&](int index, int& token, int& tile) {
-        const int whole = GROUP * c.featureTiles, g = index / whole, rest = index % whole, height = min(GROUP, rows - g * GROUP);
-        token = ((g * GROUP + rest % height) * RANKS + rank) * 128;
+        const int whole = GROUP * c.featureTiles, g = index / whole, rest = index % whole, height = min(GROUP, c.tokenTiles - g * GROUP);
+        token = (g * GROUP + rest % height) * 128;
         tile = rest / height;
         return jobOf(c, tile, WIDTH);
     };
@@ -280,22 +268,17 @@ __device__ __forceinline__ void wide(const TensorMap& x, const TensorMap& w0, co
         if (threadIdx.x == 0) {
             int i = 0;
             const int ahead = min(steps, STAGES);
-            for (int index = place; index < tiles; index += places) {
+            for (int index = blockIdx.x; index < tiles; index += gridDim.x) {
                 int token, tile;
                 const int j = locate(index, token, tile);
                 const TensorMap* w = j == 0 ? &w0 : j == 1 ? &w1 : &w2;
                 const TensorMap* half = GATED ? &w1 : w;
                 const int feature = tile * WIDTH, second = GATED ? feature : feature + BN / 2;
-                auto weights = [&](int k, int s) {  // this block's part of each half, for the whole cluster
-                    u8* to = base + s * STAGE + 16384 + rank * PART * 128;
+                auto weights = [&](int k, int s) {
+                    u8* to = base + s * STAGE + 16384;
                     expect(full + s, STAGE);
-                    if (RANKS == 1) {
-                        fetch(to, w, full + s, k * 64, feature);
-                        fetch(to + BN * 64, half, full + s, k * 64, second);
-                    } else {
-                        fetchFor((1 << RANKS) - 1, to, w, full + s, k * 64, feature + rank * PART);
-                        fetchFor((1 << RANKS) - 1, to + BN * 64, half, full + s, k * 64, second + rank * PART);
-                    }
+                    fetch(to, w, full + s, k * 64, feature);
+                    fetch(to + BN * 64, half, full + s, k * 64, second);
                 };
                 int k = 0;
                 if (i == 0) {
@@ -311,18 +294,15 @@ __device__ __forceinline__ void wide(const TensorMap& x, const TensorMap& w0, co
                 }
             }
         }
-        __syncwarp();
         waitForPrecedingKernel();
     } else {
         asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
         waitForPrecedingKernel();
         auto release = [&](int s) {
-            if (RANKS == 1) {
-                if (lane == 0) arrive(empty + s);
-            } else if (lane < RANKS) arriveAt(lane, empty + s);
+            if (lane == 0) arrive(empty + s);
         };
         int i = 0, turn = 0;
-        for (int index = place; index < tiles; index += places, turn ^= 1) {
+        for (int index = blockIdx.x; index < tiles; index += gridDim.x, turn ^= 1) {
             int token, tile;
             const int j = locate(index, token, tile);
             const Job& job = c.job[j];
@@ -389,7 +369,6 @@ __device__ __forceinline__ void wide(const TensorMap& x, const TensorMap& w0, co
             }
         }
     }
-    if (RANKS > 1) clusterSync();  // nobody leaves while its barriers are told
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1)

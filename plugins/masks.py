@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from rewrite.plugins.activations import Array
+from rewrite.plugins.cuda_masks import attention_mask, view
 from rewrite.registry import plugin
 
 TESTS = {"!=": np.not_equal, "==": np.equal, ">": np.greater}
@@ -56,6 +57,8 @@ class AttentionMask:
     }  # fmt: skip
     tolerance = dict.fromkeys(("bool", "float64", "float32", "float16", "bfloat16"), (0.0, 0.0))
     sample = sample_padding
+    cuda = attention_mask
+    view = view
 
     def reference(
         padding: Array | None = None, source: Array | None = None, past: Array | None = None, *, causal: int, window: int, align: str,

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from rewrite.plugins.activations import Array, activate, wide
-from rewrite.plugins.cuda_matmul import gated_matmul_act, matmul_act
+from rewrite.plugins.cuda_matmul import gated_matmul_act, matmul_act, merged_matmul_act
 from rewrite.registry import plugin
 
 TOLERANCE = {"float64": (1e-9, 1e-9), "float32": (3e-5, 1e-5), "float16": (2e-3, 1e-3), "bfloat16": (1.6e-2, 8e-3)}
@@ -38,6 +38,8 @@ class MatMulAct:
     tolerance = TOLERANCE
     sample = sample
     cuda = matmul_act
+    merged = merged_matmul_act
+    transposable = ("w",)
 
     def reference(x: Array, w: Array, bias: Array | None = None, residual: Array | None = None, *, activation: str, trans_w: int) -> Array:
         y = activate(product(x, w, bias, trans_w), activation)
@@ -57,6 +59,7 @@ class GatedMatMulAct:
     tolerance = TOLERANCE
     sample = sample
     cuda = gated_matmul_act
+    transposable = ("w_gate", "w_up")
 
     def reference(
         x: Array, w_gate: Array, w_up: Array | None = None, bias_gate: Array | None = None, bias_up: Array | None = None, *, activation: str, merged: str, trans_w: int

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from rewrite.plugins.activations import Array, wide
+from rewrite.plugins.cuda_norms import layer_norm, rms_norm
 from rewrite.registry import plugin
 
 TOLERANCE = {"float64": (1e-9, 1e-9), "float32": (2e-5, 5e-6), "float16": (2e-3, 1e-3), "bfloat16": (1.6e-2, 8e-3)}
@@ -33,6 +34,8 @@ class RMSNormalization:
     since = 23
     tolerance = TOLERANCE
     sample = sample
+    cuda = rms_norm
+    kernels = ("float16", "bfloat16")
 
     def reference(x: Array, scale: Array, *, axis: int, epsilon: float) -> Array:
         w = wide(x)
@@ -49,6 +52,8 @@ class LayerNormalization:
     since = 17
     tolerance = TOLERANCE
     sample = sample
+    cuda = layer_norm
+    kernels = ("float16", "bfloat16")
 
     def reference(x: Array, scale: Array, bias: Array | None = None, *, axis: int, epsilon: float) -> Array:
         w = wide(x)

@@ -82,6 +82,10 @@ class Plugin:
     since: int | None
     sample: Callable[..., Any] | None
     cuda: Callable[..., Any] | None
+    merged: Callable[..., Any] | None
+    view: Callable[..., Any] | None
+    kernels: tuple[str, ...]
+    transposable: tuple[str, ...]
     strided: bool
     source: str
 
@@ -217,8 +221,11 @@ def plugin(cls: type) -> Plugin:
     makes an input for the check of a fused site, or returns None for the default; `cuda(inputs, outputs, **attributes)`,
     on CuPy arrays at fixed addresses, returns a function that enqueues the kernels on the current stream, or None where it
     has none for these types (then the reference runs on the GPU); `strided` = True tells that `cuda` takes inputs and outputs
-    that are not packed; `since` is the opset from which
-    ONNX itself has the operator.
+    that are not packed; `merged(calls, **attributes)` does the same for several calls, (inputs, outputs) each, of one first input;
+    `view(y, **attributes)` gives the part of an output that differs, repeated by strides of 0, for readers that are `strided`;
+    `transposable` names the matrices that attribute `trans_w` = 1 says are stored the other way round, which the kernels prefer;
+    `since` is the opset from which ONNX itself has the operator, and `kernels` the dtypes for which such a plugin's `cuda` is
+    worth a step of its own in a plan.
 
     Raises RewriteError if the class is incomplete.
     """
@@ -239,6 +246,10 @@ def plugin(cls: type) -> Plugin:
         since=getattr(cls, "since", None),
         sample=getattr(cls, "sample", None),
         cuda=getattr(cls, "cuda", None),
+        merged=getattr(cls, "merged", None),
+        view=getattr(cls, "view", None),
+        kernels=tuple(getattr(cls, "kernels", ())),
+        transposable=tuple(getattr(cls, "transposable", ())),
         strided=bool(getattr(cls, "strided", False)),
         source=_origin(cls.__module__),
     )

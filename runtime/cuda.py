@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import contextlib
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx
 
 from rewrite.errors import RewriteError
-from rewrite.registry import library
+from rewrite.registry import Plugin, library
 from rewrite.runtime import engine
 from rewrite.runtime.layout import Views, apply
 from rewrite.runtime.partition import Step, ValueType
@@ -91,6 +91,7 @@ class CudaExecutor:
             self.contexts[key] = engine.execution_context(loaded)
         with self.stream:
             self.weights = {name: self.cupy.asarray(array) for name, array in plan.weights.items()}
+            self.turned = self._turn_weights()
         self.frames: OrderedDict[tuple[int, ...], Frame] = OrderedDict()
 
     def run(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
@@ -104,6 +105,27 @@ class CudaExecutor:
                 results = {n: self.cupy.asnumpy(a, stream=self.stream) for n, a in results.items()}
         self.stream.synchronize()
         return results
+
+    def _turn_weights(self) -> set[int]:
+        """Store matrices the way kernels read them, [N, K]; the steps (by index) whose `trans_w` becomes 1 by that."""
+        readers: dict[str, list[tuple[int, str]]] = {}
+        for index, step in enumerate(self.plan.manifest.steps):
+            known = self.plugins[step.name].inputs if step.kind == "plugin" and step.name in self.plugins else ()
+            for place, name in enumerate(step.inputs):
+                readers.setdefault(name, []).append((index, known[place].rstrip("?") if known else ""))
+        turned: set[int] = set()
+        for index, step in enumerate(self.plan.manifest.steps):
+            plugin = self.plugins.get(step.name) if step.kind == "plugin" else None
+            if plugin is None or not plugin.transposable or step.attributes.get("trans_w"):
+                continue
+            names = [n for n, given in zip(step.inputs, plugin.inputs, strict=False) if n and given.rstrip("?") in plugin.transposable]
+            own = all(n in self.weights and len(readers[n]) == 1 and self.weights[n].dtype.itemsize == 2 for n in names)
+            if not own or set(names) & set(self.plan.manifest.outputs.values()):
+                continue
+            for name in names:
+                self.weights[name] = self.cupy.ascontiguousarray(self.weights[name].T)
+            turned.add(index)
+        return turned
 
     def segment(self, key: str) -> onnx.ModelProto:
         """The model of a segment, read once."""
@@ -156,9 +178,11 @@ class Frame:
             self.values[name] = self.cupy.ndarray(shapes[name], dtypes[name], self.arena.data + offset)
         for name in views.of:
             self._view(name, views)
+        self._repeat(steps)
+        self._repeat(steps)
         self.pool = self.cupy.cuda.MemoryPool()  # what references allocate: kept, so that captured addresses stay theirs
         with self.cupy.cuda.using_allocator(self.pool.malloc):
-            launches = [self._segment(s) if s.kind == "segment" else self._plugin(s) for i, s in enumerate(steps) if i not in views.skipped]
+            launches = list(self._launches([i for i in range(len(steps)) if i not in views.skipped]))
             for _ in range(2):  # first runs compile and allocate, which a capture may not
                 for launch in launches:
                     launch()
@@ -171,6 +195,28 @@ class Frame:
             source, done = views.of[name]
             self.values[name] = apply(self._view(source, views), done)
         return self.values[name]
+
+    def _repeat(self, steps: list[Step]) -> None:
+        """Let plugins write only what differs in their results, where all readers take strided values."""
+        plugins, outputs = self.executor.plugins, {*self.executor.plan.manifest.outputs.values()}
+        for index, step in enumerate(steps):
+            plugin, attributes = self._of(index)
+            if plugin is None or plugin.view is None or step.outputs[0] in outputs:
+                continue
+            readers = [s for s in steps if step.outputs[0] in s.inputs]
+            if all(s.kind == "plugin" and plugins[s.name].strided for s in readers):
+                self.values[step.outputs[0]] = plugin.view(self.values[step.outputs[0]], **attributes)
+
+    def _repeat(self, steps: list[Step]) -> None:
+        """Let plugins write only what differs in their results, where all readers take strided values."""
+        plugins, outputs = self.executor.plugins, {*self.executor.plan.manifest.outputs.values()}
+        for index, step in enumerate(steps):
+            plugin, attributes = self._of(index)
+            if plugin is None or plugin.view is None or step.outputs[0] in outputs:
+                continue
+            readers = [s for s in steps if step.outputs[0] in s.inputs]
+            if all(s.kind == "plugin" and plugins[s.name].strided for s in readers):
+                self.values[step.outputs[0]] = plugin.view(self.values[step.outputs[0]], **attributes)
 
     def _capture(self) -> Any:
         """The launches as a CUDA graph; None if one of them cannot be captured (a reference that calls CuPy's cuBLAS)."""
@@ -224,14 +270,45 @@ class Frame:
 
         return launch
 
-    def _plugin(self, step: Step) -> Launch:
+    def _launches(self, indices: list[int]) -> Iterator[Launch]:
+        """The work of the steps in order; neighbours that read the same value may become one launch."""
+        steps = self.executor.plan.manifest.steps
+        place = 0
+        while place < len(indices):
+            first = steps[indices[place]]
+            plugin, attributes = self._of(indices[place])
+            if plugin is None:
+                yield self._segment(first)
+                place += 1
+                continue
+            most = place + 1
+            while most < len(indices) and steps[indices[most]].inputs[:1] == first.inputs[:1] and self._of(indices[most]) == (plugin, attributes):
+                most += 1
+            for end in range(most, place, -1):
+                calls = [self._arguments(steps[i], plugin) for i in indices[place:end]]
+                made = plugin.merged(calls, **attributes) if plugin.merged is not None and len(calls) > 1 else None
+                if len(calls) == 1:
+                    made = self._plugin(plugin, *calls[0], attributes)
+                if made is not None:
+                    yield made
+                    place = end
+                    break
+
+    def _of(self, index: int) -> tuple[Plugin | None, dict[str, Any]]:
+        """The plugin of a step, None for a segment, and its attributes."""
+        step = self.executor.plan.manifest.steps[index]
+        if step.kind == "segment":
+            return None, {}
         if step.name not in self.executor.plugins:
             raise RewriteError(f"the plan calls plugin {step.name}, which no loaded rules file declares; give it with --rules")
         plugin = self.executor.plugins[step.name]
-        attributes = {**plugin.attributes, **step.attributes}
+        return plugin, {**plugin.attributes, **step.attributes, **({"trans_w": 1} if index in self.executor.turned else {})}
+
+    def _arguments(self, step: Step, plugin: Plugin) -> tuple[list[Any], list[Any]]:
         inputs = [self.values[n] if n else None for n in step.inputs]
-        inputs += [None] * (len(plugin.inputs) - len(inputs))
-        outputs = [self.values[n] for n in step.outputs]
+        return inputs + [None] * (len(plugin.inputs) - len(inputs)), [self.values[n] for n in step.outputs]
+
+    def _plugin(self, plugin: Plugin, inputs: list[Any], outputs: list[Any], attributes: dict[str, Any]) -> Launch:
         made = plugin.cuda(inputs, outputs, **attributes) if plugin.cuda is not None else None
         if made is not None:
             return made  # type: ignore[no-any-return]

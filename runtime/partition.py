@@ -82,7 +82,7 @@ def partition(model: Model, plugins: dict[str, Plugin]) -> Partition:
     graph = Graph(imported.graph, model.opset)
     symbols = SymbolicShapes(graph)
     symbols.run()
-    return _Cutter(imported, graph, symbols).run()
+    return _Cutter(imported, graph, symbols, plugins).run()
 
 
 def _inlined(model: Model, plugins: dict[str, Plugin]) -> Model:
@@ -100,7 +100,8 @@ def _inlined(model: Model, plugins: dict[str, Plugin]) -> Model:
         node.op_type = copy.name = f"{node.op_type}_inner"
         if copy.name not in {f.name for f in proto.functions}:
             proto.functions.append(copy)
-    kept = {n.op_type for n in proto.graph.node if n.domain == DOMAIN and plugins[base_name(n)].fused}
+    types = {i.name: dtype_name(onnx.helper.tensor_dtype_to_np_dtype(i.data_type)) for i in proto.graph.initializer if i.data_type != onnx.TensorProto.STRING}
+    kept = {n.op_type for n in proto.graph.node if n.domain == DOMAIN and (plugins[base_name(n)].fused or any(types.get(i) in plugins[base_name(n)].kernels for i in n.input))}
     if any(f.domain != DOMAIN or f.name not in kept for f in proto.functions):
         bodies = [f for f in proto.functions if f.domain == DOMAIN and f.name in kept]
         proto = onnx.inliner.inline_selected_functions(proto, [(DOMAIN, name) for name in sorted(kept)], exclude=True)
@@ -124,8 +125,8 @@ def _nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
 class _Cutter:
     """The state of one `partition`."""
 
-    def __init__(self, imported: Imported, graph: Graph, symbols: SymbolicShapes):
-        self.imported, self.graph, self.symbols = imported, graph, symbols
+    def __init__(self, imported: Imported, graph: Graph, symbols: SymbolicShapes, plugins: dict[str, Plugin]):
+        self.imported, self.graph, self.symbols, self.plugins = imported, graph, symbols, plugins
         self.model = imported.model
         self.protos = {i.name: i for i in self.model.proto.graph.initializer}
         self.weights: dict[str, Array] = {}
@@ -143,7 +144,7 @@ class _Cutter:
             if id(node) in self.pure or all(id(t) in self.folded for t in node.outputs):
                 continue
             stage = self.stage[id(node)] = self._stage_of(node)
-            (fused if is_plugin(node) else plain).setdefault(stage, []).append(node)
+            (fused if self.is_plugin(node) else plain).setdefault(stage, []).append(node)
         steps: list[Step] = []
         segments = {stage: _Segment(self, members) for stage, members in plain.items()}
         needed = {name for s in segments.values() for name in s.inputs} | {o.name for o in self.graph.gs.outputs}
@@ -195,7 +196,7 @@ class _Cutter:
     def _fold(self, nodes: list[gs.Node]) -> None:
         """Compute once what depends on weights alone (`Transpose(W)`, `1 + w`), unless that makes it much larger."""
         for node in nodes:
-            if not node.inputs or is_plugin(node) or node.domain not in (None, "", "ai.onnx") or node.op in RANDOM or len(node.outputs) != 1:
+            if not node.inputs or self.is_plugin(node) or node.domain not in (None, "", "ai.onnx") or node.op in RANDOM or len(node.outputs) != 1:
                 continue
             if any(isinstance(a, gs.Graph) for a in node.attrs.values()) or not any(self.is_weight(t) for t in node.inputs):
                 continue
@@ -215,7 +216,7 @@ class _Cutter:
                 continue
             if not all(_small_integer(t) for t in outputs):
                 continue
-            if any(is_plugin(u) for t in outputs for u in self.graph.consumers(t)):
+            if any(self.is_plugin(u) for t in outputs for u in self.graph.consumers(t)):
                 continue
             if canonical(node) in ("Shape", "Size") or all(t.is_empty() or self._is_pure(t) or self.is_constant(t) for t in node.inputs):
                 self.pure.add(id(node))
@@ -223,6 +224,18 @@ class _Cutter:
     def _is_pure(self, tensor: gs.Tensor) -> bool:
         node = self.graph.producer(tensor)
         return node is not None and id(node) in self.pure
+
+    def is_plugin(self, node: gs.Node) -> bool:
+        """Whether a node is a step of its own: a fused one, or a norm over the last axis for whose types there is a kernel."""
+        if (node.domain or "") == DOMAIN:
+            return True
+        plugin = self.plugins.get(node.op) if node.domain in (None, "", "ai.onnx") else None
+        if plugin is None or not plugin.kernels or len(node.inputs) < 2 or not self.is_weight(node.inputs[1]):
+            return False
+        x = node.inputs[0]
+        if x.shape is None or node.attrs.get("axis", -1) not in (-1, len(x.shape) - 1) or any(not t.is_empty() for t in node.outputs[1:]):
+            return False
+        return all(t.dtype is not None and dtype_name(t.dtype) == dtype_name(x.dtype) in plugin.kernels for t in node.inputs if not t.is_empty())
 
     # --- stages --------------------------------------------------------------------------------------------------
     def _stage_of(self, node: gs.Node) -> int:
@@ -236,7 +249,7 @@ class _Cutter:
             if id(source) in self.pure:
                 pending += reads(source)
             else:
-                later = is_plugin(source) and not is_plugin(node)
+                later = self.is_plugin(source) and not self.is_plugin(node)
                 stage = max(stage, self.stage[id(source)] + later)
         return stage
 
@@ -245,8 +258,11 @@ class _Cutter:
         for tensor in node.inputs:
             constant = not tensor.is_empty() and (self.is_weight(tensor) or self.is_constant(tensor))
             inputs.append(self.weight(tensor) if constant else tensor.name)
-        attributes = dict(node.attrs)
-        return Step("plugin", canonical(node), inputs, [t.name for t in node.outputs], attributes, [node.name])
+        plugin = self.plugins[canonical(node)]
+        attributes = {k: v for k, v in node.attrs.items() if k in plugin.attributes or plugin.fused}
+        if "axis" in attributes:
+            attributes["axis"] = -1
+        return Step("plugin", plugin.name, inputs, [t.name for t in node.outputs if not t.is_empty()], attributes, [node.name])
 
     def _output(self, tensor: gs.Tensor) -> str:
         return self.weight(tensor) if self.is_weight(tensor) or self.is_constant(tensor) else str(tensor.name)
@@ -389,10 +405,6 @@ class _Segment:
             kind = ValueType(self.cutter.weights[name].dtype.name, self.cutter.weights[name].shape)
         element = onnx.helper.np_dtype_to_tensor_dtype(np.dtype(kind.dtype)) if not isinstance(tensor.dtype, int) else tensor.dtype
         return onnx.helper.make_tensor_value_info(self.names[id(tensor)], element, list(kind.shape))
-
-
-def is_plugin(node: gs.Node) -> bool:
-    return (node.domain or "") == DOMAIN
 
 
 def _is_integer(data_type: int) -> bool:

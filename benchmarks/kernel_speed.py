@@ -1,7 +1,7 @@
 """Our CUDA kernels one by one: right against float64, and how fast against the libraries and the ceilings of the card.
 
-    python benchmarks/kernels.py                       everything (about 2 minutes on an H100)
-    python benchmarks/kernels.py --only products       products, attention or norms
+    python benchmarks/kernel_speed.py                       everything (about 2 minutes on an H100)
+    python benchmarks/kernel_speed.py --only products       products, attention or norms
 
 Each time is the median of the GPU time of one launch among 20 in a CUDA graph. Weights are different ones in turn where a model's
 would not stay in the L2 cache. Ceilings: a product of 8192 x 8192 x 8192 by cuBLASLt, and a copy of 1 GB.
@@ -134,7 +134,8 @@ def time_products(limits: dict[str, float], all_layouts: bool) -> list[dict[str,
                 calls = []
                 for _ in range(sets):
                     residual = random(rng, tokens, features) if what in ("out", "down") else None
-                    calls.append([cuda_gemm.Product(cupy.empty((tokens, features), np.float16), random(rng, features, inner, scale=inner**-0.5), random(rng, features), residual) for _ in range(parts)])
+                    w = [random(rng, features, inner, scale=inner**-0.5) for _ in range(parts)]
+                    calls.append([cuda_gemm.Product(cupy.empty((tokens, features), np.float16), one, random(rng, features), residual) for one in w])
                 library = []
                 for jobs in calls:
                     for j in jobs:
@@ -152,7 +153,8 @@ def time_products(limits: dict[str, float], all_layouts: bool) -> list[dict[str,
                 row["gbs"] = 2 * (parts * features * inner + tokens * (inner + parts * features)) / times[best] / 1e3
                 rows.append(row)
                 label = f"{name} {what} {tokens} x {features * parts} x {inner}"
-                print(f"{label:34} {row['library_us']:8.1f} {row['best_us']:8.1f} {best:>12} {row['chosen_us']:8.1f} {row['tflops']:8.0f} {row['tflops'] / limits['tflops']:8.0%} {row['gbs']:6.0f}", flush=True)
+                us, share = f"{row['library_us']:8.1f} {row['best_us']:8.1f} {best:>12} {row['chosen_us']:8.1f}", row["tflops"] / limits["tflops"]
+                print(f"{label:34} {us} {row['tflops']:8.0f} {share:8.0%} {row['gbs']:6.0f}", flush=True)
     return rows
 
 
@@ -161,6 +163,8 @@ def check_attention() -> list[dict[str, Any]]:
 
     reference = library().plugins["FusedAttention"].reference
     rows, rng = [], cupy.random.default_rng(0)
+    flags = [(m, r, c, p, m == 0) for m, r, p in ((0, True, False), (2, True, False), (2, False, True), (1, False, False), (2, False, False)) for c in (True, False)]
+    compile_all(cuda_attention.variant(cut, d, dtype, *f) for cut in cuda_attention.CUTS for d in (16, 32, 64, 96, 128) if cut[0] == 1 or d <= 64 for dtype in ("float16", "bfloat16") for f in flags)
     sizes = [(2, 4, 2, 17, 17, 16), (1, 3, 3, 1, 130, 32), (2, 2, 1, 33, 77, 64), (3, 2, 2, 128, 128, 32), (1, 4, 2, 200, 200, 128), (2, 2, 2, 65, 65, 96)]
     for dtype, (b, h, g, s, t, d), kind, causal in itertools.product(("float16", "bfloat16"), sizes, ("none", "row", "full", "bool", "nan"), (0, 1)):
         q, k, v = random(rng, b, s, h, d, dtype=dtype).transpose(0, 2, 1, 3), random(rng, b, t, g, d, dtype=dtype).transpose(0, 2, 1, 3), random(rng, b, g, t, d, dtype=dtype)
@@ -176,7 +180,7 @@ def check_attention() -> list[dict[str, Any]]:
         exact = [None if a is None else a.get() if a.dtype == bool else a.get().astype(np.float64) for a in (q, k, v, mask)]
         with np.errstate(all="ignore"):
             want = cupy.asarray(reference(*exact, **options))
-        for cut in {cuda_attention.tiles(s, t, d), (1, 64, 4), (2, 64, 4) if d <= 64 else (1, 64, 4)}:
+        for cut in [c for c in cuda_attention.CUTS if c[0] == 1 or d <= 64]:
             y = cupy.full((b, s, h, d), POISON, dtype).transpose(0, 2, 1, 3)
             cuda_attention.flash(q, k, v, mask, y, tuple(options.values()), cut)()
             worst = error(y, want)
@@ -201,7 +205,7 @@ def time_attention(limits: dict[str, float]) -> list[dict[str, Any]]:
         except Exception as problem:
             row["cudnn_us"], row["cudnn_error"] = float("nan"), str(problem)[:200]
         times = {}
-        for cut in {cuda_attention.tiles(s, s, d), (1, 64, 4), (2, 64, 4)}:
+        for cut in cuda_attention.CUTS:
             times[str(cut)] = median_us([cuda_attention.flash(q, k, v, mask, y, (0.125, 0.0, 0.0, 0, 0, 0), cut)])
         best = min(times, key=times.__getitem__)
         row |= {"cuts_us": times, "best": best, "best_us": times[best], "tflops": 4 * b * h * s * s * d / times[best] / 1e6}
@@ -236,7 +240,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", default="products,attention,norms")
     parser.add_argument("--all-layouts", action="store_true", help="time every layout of a product, not only the chosen one")
-    parser.add_argument("--output", default="kernels")
+    parser.add_argument("--output", default="kernel_speed")
     options = parser.parse_args()
     device = cupy.cuda.runtime.getDeviceProperties(0)["name"].decode()
     limits = ceilings()
