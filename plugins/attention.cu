@@ -1,7 +1,8 @@
 // Attention by tensor cores (mma.sync), softmax computed on the way in float32: every mask that FusedAttention takes, head
 // sizes that are multiples of 16 up to 128, float16 or bfloat16. A block owns 16 MT WARPS queries of one head.
 // Constants: D the head size, MT tiles of 16 queries a warp, KT keys a step, WARPS; MASK 0 none, 1 boolean, 2 added; ROWS 1 if
-// all queries have the same mask; CAUSAL; CAP 1 for a soft cap; PLAIN 1 if scores need nothing but a positive scale.
+// all queries have the same mask; CAUSAL; CAP 1 for a soft cap; PLAIN 1 if scores need nothing but a positive scale and the mask; HOPPER 1 for
+// the kernel with wgmma (MT 1, 128 queries a block).
 // Source: Dao, FlashAttention-2 (2023).
 typedef unsigned char u8;
 typedef unsigned short u16;
@@ -41,6 +42,147 @@ __device__ __forceinline__ u32 pack(float low, float high) {
     return v;
 }
 __device__ __forceinline__ float exp2(float x) { float y; asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x)); return y; }
+// The mask of keys `key` and `key + 1`, packed; for a boolean one 1 where the key is seen.
+__device__ __forceinline__ u32 maskOf(const Attention& c, i64 line, int key) {
+    if (key >= c.keys) return 0;
+    if (MASK == 2) {
+        const u16* at = (const u16*)c.mask + line + key * c.ms[3];
+        if (c.pairs) return __ldg((const u32*)at);
+        return at[0] | (key + 1 < c.keys ? (u32)at[c.ms[3]] << 16 : 0);
+    }
+    const u8* at = (const u8*)c.mask + line + key * c.ms[3];
+    const u32 low = (at[0] != 0) != (bool)c.drop, high = key + 1 < c.keys && (at[c.ms[3]] != 0) != (bool)c.drop;
+    return low | high << 16;
+}
+// To base 2. A finite -3.4e38 stays finite, so that a row of nothing else is no row of -inf.
+__device__ __forceinline__ float toBase2(float v) {
+    const float w = v * LOG2E;
+    return BFLOAT16 && w == -INF && v != -INF ? -3e38f : w;
+}
+
+using Scores = float[MT][KT / 8][4];
+using Output = float[MT][D / 8][4];
+using Rows = float[MT][2];
+using Masks = u32[ROWS ? 1 : MT][ROWS ? 1 : 2][KT / 8];
+
+// What this thread needs of the mask for a step; asked for early, so that it is there when the scores are.
+__device__ __forceinline__ void readMask(Masks& raw, const Attention& c, i64 masks, int step, int first, int r, int p) {
+    if (MASK) {
+        #pragma unroll
+        for (int m = 0; m < (ROWS ? 1 : MT); ++m)
+            #pragma unroll
+            for (int h = 0; h < (ROWS ? 1 : 2); ++h) {
+                const i64 line = masks + (ROWS ? 0 : min(first + m * 16 + r + h * 8, c.queries - 1) * c.ms[2]);
+                #pragma unroll
+                for (int n = 0; n < KT / 8; ++n) raw[m][h][n] = maskOf(c, line, step * KT + n * 8 + p);
+            }
+    }
+}
+
+// Whether the mask leaves the scores of this warp's step as they are.
+__device__ __forceinline__ bool isOpen(const Masks& raw) {
+    u32 shut = 0;
+    #pragma unroll
+    for (int m = 0; m < (ROWS ? 1 : MT); ++m)
+        #pragma unroll
+        for (int h = 0; h < (ROWS ? 1 : 2); ++h)
+            #pragma unroll
+            for (int n = 0; n < KT / 8; ++n) shut |= MASK == 1 ? raw[m][h][n] ^ 0x10001 : raw[m][h][n] & 0x7fff7fff;
+    return !__any_sync(~0u, shut);
+}
+
+// The scores of a step become weights; what was summed before shrinks to the new maximum. All maxima are to base 2. RAW: scores need
+// nothing but the scale, which is then part of the exponent.
+template <bool RAW>
+__device__ __forceinline__ void weigh(Scores& s, Output& o, Rows& top, Rows& sum, const Attention& c, int step, int start, int first, int r, int p) {
+    const float by = RAW ? c.scale * LOG2E : 1.f;
+    if (step * KT + KT > c.keys || (CAUSAL && step * KT + KT > start)) {
+        #pragma unroll
+        for (int m = 0; m < MT; ++m)
+            #pragma unroll
+            for (int n = 0; n < KT / 8; ++n)
+                #pragma unroll
+                for (int i = 0; i < 4; ++i) {
+                    const int key = step * KT + n * 8 + p + (i & 1);
+                    if (key >= c.keys || (CAUSAL && key > first + m * 16 + r + (i >> 1) * 8)) s[m][n][i] = -INF;
+                }
+    }
+    #pragma unroll
+    for (int m = 0; m < MT; ++m)
+        #pragma unroll
+        for (int h = 0; h < 2; ++h) {
+            float best = -INF;
+            #pragma unroll
+            for (int n = 0; n < KT / 8; ++n) best = fmaxf(best, fmaxf(s[m][n][2 * h], s[m][n][2 * h + 1]));
+            best = fmaxf(best, __shfl_xor_sync(~0u, best, 1));
+            best = fmaxf(best, __shfl_xor_sync(~0u, best, 2));
+            best = fmaxf(top[m][h], best * by);
+            const float used = best == -INF ? 0.f : best, shrink = exp2(top[m][h] - used);
+            top[m][h] = best;
+            float total = 0.f;
+            #pragma unroll
+            for (int n = 0; n < KT / 8; ++n)
+                #pragma unroll
+                for (int i = 0; i < 2; ++i) {
+                    float& x = s[m][n][2 * h + i];
+                    x = exp2(RAW ? x * by - used : x - used);
+                    total += x;
+                }
+            sum[m][h] = sum[m][h] * shrink + total;
+            #pragma unroll
+            for (int n = 0; n < D / 8; ++n) o[m][n][2 * h] *= shrink, o[m][n][2 * h + 1] *= shrink;
+        }
+}
+
+__device__ __forceinline__ void softmax(Scores& s, Output& o, Rows& top, Rows& sum, const Masks& raw, const Attention& c, int step, int start, int first, int r, int p) {
+    if (PLAIN && (MASK == 0 || isOpen(raw))) return weigh<true>(s, o, top, sum, c, step, start, first, r, p);
+    #pragma unroll
+    for (int n = 0; n < KT / 8; ++n)
+        #pragma unroll
+        for (int m = 0; m < MT; ++m)
+            #pragma unroll
+            for (int h = 0; h < 2; ++h) {
+                const u32 both = MASK ? raw[ROWS ? 0 : m][ROWS ? 0 : h][n] : 0;
+                #pragma unroll
+                for (int i = 0; i < 2; ++i) {
+                    float& x = s[m][n][2 * h + i];
+                    x = CAP ? c.cap * LOG2E * tanhf(x * c.scale / c.cap) : x * (c.scale * LOG2E);
+                    if (MASK == 1) x = (i ? both >> 16 : both & 1) ? x : c.fill;
+                    if (MASK == 2) x += toBase2(widen(i ? both >> 16 : both & 0xffff));
+                }
+            }
+    weigh<false>(s, o, top, sum, c, step, start, first, r, p);
+}
+
+__device__ __forceinline__ void begin(Output& o, Rows& top, Rows& sum) {
+    #pragma unroll
+    for (int m = 0; m < MT; ++m) {
+        top[m][0] = top[m][1] = -INF, sum[m][0] = sum[m][1] = 0.f;
+        #pragma unroll
+        for (int n = 0; n < D / 8; ++n) o[m][n][0] = o[m][n][1] = o[m][n][2] = o[m][n][3] = 0.f;
+    }
+}
+
+__device__ __forceinline__ void finish(const Output& o, const Rows& sum, const Attention& c, int batch, int head, int first, int r, int p) {
+    u16* y = c.y + batch * c.ys[0] + head * c.ys[1];
+    #pragma unroll
+    for (int m = 0; m < MT; ++m)
+        #pragma unroll
+        for (int h = 0; h < 2; ++h) {
+            float l = sum[m][h];
+            l += __shfl_xor_sync(~0u, l, 1);
+            l += __shfl_xor_sync(~0u, l, 2);
+            const int row = first + m * 16 + r + h * 8;
+            if (row >= c.queries) continue;
+            const bool blank = c.zero && !(l > 0.f);
+            const float share = 1.f / l;  // no key: 0 * inf = NaN, as softmax of nothing but -inf
+            #pragma unroll
+            for (int n = 0; n < D / 8; ++n) *(u32*)(y + row * c.ys[2] + n * 8 + p) = blank ? 0 : pack(o[m][n][2 * h] * share, o[m][n][2 * h + 1] * share);
+        }
+}
+
+#if !HOPPER
+// --- any tensor cores: mma.sync, K and V by cp.async ---------------------------------------------------------------------------
 __device__ __forceinline__ void multiply(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) {
 #if BFLOAT16
     asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
@@ -66,24 +208,6 @@ __device__ __forceinline__ void fetch(u16* to, const u16* from, i64 stride, int 
     }
 }
 
-// The mask of keys `key` and `key + 1`, packed; for a boolean one 1 where the key is seen.
-__device__ __forceinline__ u32 maskOf(const Attention& c, i64 line, int key) {
-    if (key >= c.keys) return 0;
-    if (MASK == 2) {
-        const u16* at = (const u16*)c.mask + line + key * c.ms[3];
-        if (c.pairs) return __ldg((const u32*)at);
-        return at[0] | (key + 1 < c.keys ? (u32)at[c.ms[3]] << 16 : 0);
-    }
-    const u8* at = (const u8*)c.mask + line + key * c.ms[3];
-    const u32 low = (at[0] != 0) != (bool)c.drop, high = key + 1 < c.keys && (at[c.ms[3]] != 0) != (bool)c.drop;
-    return low | high << 16;
-}
-// To base 2. A finite -3.4e38 stays finite, so that a row of nothing else is no row of -inf.
-__device__ __forceinline__ float toBase2(float v) {
-    const float w = v * LOG2E;
-    return BFLOAT16 && w == -INF && v != -INF ? -3e38f : w;
-}
-
 extern "C" __global__ void __launch_bounds__(WARPS * 32) attention(const __grid_constant__ Attention c) {
     constexpr int PITCH = D + 8, TILE = KT * PITCH;
     extern __shared__ u16 tiles[];  // K and V of this step, K and V of the next
@@ -94,7 +218,6 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) attention(const __grid_
     const u16* v = c.v + batch * c.vs[0] + head / c.group * c.vs[1];
     const i64 masks = MASK ? batch * c.ms[0] + head * c.ms[1] : 0;
     const int end = CAUSAL ? min(c.keys, start + 16 * MT * WARPS) : c.keys, steps = (end + KT - 1) / KT;
-    const float by = c.scale * LOG2E;
     asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
     asm volatile("griddepcontrol.wait;" ::: "memory");
     fetch(tiles, k, c.ks[2], 0, c.keys);
@@ -110,13 +233,9 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) attention(const __grid_
                 const int row = first + m * 16 + r + (i & 1) * 8;
                 a[m][n][i] = row < c.queries ? *(const u32*)(q + row * c.qs[2] + n * 16 + p + (i >> 1) * 8) : 0;
             }
-    float o[MT][D / 8][4], top[MT][2], sum[MT][2];
-    #pragma unroll
-    for (int m = 0; m < MT; ++m) {
-        top[m][0] = top[m][1] = -INF, sum[m][0] = sum[m][1] = 0.f;
-        #pragma unroll
-        for (int n = 0; n < D / 8; ++n) o[m][n][0] = o[m][n][1] = o[m][n][2] = o[m][n][3] = 0.f;
-    }
+    Output o;
+    Rows top, sum;
+    begin(o, top, sum);
     for (int step = 0; step < steps; ++step) {
         u16* tile = tiles + (step & 1) * 2 * TILE;
         if (step + 1 < steps) {
@@ -125,21 +244,11 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) attention(const __grid_
             fetch(next + TILE, v, c.vs[2], (step + 1) * KT, c.keys);
         }
         asm volatile("cp.async.commit_group;");
-        // The mask comes early, so that it is there when the scores are.
-        u32 raw[ROWS ? 1 : MT][ROWS ? 1 : 2][KT / 8];
-        if (MASK) {
-            #pragma unroll
-            for (int m = 0; m < (ROWS ? 1 : MT); ++m)
-                #pragma unroll
-                for (int h = 0; h < (ROWS ? 1 : 2); ++h) {
-                    const i64 line = masks + (ROWS ? 0 : min(first + m * 16 + r + h * 8, c.queries - 1) * c.ms[2]);
-                    #pragma unroll
-                    for (int n = 0; n < KT / 8; ++n) raw[m][h][n] = maskOf(c, line, step * KT + n * 8 + p);
-                }
-        }
+        Masks raw;
+        readMask(raw, c, masks, step, first, r, p);
         asm volatile("cp.async.wait_group 1;" ::: "memory");
         __syncthreads();
-        float s[MT][KT / 8][4];
+        Scores s;
         #pragma unroll
         for (int m = 0; m < MT; ++m)
             #pragma unroll
@@ -153,59 +262,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) attention(const __grid_
                 #pragma unroll
                 for (int m = 0; m < MT; ++m) multiply(s[m][n], a[m][d], b[0], b[1]), multiply(s[m][n + 1], a[m][d], b[2], b[3]);
             }
-        if (!PLAIN) {  // scores to base 2, with the mask
-            #pragma unroll
-            for (int n = 0; n < KT / 8; ++n)
-                #pragma unroll
-                for (int m = 0; m < MT; ++m)
-                    #pragma unroll
-                    for (int h = 0; h < 2; ++h) {
-                        const u32 both = MASK ? raw[ROWS ? 0 : m][ROWS ? 0 : h][n] : 0;
-                        #pragma unroll
-                        for (int i = 0; i < 2; ++i) {
-                            float& x = s[m][n][2 * h + i];
-                            x = CAP ? c.cap * LOG2E * tanhf(x * c.scale / c.cap) : x * by;
-                            if (MASK == 1) x = (i ? both >> 16 : both & 1) ? x : c.fill;
-                            if (MASK == 2) x += toBase2(widen(i ? both >> 16 : both & 0xffff));
-                        }
-                    }
-        }
-        if (step * KT + KT > c.keys || (CAUSAL && step * KT + KT > start)) {
-            #pragma unroll
-            for (int m = 0; m < MT; ++m)
-                #pragma unroll
-                for (int n = 0; n < KT / 8; ++n)
-                    #pragma unroll
-                    for (int i = 0; i < 4; ++i) {
-                        const int key = step * KT + n * 8 + p + (i & 1);
-                        if (key >= c.keys || (CAUSAL && key > first + m * 16 + r + (i >> 1) * 8)) s[m][n][i] = -INF;
-                    }
-        }
-        #pragma unroll
-        for (int m = 0; m < MT; ++m)
-            #pragma unroll
-            for (int h = 0; h < 2; ++h) {
-                float best = top[m][h];
-                #pragma unroll
-                for (int n = 0; n < KT / 8; ++n) best = fmaxf(best, fmaxf(s[m][n][2 * h], s[m][n][2 * h + 1]));
-                best = fmaxf(best, __shfl_xor_sync(~0u, best, 1));
-                best = fmaxf(best, __shfl_xor_sync(~0u, best, 2));
-                const float used = best == -INF ? 0.f : best, lower = used * by;
-                const float shrink = exp2(PLAIN ? top[m][h] * by - lower : top[m][h] - used);
-                top[m][h] = best;
-                float total = 0.f;
-                #pragma unroll
-                for (int n = 0; n < KT / 8; ++n)
-                    #pragma unroll
-                    for (int i = 0; i < 2; ++i) {
-                        float& x = s[m][n][2 * h + i];
-                        x = exp2(PLAIN ? x * by - lower : x - used);
-                        total += x;
-                    }
-                sum[m][h] = sum[m][h] * shrink + total;
-                #pragma unroll
-                for (int n = 0; n < D / 8; ++n) o[m][n][2 * h] *= shrink, o[m][n][2 * h + 1] *= shrink;
-            }
+        softmax(s, o, top, sum, raw, c, step, start, first, r, p);
         #pragma unroll
         for (int t = 0; t < KT / 16; ++t) {
             u32 w[MT][4];
@@ -226,19 +283,114 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) attention(const __grid_
         }
         __syncthreads();
     }
-    u16* y = c.y + batch * c.ys[0] + head * c.ys[1];
-    #pragma unroll
-    for (int m = 0; m < MT; ++m)
-        #pragma unroll
-        for (int h = 0; h < 2; ++h) {
-            float l = sum[m][h];
-            l += __shfl_xor_sync(~0u, l, 1);
-            l += __shfl_xor_sync(~0u, l, 2);
-            const int row = first + m * 16 + r + h * 8;
-            if (row >= c.queries) continue;
-            const bool blank = c.zero && !(l > 0.f);
-            const float share = 1.f / l;  // no key: 0 * inf = NaN, as softmax of nothing but -inf
-            #pragma unroll
-            for (int n = 0; n < D / 8; ++n) *(u32*)(y + row * c.ys[2] + n * 8 + p) = blank ? 0 : pack(o[m][n][2 * h] * share, o[m][n][2 * h + 1] * share);
-        }
+    finish(o, sum, c, batch, head, first, r, p);
 }
+
+#else
+// --- Hopper: wgmma, K and V by TMA ------------------------------------------------------------------------------------------
+// A block owns 128 queries of one head, 64 a warpgroup. Tiles lie as TMA swizzles them: rows of D elements (blocks of 64 elements for
+// D 128), for the scores K-major, for the values transposed as they are read.
+struct alignas(64) TensorMap { u8 opaque[128]; };
+typedef unsigned long long u64;
+#define BLOCK (D < 64 ? D : 64)  // elements of a row that a box has
+#define BLOCKS (D / BLOCK)
+#define ROW (BLOCK * 2)          // bytes
+#define STAGES 3
+
+__device__ __forceinline__ void init(u64* barrier, int count) { asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared(barrier)), "r"(count)); }
+__device__ __forceinline__ void expect(u64* barrier, int bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared(barrier)), "r"(bytes) : "memory");
+}
+__device__ __forceinline__ void arrive(u64* barrier) { asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared(barrier)) : "memory"); }
+__device__ __forceinline__ void wait(u64* barrier, u32 parity) {
+    asm volatile("{ .reg .pred p;\nagain: mbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1;\n@p bra done;\nbra again;\ndone: }" ::"r"(shared(barrier)), "r"(parity) : "memory");
+}
+// Rows [row, row + rows) of a head, in blocks of BLOCK elements one after another.
+__device__ __forceinline__ void fetch(u8* to, const TensorMap* map, u64* barrier, int rows, int row, int head, int batch) {
+    #pragma unroll
+    for (int n = 0; n < BLOCKS; ++n)
+        asm volatile("cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, %6}], [%2];" ::"r"(shared(to + n * rows * ROW)), "l"(map),
+                     "r"(shared(barrier)), "r"(n * BLOCK), "r"(row), "r"(head), "r"(batch)
+                     : "memory");
+}
+__device__ __forceinline__ u64 descriptor(const u8* tile, int next) {  // groups of 8 rows lie 8 ROW bytes apart, blocks of a row `next` bytes
+    return ((u64)(shared(tile) & 0x3ffff) >> 4) | ((u64)(next >> 4) << 16) | ((u64)(8 * ROW >> 4) << 32) | ((u64)(ROW == 128 ? 1 : 2) << 62);
+}
+WGMMA
+
+extern "C" __global__ void __launch_bounds__(256, D > 64 ? 1 : 2)
+    attention(const __grid_constant__ TensorMap q, const __grid_constant__ TensorMap k, const __grid_constant__ TensorMap v, const __grid_constant__ Attention c) {
+    constexpr int TILE = KT * D * 2;
+    extern __shared__ u8 raw_[];
+    u8* queries = (u8*)(((u64)raw_ + 1023) & ~1023ull);
+    u8* tiles = queries + 128 * D * 2;  // K and V of each stage
+    u64* full = (u64*)(tiles + STAGES * 2 * TILE);  // one for the queries, one a stage
+    u64* empty = full + 1 + STAGES;
+    const int group = threadIdx.x >> 7, warp = threadIdx.x >> 5 & 3, lane = threadIdx.x & 31, head = blockIdx.y, batch = blockIdx.z;
+    const int start = blockIdx.x * 128, first = start + group * 64 + warp * 16, r = lane >> 2, p = (lane & 3) * 2;
+    const i64 masks = MASK ? batch * c.ms[0] + head * c.ms[1] : 0;
+    const int end = CAUSAL ? min(c.keys, start + 128) : c.keys, steps = (end + KT - 1) / KT;
+    if (threadIdx.x == 0) {
+        for (const TensorMap* map : {&q, &k, &v}) asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
+        for (int s = 0; s <= STAGES; ++s) init(full + s, 1);
+        for (int s = 0; s < STAGES; ++s) init(empty + s, 8);
+        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    }
+    __syncthreads();
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+    auto load = [&](int step) {
+        const int s = step % STAGES;
+        if (step >= STAGES) wait(empty + s, (step / STAGES - 1) & 1);
+        expect(full + 1 + s, 2 * TILE);
+        fetch(tiles + s * 2 * TILE, &k, full + 1 + s, KT, step * KT, head / c.group, batch);
+        fetch(tiles + s * 2 * TILE + TILE, &v, full + 1 + s, KT, step * KT, head / c.group, batch);
+    };
+    if (threadIdx.x == 0) {
+        expect(full, 128 * D * 2);
+        fetch(queries, &q, full, 128, start, head, batch);
+        for (int step = 0; step < min(steps, STAGES - 1); ++step) load(step);
+    }
+    Output o;
+    Rows top, sum;
+    begin(o, top, sum);
+    wait(full, 0);
+    for (int step = 0; step < steps; ++step) {
+        if (threadIdx.x == 0 && step + STAGES - 1 < steps) load(step + STAGES - 1);
+        __syncwarp();
+        Masks raw;
+        readMask(raw, c, masks, step, first, r, p);
+        const u8* tile = tiles + step % STAGES * 2 * TILE;
+        wait(full + 1 + step % STAGES, (step / STAGES) & 1);
+        Scores s;
+        float(&flat)[KT / 2] = *(float(*)[KT / 2])s;
+        #pragma unroll
+        for (int n = 0; n < KT / 2; ++n) flat[n] = 0.f;
+        asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+        #pragma unroll
+        for (int n = 0; n < D / 16; ++n) {
+            const int block = n * 16 / BLOCK, inside = n * 16 % BLOCK * 2;
+            Wgmma<KT>::add(flat, descriptor(queries + block * 128 * ROW + group * 64 * ROW, 16) + (inside >> 4), descriptor(tile + block * KT * ROW, 16) + (inside >> 4));
+        }
+        asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+        asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+        softmax(s, o, top, sum, raw, c, step, start, first, r, p);
+        u32 w[KT / 16][4];
+        #pragma unroll
+        for (int t = 0; t < KT / 16; ++t) {
+            w[t][0] = pack(s[0][2 * t][0], s[0][2 * t][1]);
+            w[t][1] = pack(s[0][2 * t][2], s[0][2 * t][3]);
+            w[t][2] = pack(s[0][2 * t + 1][0], s[0][2 * t + 1][1]);
+            w[t][3] = pack(s[0][2 * t + 1][2], s[0][2 * t + 1][3]);
+        }
+        float(&out)[D / 2] = *(float(*)[D / 2])o;
+        asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+        #pragma unroll
+        for (int t = 0; t < KT / 16; ++t) Wgmma<D>::addTransposed(out, w[t], descriptor(tile + TILE + t * 16 * ROW, KT * ROW));
+        asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+        asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+        if (lane == 0) arrive(empty + step % STAGES);
+    }
+    finish(o, sum, c, batch, head, first, r, p);
+}
+#endif

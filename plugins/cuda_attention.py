@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import ctypes
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 from rewrite.plugins.cublaslt import product
-from rewrite.plugins.cuda_launch import Launch, capability, launcher, module
+from rewrite.plugins.cuda_launch import Launch, capability, launcher, module, tensor_map, wgmma
 
 SOFTMAX = r"""
 #include <cuda_fp16.h>
@@ -94,23 +94,45 @@ class _Call(ctypes.Structure):
     ]  # fmt: skip
 
 
-Cut = tuple[int, int, int]  # how attention.cu divides the work: tiles of 16 queries a warp, keys a step, warps a block
-CUTS: tuple[Cut, ...] = ((1, 32, 2), (1, 64, 4), (1, 64, 8), (2, 64, 4), (2, 32, 4))
-LOG2E, LOWEST = 1.4426950408889634, -3e38
+class Cut(NamedTuple):
+    """How `attention.cu` divides the work: tiles of 16 queries a warp, keys a step, warps a block; with wgmma or mma.sync."""
+
+    tiles: int
+    keys: int
+    warps: int
+    hopper: bool = False
+
+    def __str__(self) -> str:
+        return f"{'wgmma' if self.hopper else 'mma'} {16 * self.tiles * self.warps}x{self.keys}"
+
+    @property
+    def queries(self) -> int:
+        return 16 * self.tiles * self.warps
+
+
+LOG2E, LOWEST, STAGES = 1.4426950408889634, -3e38, 3
+
+
+def cuts(size: int, target: int) -> list[Cut]:
+    """The cuts there are for a head size on a GPU of compute capability `target`."""
+    found = [Cut(1, 32, 2), Cut(1, 64, 4)] + ([Cut(2, 64, 4)] if size <= 64 else [])
+    if target == 90 and size in (32, 64, 128):
+        found += [Cut(1, 64, 8, True)] + ([Cut(1, 128, 8, True)] if size == 128 else [])
+    return found
 
 
 def choose(queries: int, keys: int, size: int) -> Cut:
     """The cut for a number of queries and keys and a head size."""
+    known = cuts(size, capability())
     if queries <= 32 and keys <= 32:
-        return 1, 32, 2
-    return 1, 64, 4
+        return known[0]
+    return known[-1] if known[-1].hopper and queries > 64 else known[1]
 
 
 def variant(cut: Cut, size: int, dtype: str, mask: int, rows: bool, causal: bool, cap: bool, plain: bool) -> tuple[str, str, tuple[str, ...], tuple[tuple[str, str], ...]]:
     """What `cuda_launch.module` needs."""
-    tiles, keys, warps = cut
-    values = {"D": size, "MT": tiles, "KT": keys, "WARPS": warps, "MASK": mask, "ROWS": int(rows), "CAUSAL": int(causal), "CAP": int(cap), "PLAIN": int(plain)}
-    return "attention", dtype, tuple(f"{n}={v}" for n, v in values.items()), ()
+    values = {"D": size, "MT": cut.tiles, "KT": cut.keys, "WARPS": cut.warps, "MASK": mask, "ROWS": int(rows), "CAUSAL": int(causal), "CAP": int(cap), "PLAIN": int(plain), "HOPPER": int(cut.hopper)}
+    return "attention", dtype, tuple(f"{n}={v}" for n, v in values.items()), (("WGMMA\n", wgmma(cut.keys, size, dtype=dtype)),) if cut.hopper else ()
 
 
 def takes(q: Any, k: Any, v: Any, mask: Any, y: Any) -> bool:
@@ -139,12 +161,17 @@ def flash(q: Any, k: Any, v: Any, mask: Any, y: Any, options: tuple[Any, ...], c
         *(int(a.data.ptr) for a in (q, k, v, y)), None if mask is None else int(mask.data.ptr), *strides, (ctypes.c_longlong * 4)(*steps),
         heads, heads // k.shape[1], queries, keys, scale, softcap, fill2, int(drop), int(zero_masked), pairs,
     )  # fmt: skip
-    tiles, width, warps = cut = cut or choose(queries, keys, size)
+    cut = cut or choose(queries, keys, size)
     kind = 0 if mask is None else 1 if mask.dtype.name == "bool" else 2
-    plain = not kind and not softcap and scale > 0
+    plain = not softcap and scale > 0
     function = module(*variant(cut, size, q.dtype.name, kind, steps[2] == 0, bool(causal), bool(softcap), plain)).get_function("attention")
-    grid = (-(-queries // (16 * tiles * warps)), heads, batch)
-    return launcher(function, grid, 32 * warps, [call], shared=4 * width * (size + 8) * 2, keep=(q, k, v, mask, y))
+    grid, keep = (-(-queries // cut.queries), heads, batch), (q, k, v, mask, y)
+    if not cut.hopper:
+        return launcher(function, grid, 32 * cut.warps, [call], shared=4 * cut.keys * (size + 8) * 2, keep=keep)
+    block = min(size, 64)
+    maps = [tensor_map(q, (cut.queries, block)), tensor_map(k, (cut.keys, block)), tensor_map(v, (cut.keys, block))]
+    shared = 1024 + (cut.queries + STAGES * 2 * cut.keys) * size * 2 + 8 * (1 + 2 * STAGES)
+    return launcher(function, grid, 32 * cut.warps, [*maps, call], shared=shared, keep=keep)
 
 
 def attention(

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rewrite.plugins.cuda_launch import MOST_SHARED, Launch, capability, launcher, module, tensor_map
+from rewrite.plugins.cuda_launch import MOST_SHARED, Launch, capability, launcher, module, tensor_map, wgmma
 
 ACTIVATIONS = ("none", "relu", "relu2", "gelu", "gelu_tanh", "swish", "quick_gelu", "tanh", "sigmoid")  # by their number in gemm.cu
 NARROW, WIDE = (16, 32, 64, 128), {128: 6, 192: 5, 256: 4}  # tokens of a narrow tile; features of a wide one, and its stages
@@ -51,15 +51,6 @@ class Shape:
 
 def ceil_div(a: int, b: int) -> int:
     return -(-a // b)
-
-
-def wgmma(tile: int, dtype: str) -> str:
-    """d[64, tile] += a[64, 16] b[tile, 16]^T as a C++ function."""
-    kind, count = "bf16" if dtype == "bfloat16" else "f16", tile // 2
-    registers, operands = ", ".join(f"%{i}" for i in range(count)), ", ".join(f'"+f"(d[{i}])' for i in range(count))
-    code = f"wgmma.mma_async.sync.aligned.m64n{tile}k16.f32.{kind}.{kind} {{{registers}}}, %{count}, %{count + 1}, 1, 1, 1, 0, 0;"
-    function = f'static __device__ __forceinline__ void add(float (&d)[{count}], u64 a, u64 b) {{ asm volatile("{code}" : {operands} : "l"(a), "l"(b)); }}'
-    return f"template <int N> struct Wgmma;\ntemplate <> struct Wgmma<{tile}> {{ {function} }};\n"
 
 
 def supported(x: Any, products: Sequence[Product]) -> bool:
@@ -126,7 +117,7 @@ def variant(shape: Shape, dtype: str, activation: str, gated: bool) -> tuple[str
     """What `cuda_launch.module` needs for a layout."""
     second = WIDE[shape.tile] if shape.kind == "wide" else shape.split
     defines = (f"ACTIVATION={ACTIVATIONS.index(activation)}", f"GATED={str(gated).lower()}", f"THREADS={_threads(shape)}", f"KERNEL={shape.kind}<{shape.tile}, {second}>")
-    return "gemm", dtype, defines, (("WGMMA\n", wgmma(shape.tile, dtype)),)
+    return "gemm", dtype, defines, (("WGMMA\n", wgmma(shape.tile, dtype=dtype)),)
 
 
 def product(x: Any, products: Sequence[Product], activation: str = "none", gated: bool = False, shape: Shape | None = None) -> Launch:
@@ -146,8 +137,8 @@ def product(x: Any, products: Sequence[Product], activation: str = "none", gated
     call = _Call(jobs=len(outputs), tokens=tokens, inner=inner, token_tiles=token_tiles, feature_tiles=feature_tiles, stages=stages)
     for index, p in enumerate(products):
         call.job[index] = _Job(_address(p.y), _address(p.bias), _address(p.residual), p.w.shape[0])
-    w = [tensor_map(p.w, 32 if narrow else shape.tile // 2) for p in products]
-    arguments = [tensor_map(x, shape.tile if narrow else 128), *(w + w[:1] * 2)[:3], call]
+    w = [tensor_map(p.w, (32 if narrow else shape.tile // 2, 64)) for p in products]
+    arguments = [tensor_map(x, (shape.tile if narrow else 128, 64)), *(w + w[:1] * 2)[:3], call]
     function, block = module(*variant(shape, x.dtype.name, activation, gated)).get_function("multiply"), _threads(shape)
     grid = (shape.split, feature_tiles, token_tiles) if narrow else (min(132, token_tiles * feature_tiles),)
     return launcher(function, grid, block, arguments, shared=_shared(shape, stages), cluster=shape.split, keep=(x, products))

@@ -107,21 +107,43 @@ def module(name: str, dtype: str, defines: tuple[str, ...] = (), changes: tuple[
     return made
 
 
-def tensor_map(array: Any, rows: int) -> Any:
-    """A TMA descriptor of a packed matrix [R, C], 16-bit floats, for boxes of `rows` x 64 elements, 128-byte swizzle.
+def wgmma(*tiles: int, dtype: str) -> str:
+    """C++ for d[64, tile] += a[64, 16] b[tile, 16]^T by wgmma: `Wgmma<tile>::add` with both in shared memory, `addTransposed` with a in
+    registers and b stored [16, tile].
+    """
+    kind, made = "bf16" if dtype == "bfloat16" else "f16", ["template <int N> struct Wgmma;"]
+    for tile in sorted(set(tiles)):
+        count = tile // 2
+        registers, operands = ", ".join(f"%{i}" for i in range(count)), ", ".join(f'"+f"(d[{i}])' for i in range(count))
+        code = f"wgmma.mma_async.sync.aligned.m64n{tile}k16.f32.{kind}.{kind} {{{registers}}}"
+        add = f'asm volatile("{code}, %{count}, %{count + 1}, 1, 1, 1, 0, 0;" : {operands} : "l"(a), "l"(b));'
+        four = ", ".join(f"%{count + i}" for i in range(4))
+        turned = f'asm volatile("{code}, {{{four}}}, %{count + 4}, 1, 1, 1, 1;" : {operands} : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));'
+        made.append(f"template <> struct Wgmma<{tile}> {{")
+        made.append(f"    static __device__ __forceinline__ void add(float (&d)[{count}], u64 a, u64 b) {{ {add} }}")
+        made.append(f"    static __device__ __forceinline__ void addTransposed(float (&d)[{count}], const u32 (&a)[4], u64 b) {{ {turned} }}")
+        made.append("};")
+    return "\n".join(made) + "\n"
 
-    What a box has beyond the matrix is read as zero. C must be a multiple of 8.
+
+def tensor_map(array: Any, box: Sequence[int]) -> Any:
+    """A TMA descriptor of an array of 16-bit floats, for boxes of `box` elements along its last axes (1 along the others).
+
+    The last axis is packed and its box 32 or 64 elements (swizzled by 64 or 128 bytes); the strides of the others are multiples of
+    16 bytes. What a box has beyond the array is read as zero.
     """
     room = ctypes.create_string_buffer(192)
     base = -(-ctypes.addressof(room) // 64) * 64
     made = (ctypes.c_char * 128).from_address(base)
     made._room = room  # type: ignore[attr-defined]
-    high, width = array.shape
-    size, box, steps = (ctypes.c_uint64 * 2)(width, high), (ctypes.c_uint32 * 2)(64, rows), (ctypes.c_uint32 * 2)(1, 1)
-    stride = (ctypes.c_uint64 * 1)(width * 2)
-    swizzle, promotion = 3, 2  # 128 bytes, L2 promotion to 128 bytes
-    status = _driver().cuTensorMapEncodeTiled(ctypes.c_void_p(base), MAP_TYPES[array.dtype.name], 2, ctypes.c_void_p(int(array.data.ptr)), size, stride, box, steps, 0, swizzle, promotion, 0)
-    check(status, f"cuTensorMapEncodeTiled of [{high}, {width}]")
+    rank = array.ndim
+    whole = [1] * (rank - len(box)) + list(box)
+    sizes, boxes = (ctypes.c_uint64 * rank)(*array.shape[::-1]), (ctypes.c_uint32 * rank)(*whole[::-1])
+    strides, steps = (ctypes.c_uint64 * max(1, rank - 1))(*array.strides[-2::-1]), (ctypes.c_uint32 * rank)(*[1] * rank)
+    swizzle, promotion = {32: 2, 64: 3}[box[-1]], 2  # 64 or 128 bytes; L2 promotion to 128 bytes
+    address = ctypes.c_void_p(int(array.data.ptr))
+    status = _driver().cuTensorMapEncodeTiled(ctypes.c_void_p(base), MAP_TYPES[array.dtype.name], rank, address, sizes, strides, boxes, steps, 0, swizzle, promotion, 0)
+    check(status, f"cuTensorMapEncodeTiled of {list(array.shape)}, strides {list(array.strides)}")
     return made
 
 

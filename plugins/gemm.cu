@@ -73,6 +73,7 @@ __device__ __forceinline__ void fetch(void* to, const TensorMap* map, u64* barri
                  "r"(shared(barrier)), "r"(column), "r"(row)
                  : "memory");
 }
+__device__ __forceinline__ void prepare(const TensorMap* map) { asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory"); }
 __device__ __forceinline__ u64 descriptor(const void* tile) {  // K-major, 128-byte swizzle: rows of 64 elements, groups of 8 rows 1024 bytes apart
     return ((u64)(shared(tile) & 0x3ffff) >> 4) | (1ull << 16) | (64ull << 32) | (1ull << 62);
 }
@@ -139,6 +140,7 @@ __device__ __forceinline__ void narrow(const TensorMap& x, const TensorMap& w0, 
     const int feature = tile * WIDTH, token = blockIdx.z * BN;
     const int steps = up(c.inner, 64), per = up(steps, RANKS), first = min((int)rank * per, steps), count = min(per, steps - first);
     if (threadIdx.x == 0) {
+        prepare(&x), prepare(&w0);
         for (int s = 0; s < stages; ++s) init(full + s, 1), init(empty + s, 4);
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     }
@@ -251,6 +253,7 @@ __device__ __forceinline__ void wide(const TensorMap& x, const TensorMap& w0, co
     const int group = threadIdx.x >> 7, warp = threadIdx.x >> 5 & 3, lane = threadIdx.x & 31;
     const int steps = up(c.inner, 64), tiles = c.tokenTiles * c.featureTiles;
     if (threadIdx.x == 0) {
+        prepare(&x), prepare(&w0);
         for (int s = 0; s < STAGES; ++s) init(full + s, 1), init(empty + s, 8);
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     }

@@ -182,12 +182,12 @@ class Frame:
         self._repeat(steps)
         self.pool = self.cupy.cuda.MemoryPool()  # what references allocate: kept, so that captured addresses stay theirs
         with self.cupy.cuda.using_allocator(self.pool.malloc):
-            launches = list(self._launches([i for i in range(len(steps)) if i not in views.skipped]))
+            self.work = list(self._launches([i for i in range(len(steps)) if i not in views.skipped]))
+            self.launches = [launch for _, launch in self.work]
             for _ in range(2):  # first runs compile and allocate, which a capture may not
-                for launch in launches:
+                for launch in self.launches:
                     launch()
             executor.stream.synchronize()
-            self.launches = launches
             self.graph = self._capture()
 
     def _view(self, name: str, views: Views) -> Any:
@@ -270,15 +270,15 @@ class Frame:
 
         return launch
 
-    def _launches(self, indices: list[int]) -> Iterator[Launch]:
-        """The work of the steps in order; neighbours that read the same value may become one launch."""
+    def _launches(self, indices: list[int]) -> Iterator[tuple[list[int], Launch]]:
+        """The work of the steps in order, with their indices; neighbours that read the same value may become one launch."""
         steps = self.executor.plan.manifest.steps
         place = 0
         while place < len(indices):
             first = steps[indices[place]]
             plugin, attributes = self._of(indices[place])
             if plugin is None:
-                yield self._segment(first)
+                yield [indices[place]], self._segment(first)
                 place += 1
                 continue
             most = place + 1
@@ -290,7 +290,7 @@ class Frame:
                 if len(calls) == 1:
                     made = self._plugin(plugin, *calls[0], attributes)
                 if made is not None:
-                    yield made
+                    yield indices[place:end], made
                     place = end
                     break
 
