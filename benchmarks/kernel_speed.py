@@ -144,7 +144,7 @@ def time_products(limits: dict[str, float], all_layouts: bool) -> list[dict[str,
                         if activation != "none":
                             library.append(cuda_matmul.elementwise(cuda_matmul.ACTIVATIONS[activation], j.y, j.y))
                 row: dict[str, Any] = {"model": name, "what": what, "tokens": tokens, "features": features * parts, "inner": inner, "library_us": median_us(library) * len(library) / sets}
-                chosen = cuda_gemm.choose(tokens, features * parts, inner)
+                chosen = cuda_gemm.choose(tokens, features * parts, inner)[0]
                 times = {}
                 for shape in cuda_gemm.shapes(tokens, features * parts, inner) if all_layouts else [chosen]:
                     times[str(shape)] = median_us([cuda_gemm.product(x, jobs, activation, shape=shape) for jobs in calls])

@@ -47,7 +47,7 @@ __device__ __forceinline__ u32 maskOf(const Attention& c, i64 line, int key) {
     if (key >= c.keys) return 0;
     if (MASK == 2) {
         const u16* at = (const u16*)c.mask + line + key * c.ms[3];
-        if (c.pairs) return __ldg((const u32*)at);
+        if (c.pairs) return *(const u32*)at;
         return at[0] | (key + 1 < c.keys ? (u32)at[c.ms[3]] << 16 : 0);
     }
     const u8* at = (const u8*)c.mask + line + key * c.ms[3];

@@ -8,9 +8,11 @@ read once and weights written once.
 from __future__ import annotations
 
 import ctypes
-from functools import cache
+from collections.abc import Callable
+from functools import cache, partial
 from typing import Any, NamedTuple
 
+from rewrite.plugins import tuning
 from rewrite.plugins.cublaslt import product
 from rewrite.plugins.cuda_launch import Launch, capability, launcher, module, tensor_map, wgmma
 
@@ -65,7 +67,7 @@ __device__ void row(T* x, const void* mask, long long t, long long s, int heads,
 KERNEL(softmax_float32_0, float, 0) KERNEL(softmax_float32_1, float, 1) KERNEL(softmax_float32_2, float, 2)
 KERNEL(softmax_float16_0, __half, 0) KERNEL(softmax_float16_1, __half, 1) KERNEL(softmax_float16_2, __half, 2)
 """
-SHORT = 64  # keys up to which our kernel is the faster one
+SHORT = 256  # keys up to which our kernel is the faster one
 LONGEST = 12000  # keys: a row of scores lies in 48 KB of shared memory
 
 
@@ -182,14 +184,28 @@ def attention(
     if q.ndim == 3:  # one head
         q, k, v, y = (a[:, None] for a in (q, k, v, y))
         mask = mask[:, None] if mask is not None and mask.ndim == 3 else mask
-    by_cudnn = _cudnn_takes(q, k, v, mask, options)
-    if takes(q, k, v, mask, y) and not (by_cudnn and k.shape[2] > SHORT):
-        return flash(q, k, v, mask, y, options)
-    if by_cudnn:
-        return _fused(q, k, v, mask, y, scale, bool(causal))
+    found: dict[str, Callable[[], Launch]] = {}
+    default = ""
+    if takes(q, k, v, mask, y):
+        default = str(choose(q.shape[2], k.shape[2], q.shape[-1]))
+        found = {str(c): partial(flash, q, k, v, mask, y, options, c) for c in cuts(q.shape[-1], capability())}
+    if _cudnn_takes(q, k, v, mask, options):
+        found["cuDNN"] = partial(_fused, q, k, v, mask, y, scale, bool(causal))
+        if not default or _is_long(q, k, mask):
+            default = "cuDNN"
+    if found:
+        shape = f"{'x'.join(map(str, q.shape))} of {k.shape[1]}x{k.shape[2]}"
+        kind = "no mask" if mask is None else f"{mask.dtype.name} mask {'x'.join(str(n) if s else '1' for n, s in zip(mask.shape, mask.strides, strict=True))}"
+        return tuning.pick(f"attention {q.dtype.name} {shape} {kind}{' causal' if causal else ''}{' softcap' if softcap else ''}", found, default)
     if q.dtype.name not in ("float16", "float32") or k.shape[2] > LONGEST or (mask is not None and mask.dtype.name not in ("bool", q.dtype.name)):
         return None
     return _unfused(q, k, v, mask, y, options)
+
+
+def _is_long(q: Any, k: Any, mask: Any) -> bool:
+    """Where cuDNN is the faster one, by `benchmarks/kernel_speed.py` on an H100."""
+    same = mask is None or mask.shape[2] == 1 or mask.strides[2] == 0  # for all queries
+    return bool(k.shape[2] > SHORT and (q.shape[-1] > 32 or not same))
 
 
 def _cudnn_takes(q: Any, k: Any, v: Any, mask: Any, options: tuple[Any, ...]) -> bool:

@@ -6,8 +6,9 @@ Weights lie [N, K] (`trans_w`), inputs and outputs are packed, float16 or bfloat
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from rewrite.plugins.cuda_launch import MOST_SHARED, Launch, capability, launcher, module, tensor_map, wgmma
@@ -15,7 +16,7 @@ from rewrite.plugins.cuda_launch import MOST_SHARED, Launch, capability, launche
 ACTIVATIONS = ("none", "relu", "relu2", "gelu", "gelu_tanh", "swish", "quick_gelu", "tanh", "sigmoid")  # by their number in gemm.cu
 NARROW, WIDE = (16, 32, 64, 128), {128: 6, 192: 5, 256: 4}  # tokens of a narrow tile; features of a wide one, and its stages
 MOST_JOBS = 3
-MANY = 8192  # tokens from which a bare product is the library's
+TRIED = 4  # layouts that are measured, of those that the estimate likes best
 CLUSTERS = (1, 2, 4, 8)
 
 
@@ -63,11 +64,6 @@ def supported(x: Any, products: Sequence[Product]) -> bool:
     return x.shape[-1] % 8 == 0 and all(p.w.shape[0] % 8 == 0 for p in products)
 
 
-def preferred(x: Any, product: Product, activation: str) -> bool:
-    """Whether ours is the kernel to take: not where cuBLASLt, which has no other epilogue than a bias, is a little faster."""
-    return supported(x, [product]) and (activation != "none" or x.shape[0] < MANY or x.dtype.name != "float16")
-
-
 def shapes(tokens: int, features: int, inner: int) -> list[Shape]:
     """The layouts worth measuring for a product."""
     steps = ceil_div(inner, 64)
@@ -76,9 +72,9 @@ def shapes(tokens: int, features: int, inner: int) -> list[Shape]:
     return found + [Shape("wide", t) for t in WIDE if tokens > 64]
 
 
-def choose(tokens: int, features: int, inner: int) -> Shape:
-    """The layout by estimate: the waves of blocks, each with the time of its tile."""
-    return min(shapes(tokens, features, inner), key=lambda s: estimate(s, tokens, features, inner))
+def choose(tokens: int, features: int, inner: int) -> list[Shape]:
+    """The layouts worth trying, best first by estimate: the waves of blocks, each with the time of its tile."""
+    return sorted(shapes(tokens, features, inner), key=lambda s: estimate(s, tokens, features, inner))[:TRIED]
 
 
 def estimate(shape: Shape, tokens: int, features: int, inner: int) -> float:
@@ -120,6 +116,20 @@ def variant(shape: Shape, dtype: str, activation: str, gated: bool) -> tuple[str
     return "gemm", dtype, defines, (("WGMMA\n", wgmma(shape.tile, dtype=dtype)),)
 
 
+def candidates(x: Any, products: Sequence[Product], activation: str, gated: bool = False) -> dict[str, Callable[[], Launch]]:
+    """The layouts of `product` worth trying by name, best first by estimate."""
+    tokens, inner = x.shape
+    features = sum(p.w.shape[0] for p in products)
+    return {str(s): partial(product, x, products, activation, gated, s) for s in choose(tokens, features, inner)}
+
+
+def key(x: Any, products: Sequence[Product], activation: str, gated: bool = False) -> str:
+    """What tells one call from another where time is concerned."""
+    widths = "+".join(str(p.w.shape[0]) for p in products)
+    extras = "".join(f" {n}" for n, there in (("bias", products[0].bias is not None), ("residual", products[0].residual is not None), ("gated", gated)) if there)
+    return f"product {x.dtype.name} {x.shape[0]}x{widths}x{x.shape[1]} {activation}{extras}"
+
+
 def product(x: Any, products: Sequence[Product], activation: str = "none", gated: bool = False, shape: Shape | None = None) -> Launch:
     """A function that enqueues the products of x [M, K]; with `gated`, the one y = activation(x @ w^T + bias) * (x @ w'^T + bias') of two.
 
@@ -128,7 +138,7 @@ def product(x: Any, products: Sequence[Product], activation: str = "none", gated
     tokens, inner = x.shape
     outputs = products[:1] if gated else products
     features = sum(p.w.shape[0] for p in outputs)
-    shape = shape or choose(tokens, features * (2 if gated else 1), inner)
+    shape = shape or choose(tokens, features * (2 if gated else 1), inner)[0]
     narrow = shape.kind == "narrow"
     width = (64 if narrow else shape.tile) // (2 if gated else 1)
     feature_tiles = sum(ceil_div(p.w.shape[0], width) for p in outputs)

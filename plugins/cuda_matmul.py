@@ -4,14 +4,15 @@ with bias, ReLU and residual in its epilogue, other activations and the gate in 
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
-from rewrite.plugins import cuda_gemm
+from rewrite.plugins import cuda_gemm, tuning
 from rewrite.plugins.cublaslt import product
 from rewrite.plugins.cuda_gemm import Product
 from rewrite.plugins.cuda_launch import Launch
 
+MANY = 256  # tokens from which a bare product is the library's, where nothing was measured
 # Of v, in float32. erff and tanhf are the accurate ones.
 ACTIVATIONS = {
     "none": "v",
@@ -92,15 +93,26 @@ def merged_matmul_act(calls: list[tuple[list[Any], list[Any]]], *, activation: s
     products = [Product(_rows(outputs[0]), inputs[1], inputs[2], _rows(inputs[3])) for inputs, outputs in calls]
     if not trans_w or not cuda_gemm.supported(x, products):
         return None
-    return cuda_gemm.product(x, products, activation)
+    found = cuda_gemm.candidates(x, products, activation)
+    return tuning.pick(cuda_gemm.key(x, products, activation), found, next(iter(found)))
 
 
 def matmul_act(inputs: list[Any], outputs: list[Any], *, activation: str, trans_w: int) -> Launch | None:
     x, w, bias, residual = inputs
-    if trans_w and cuda_gemm.preferred(_rows(x), ours := Product(_rows(outputs[0]), w, bias, _rows(residual)), activation):
-        return cuda_gemm.product(_rows(x), [ours], activation)
-    if not _supported(*inputs):
-        return None
+    products, rows = [Product(_rows(outputs[0]), w, bias, _rows(residual))], _rows(x)
+    if not trans_w or not cuda_gemm.supported(rows, products):
+        return _library(inputs, outputs, activation, trans_w) if _supported(*inputs) else None
+    found = cuda_gemm.candidates(rows, products, activation)
+    default = next(iter(found))
+    if _supported(*inputs):
+        found["cuBLASLt"] = partial(_library, inputs, outputs, activation, trans_w)
+        if activation == "none" and len(rows) >= MANY:
+            default = "cuBLASLt"
+    return tuning.pick(cuda_gemm.key(rows, products, activation), found, default)
+
+
+def _library(inputs: list[Any], outputs: list[Any], activation: str, trans_w: int) -> Launch:
+    x, w, bias, residual = inputs
     y = _matrix(outputs[0])
     added = None if residual is None else _matrix(residual)
     late = activation not in ("none", "relu") or (activation == "relu" and residual is not None)
@@ -125,7 +137,8 @@ def gated_matmul_act(inputs: list[Any], outputs: list[Any], *, activation: str, 
     if trans_w and merged == "none" and w_up is not None:
         products = [Product(_rows(outputs[0]), w_gate, bias_gate), Product(_rows(outputs[0]), w_up, bias_up)]
         if cuda_gemm.supported(_rows(x), products):
-            return cuda_gemm.product(_rows(x), products, activation, gated=True)
+            found = cuda_gemm.candidates(_rows(x), products, activation, gated=True)
+            return tuning.pick(cuda_gemm.key(_rows(x), products, activation, gated=True), found, next(iter(found)))
     if not _supported(*inputs) or merged != "none" or w_up is None:
         return None
     y = _matrix(outputs[0])

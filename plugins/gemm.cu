@@ -118,7 +118,7 @@ __device__ __forceinline__ void collect(float (&v)[8], const float* part) {
             v[4 * h + 2] = (r ? v[4 * h + 2] : 0.f) + q.z, v[4 * h + 3] = (r ? v[4 * h + 3] : 0.f) + q.w;
         }
 }
-__device__ __forceinline__ uint4 read(const void* array, long long at) { return array ? __ldg((const uint4*)((const u16*)array + at)) : uint4{0, 0, 0, 0}; }
+__device__ __forceinline__ uint4 read(const void* array, long long at) { return array ? *(const uint4*)((const u16*)array + at) : uint4{0, 0, 0, 0}; }
 __device__ __forceinline__ void add(float (&v)[8], uint4 u) {
     const float2 a = unpack(u.x), b = unpack(u.y), c = unpack(u.z), d = unpack(u.w);
     v[0] += a.x, v[1] += a.y, v[2] += b.x, v[3] += b.y, v[4] += c.x, v[5] += c.y, v[6] += d.x, v[7] += d.y;
@@ -146,6 +146,31 @@ __device__ __forceinline__ void narrow(const TensorMap& x, const TensorMap& w0, 
     }
     __syncthreads();
     letNextKernelStart();
+    // What this thread will write: 8 features of a token in each round. Bias and residual of the first rounds are read early.
+    const Job& job = c.job[j];
+    constexpr int ROWS = BN / RANKS, CHUNKS = WIDTH / 8, ROUNDS = (ROWS * CHUNKS + 159) / 160, EARLY = ROUNDS < 2 ? ROUNDS : 2;
+    auto locate = [&](int round, int& t, int& f) {
+        const int e = round * 160 + threadIdx.x;
+        t = rank * ROWS + e / CHUNKS, f = e % CHUNKS * 8;
+        return e < ROWS * CHUNKS && token + t < c.tokens && feature + f < job.features;
+    };
+    auto place = [&](int t, int f) { return (long long)(token + t) * job.features + feature + f; };
+    uint4 biases[EARLY], others[EARLY], residuals[EARLY];
+    #pragma unroll
+    for (int round = 0; round < EARLY; ++round) {
+        int t, f;
+        const bool there = locate(round, t, f);
+        biases[round] = there ? read(job.bias, feature + f) : uint4{0, 0, 0, 0};
+        others[round] = there && GATED ? read(c.job[1].bias, feature + f) : uint4{0, 0, 0, 0};
+    }
+    auto readResiduals = [&]() {
+        waitForPrecedingKernel();
+        #pragma unroll
+        for (int round = 0; round < EARLY; ++round) {
+            int t, f;
+            residuals[round] = locate(round, t, f) ? read(job.residual, place(t, f)) : uint4{0, 0, 0, 0};
+        }
+    };
     if (warp == 4) {
         if (lane == 0) {
             const TensorMap* w = j == 0 ? &w0 : j == 1 ? &w1 : &w2;
@@ -169,7 +194,9 @@ __device__ __forceinline__ void narrow(const TensorMap& x, const TensorMap& w0, 
             }
         }
         __syncwarp();
+        readResiduals();
     } else {
+        readResiduals();
         float d[BN / 2];
         #pragma unroll
         for (int i = 0; i < BN / 2; ++i) d[i] = 0.f;
@@ -196,17 +223,15 @@ __device__ __forceinline__ void narrow(const TensorMap& x, const TensorMap& w0, 
             to[PITCH + 8] = d[4 * i + 3];
         }
     }
-    waitForPrecedingKernel();
     if (RANKS > 1) clusterSync();
     else __syncthreads();
-    const Job& job = c.job[j];
-    constexpr int ROWS = BN / RANKS, CHUNKS = WIDTH / 8, ROUNDS = (ROWS * CHUNKS + 159) / 160;
-    #pragma unroll (ROUNDS < 4 ? ROUNDS : 4)
+    #pragma unroll
     for (int round = 0; round < ROUNDS; ++round) {
-        const int e = round * 160 + threadIdx.x, t = rank * ROWS + e / CHUNKS, f = e % CHUNKS * 8;
-        if (e >= ROWS * CHUNKS || token + t >= c.tokens || feature + f >= job.features) continue;
-        const long long at = (long long)(token + t) * job.features + feature + f;
-        const uint4 bias = read(job.bias, feature + f), residual = read(job.residual, at), other = GATED ? read(c.job[1].bias, feature + f) : uint4{0, 0, 0, 0};
+        int t, f;
+        if (!locate(round, t, f)) continue;
+        const long long at = place(t, f);
+        const uint4 bias = round < EARLY ? biases[round % EARLY] : read(job.bias, feature + f), residual = round < EARLY ? residuals[round % EARLY] : read(job.residual, at);
+        const uint4 other = !GATED ? uint4{0, 0, 0, 0} : round < EARLY ? others[round % EARLY] : read(c.job[1].bias, feature + f);
         float v[8], u[8];
         collect<RANKS>(v, part + t * PITCH + f);
         add(v, bias);
@@ -349,7 +374,7 @@ __device__ __forceinline__ void wide(const TensorMap& x, const TensorMap& w0, co
                 const long long line = (long long)(row + 8 * h) * job.features + feature + q * 8;
                 uint4 added[WIDTH / 32];
                 #pragma unroll
-                for (int n = 0; n < WIDTH / 32; ++n) added[n] = job.residual && there && feature + n * 32 + q * 8 < job.features ? __ldg((const uint4*)((const u16*)job.residual + line + n * 32)) : uint4{0, 0, 0, 0};
+                for (int n = 0; n < WIDTH / 32; ++n) added[n] = job.residual && there && feature + n * 32 + q * 8 < job.features ? *(const uint4*)((const u16*)job.residual + line + n * 32) : uint4{0, 0, 0, 0};
                 #pragma unroll
                 for (int n = 0; n < WIDTH / 32; ++n) {  // 32 features at a time
                     u32 out[4], more[4] = {added[n].x, added[n].y, added[n].z, added[n].w};

@@ -43,6 +43,14 @@ __device__ __forceinline__ void norm(u16* y, const u16* x, const u16* scale, con
     constexpr int THREADS = WARPS * 32;
     const int row = WARPS == 1 ? blockIdx.x * (blockDim.x >> 5) + (threadIdx.x >> 5) : blockIdx.x, at = threadIdx.x % THREADS;
     asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+    // Weights do not depend on the preceding kernel.
+    uint4 scales[VECTORS], biases[VECTORS];
+    #pragma unroll
+    for (int n = 0; n < VECTORS; ++n) {
+        const int i = at + n * THREADS;
+        scales[n] = i * 8 < width ? __ldg((const uint4*)scale + i) : uint4{0, 0, 0, 0};
+        biases[n] = bias && i * 8 < width ? __ldg((const uint4*)bias + i) : uint4{0, 0, 0, 0};
+    }
     asm volatile("griddepcontrol.wait;" ::: "memory");
     if (row >= rows) return;
     const uint4* from = (const uint4*)(x + (long long)row * width);
@@ -75,7 +83,7 @@ __device__ __forceinline__ void norm(u16* y, const u16* x, const u16* scale, con
     for (int n = 0; n < VECTORS; ++n) {
         const int i = at + n * THREADS;
         if (i * 8 >= width) break;
-        const uint4 s = __ldg((const uint4*)scale + i), b = bias ? __ldg((const uint4*)bias + i) : uint4{0, 0, 0, 0};
+        const uint4 s = scales[n], b = biases[n];
         const u32 factors[4] = {s.x, s.y, s.z, s.w}, terms[4] = {b.x, b.y, b.z, b.w};
         u32 out[4];
         #pragma unroll

@@ -16,6 +16,7 @@ import numpy as np
 import onnx
 
 from rewrite.errors import RewriteError
+from rewrite.plugins import tuning
 from rewrite.registry import Plugin, library
 from rewrite.runtime import engine
 from rewrite.runtime.layout import Views, apply
@@ -93,6 +94,7 @@ class CudaExecutor:
             self.weights = {name: self.cupy.asarray(array) for name, array in plan.weights.items()}
             self.turned = self._turn_weights()
         self.frames: OrderedDict[tuple[int, ...], Frame] = OrderedDict()
+        self.times: tuning.Times = {}
 
     def run(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """The outputs, as NumPy arrays if all inputs are NumPy's, else as CuPy arrays on the device."""
@@ -142,15 +144,25 @@ class CudaExecutor:
         if key not in self.frames:
             while len(self.frames) >= GRAPHS:
                 self.frames.popitem(last=False)
-            self.frames[key] = Frame(self, sizes)
+            with tuning.using(self.times):
+                self.frames[key] = Frame(self, sizes)
         self.frames.move_to_end(key)
         return self.frames[key]
+
+    def tune(self, inputs: Mapping[str, Any]) -> tuning.Times:
+        """Time the kernels that could do each step on these inputs, and use the fastest from now on. Returns what was measured."""
+        arrays = {n: a if isinstance(a, np.ndarray) else self._view(a) for n, a in inputs.items()}
+        sizes, known = self.plan.check(arrays), set(self.times)
+        with self.stream, tuning.using(self.times, measure=True):
+            self.frames[tuple(sizes.values())] = Frame(self, sizes, arrays)
+        return {key: times for key, times in self.times.items() if key not in known}
 
 
 class Frame:
     """A plan's work for one set of sizes: memory with fixed addresses, and the graph that runs it."""
 
-    def __init__(self, executor: CudaExecutor, sizes: Mapping[str, int]):
+    def __init__(self, executor: CudaExecutor, sizes: Mapping[str, int], inputs: Mapping[str, Any] | None = None):
+        """`inputs` are given for tuning: then each step runs before the next one's kernels are measured, on what it will read."""
         self.executor, self.cupy, manifest = executor, executor.cupy, executor.plan.manifest
         self.sizes = dict(sizes)
         types = {**manifest.inputs, **manifest.values}
@@ -182,7 +194,13 @@ class Frame:
         self._repeat(steps)
         self.pool = self.cupy.cuda.MemoryPool()  # what references allocate: kept, so that captured addresses stay theirs
         with self.cupy.cuda.using_allocator(self.pool.malloc):
-            self.work = list(self._launches([i for i in range(len(steps)) if i not in views.skipped]))
+            self.work: list[tuple[list[int], Launch]] = []
+            if inputs is not None:
+                self._take(inputs)
+            for indices, launch in self._launches([i for i in range(len(steps)) if i not in views.skipped]):
+                self.work.append((indices, launch))
+                if inputs is not None:
+                    launch()
             self.launches = [launch for _, launch in self.work]
             for _ in range(2):  # first runs compile and allocate, which a capture may not
                 for launch in self.launches:
@@ -320,13 +338,16 @@ class Frame:
 
         return launch
 
-    def run(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
-        """Copy the inputs in, replay the graph, copy the outputs out (the arena is overwritten by the next run)."""
+    def _take(self, inputs: Mapping[str, Any]) -> None:
         for name, array in inputs.items():
             if isinstance(array, np.ndarray):
                 self.values[name].set(np.ascontiguousarray(array))
             else:
                 self.values[name][...] = array
+
+    def run(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """Copy the inputs in, replay the graph, copy the outputs out (the arena is overwritten by the next run)."""
+        self._take(inputs)
         if self.graph is not None:
             self.graph.launch(self.executor.stream)
         else:
