@@ -16,9 +16,13 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import multiprocessing
 import statistics
 import tempfile
 import time
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +32,12 @@ import onnx
 import record
 import torch
 import transformers
+from kernel_speed import compile_all
 
 import rewrite
 from rewrite.export.source import Source
 from rewrite.export.torch_export import export
+from rewrite.plugins import cuda_attention, cuda_gemm
 from rewrite.runtime import engine
 from rewrite.runtime.profile import Profile
 
@@ -96,6 +102,24 @@ def exported(name: str, dtype: str, folder: Path) -> Path:
     return path
 
 
+def prepare(name: str, dtype: str, folder: Path) -> tuple[Path, Path]:
+    """The export of a model and our plan of it."""
+    path, plan = exported(name, dtype, folder), folder / f"{name}-plan"
+    ranges = "batch=1:32:128" + ("" if name == "vit-b" else ",sequence=1:128:512")
+    rewrite.build(rewrite.optimize(path, verify=False).model, plan, profile=ranges, verify=False)
+    return path, plan
+
+
+def static_engine(path: Path, shapes: dict[str, tuple[int, ...]], target: Path) -> Path:
+    """The un-rewritten export compiled by TensorRT for one shape, weights constant."""
+    proto = onnx.load(path)
+    for value in proto.graph.input:
+        for dim, size in zip(value.type.tensor_type.shape.dim, shapes[value.name], strict=True):
+            dim.dim_value = size
+    target.write_bytes(engine.build_engine(proto, shapes, Profile({})))
+    return target
+
+
 def operations(name: str, batch: int, length: int) -> float:
     """Floating-point operations of the products and attentions of one inference."""
     if name == "llama-8b-block":
@@ -122,6 +146,16 @@ def median_us(launch: Any, stream: Any, rounds: int = 30) -> float:
     return statistics.median(times)
 
 
+def variants(dtype: str) -> Iterator[tuple[Any, ...]]:
+    """The kernels that these models may use, to be compiled by all processors at once."""
+    layouts = [cuda_gemm.Shape("narrow", t, s) for t in cuda_gemm.NARROW for s in cuda_gemm.CLUSTERS if s <= t] + [cuda_gemm.Shape("wide", t) for t in cuda_gemm.WIDE]
+    for activation, gated in (("none", False), ("gelu", False), ("swish", True)):
+        yield from (cuda_gemm.variant(layout, dtype, activation, gated) for layout in layouts)
+    for size in (32, 64, 128):
+        for mask, rows, causal in ((0, True, False), (0, True, True), (2, True, False), (2, False, False)):
+            yield from (cuda_attention.variant(cut, size, dtype, mask, rows, causal, False, True) for cut in cuda_attention.cuts(size, 90))
+
+
 def arrays(inputs: dict[str, torch.Tensor]) -> dict[str, Any]:
     """On the device, for CuPy."""
     return {n: cupy.asarray(t.float().numpy()).astype(np.dtype(str(t.dtype).removeprefix("torch."))) if t.is_floating_point() else cupy.asarray(t.numpy()) for n, t in inputs.items()}
@@ -135,15 +169,10 @@ def ours(plan: rewrite.Plan, inputs: dict[str, Any]) -> tuple[float, np.ndarray]
     return median_us(lambda: frame.graph.launch(executor.stream), executor.stream), cupy.asnumpy(result.astype(np.float32))
 
 
-def tensorrt_alone(proto: onnx.ModelProto, inputs: dict[str, Any]) -> tuple[float, np.ndarray]:
+def tensorrt_alone(file: Path, inputs: dict[str, Any]) -> tuple[float, np.ndarray]:
     trt = engine.tensorrt()
-    shapes = {i.name: tuple(inputs[i.name].shape) for i in proto.graph.input}
-    static = onnx.ModelProto()
-    static.CopyFrom(proto)
-    for value in static.graph.input:
-        for dim, size in zip(value.type.tensor_type.shape.dim, shapes[value.name], strict=True):
-            dim.dim_value = size
-    loaded = trt.Runtime(engine.logger()).deserialize_cuda_engine(engine.build_engine(static, shapes, Profile({})))
+    loaded = trt.Runtime(engine.logger()).deserialize_cuda_engine(file.read_bytes())
+    file.unlink()
     context = engine.execution_context(loaded)
     stream = cupy.cuda.Stream(non_blocking=True)
     held = dict(inputs)
@@ -163,8 +192,13 @@ def tensorrt_alone(proto: onnx.ModelProto, inputs: dict[str, Any]) -> tuple[floa
     return median_us(lambda: graph.launch(stream), stream), cupy.asnumpy(held[result].astype(np.float32))
 
 
+@lru_cache(1)
+def on_device(name: str, dtype: str) -> Any:
+    return module(name, "sdpa", dtype).cuda()
+
+
 def pytorch(name: str, inputs: dict[str, torch.Tensor], dtype: str, compiled: bool) -> tuple[float, np.ndarray]:
-    run: Any = module(name, "sdpa", dtype).cuda()
+    run = on_device(name, dtype)
     held = {n: t.cuda() for n, t in inputs.items()}
     if "attention_mask" in held:  # as sdpa takes it; made once, outside of what is timed
         mask = held["attention_mask"].bool()[:, None, None]
@@ -208,26 +242,35 @@ def main() -> None:
     device = cupy.cuda.runtime.getDeviceProperties(0)["name"].decode()
     versions = record.versions("onnx", "cupy-cuda13x", "torch", "transformers") | {"tensorrt": engine.version()}
     print(f"{'model':14} {'batch':>5} {'length':>6} {'ours µs':>9} {'TFLOP/s':>8} {'TensorRT':>9} {'torch':>9} {'compile':>9} {'vs TRT':>7} {'vs torch':>8} {'error':>8}")
-    for name in options.models.split(","):
-        with tempfile.TemporaryDirectory() as folder:
-            path = exported(name, options.dtype, Path(folder))
-            proto = onnx.load(path)
-            fused = rewrite.optimize(path, verify=False).model
-            ranges = "batch=1:32:128" + ("" if name == "vit-b" else ",sequence=1:128:512")
-            rewrite.build(fused, Path(folder) / "p", profile=ranges, verify=False)
-            plan = rewrite.Plan(Path(folder) / "p", device="cuda")
+    names, grid = options.models.split(","), list(itertools.product(map(int, options.batches.split(",")), map(int, options.lengths.split(","))))
+    context = multiprocessing.get_context("spawn")
+    with tempfile.TemporaryDirectory() as temporary, ProcessPoolExecutor(6, context) as exporting, ProcessPoolExecutor(6, context) as building:
+        folder = Path(temporary)
+        prepared = {name: exporting.submit(prepare, name, options.dtype, folder) for name in names}
+        compile_all(variants(options.dtype))
+        print(f"kernels compiled after {time.monotonic() - started:.0f} s", flush=True)
+        for name in names:
+            path, directory = prepared[name].result()
+            cells = [(b, 197) for b in sorted({b for b, _ in grid})] if name == "vit-b" else grid
+            cells = [(b, s) for b, s in cells if name != "llama-8b-block" or b * s <= 16384]
+            given = {cell: feeds(name, *cell, options.dtype) for cell in cells}
+            engines = {}
+            if not options.no_tensorrt:
+                for (b, s), inputs in given.items():
+                    engines[b, s] = building.submit(static_engine, path, {n: tuple(t.shape) for n, t in inputs.items()}, folder / f"{name}-{b}-{s}.engine")
+            plan = rewrite.Plan(directory, device="cuda")
             print(f"{name}: ready after {time.monotonic() - started:.0f} s", flush=True)
-            lengths = [197] if name == "vit-b" else list(map(int, options.lengths.split(",")))
-            for batch, length in itertools.product(map(int, options.batches.split(",")), lengths):
+            for (batch, length), inputs in given.items():
                 if time.monotonic() - started > options.seconds:
+                    print(f"{name} {batch} x {length}: left out, time is up")
                     continue
-                inputs = feeds(name, batch, length, options.dtype)
                 row: dict[str, Any] = {"model": name, "dtype": options.dtype, "batch": batch, "length": length}
                 row["ours_us"], got = ours(plan, arrays(inputs))
                 row["launches"] = len(plan.executor.frame(plan.check(arrays(inputs))).launches)  # type: ignore[attr-defined]
                 asked = {"tensorrt": not options.no_tensorrt, "torch": not options.no_torch, "compile": f"{name}:{batch}x{length}" in options.compile.split(",")}
                 for peer in (p for p, wanted in asked.items() if wanted):
-                    row[f"{peer}_us"], other = tensorrt_alone(proto, arrays(inputs)) if peer == "tensorrt" else pytorch(name, inputs, options.dtype, peer == "compile")
+                    run = partial(tensorrt_alone, engines[batch, length].result(), arrays(inputs)) if peer == "tensorrt" else partial(pytorch, name, inputs, options.dtype, peer == "compile")
+                    row[f"{peer}_us"], other = run()
                     row[f"{peer}_difference"] = difference(got, other, inputs)
                 row["tflops"] = operations(name, batch, length) / row["ours_us"] / 1e6
                 rows.append(row)
@@ -236,6 +279,10 @@ def main() -> None:
                 worst = max((v for k, v in row.items() if k.endswith("difference")), default=0.0)
                 print(f"{name:14} {batch:5} {length:6} {row['ours_us']:9.1f} {row['tflops']:8.1f} {' '.join(us)} {against[0]:>7} {against[1]:>8} {worst:8.1e}", flush=True)
                 record.write(options.output, device, versions, rows)
+            del plan
+            on_device.cache_clear()
+            for future in engines.values():
+                future.cancel()
     for peer in ("tensorrt", "torch", "compile"):
         ratios = [r[f"{peer}_us"] / r["ours_us"] for r in rows if f"{peer}_us" in r]
         if ratios:

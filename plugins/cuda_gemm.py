@@ -101,8 +101,9 @@ def _shared(shape: Shape, stages: int) -> int:
 
 def _stages(shape: Shape, inner: int) -> int:
     steps = ceil_div(ceil_div(inner, 64), shape.split)
-    room = (MOST_SHARED - 1024 - shape.tile * 272 - 512) // (8192 + shape.tile * 128)
-    return max(1, min(steps, room, 12 if shape.tile <= 32 else 6))
+    # Small tiles leave half of the memory free: there the next kernel's blocks can fetch their weights while these still run.
+    memory = MOST_SHARED // 2 - 1024 if shape.tile <= 64 else MOST_SHARED
+    return max(1, min(steps, (memory - 1024 - shape.tile * 272) // (8192 + shape.tile * 128 + 16)))
 
 
 def _threads(shape: Shape) -> int:
