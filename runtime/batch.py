@@ -1,4 +1,4 @@
-"""One step of the model: which tokens are computed, where their keys and values go, whose logits are wanted."""
+"""One step of a generator: the tokens of many sequences packed one after the other, and where their keys and values lie."""
 
 from __future__ import annotations
 
@@ -12,15 +12,12 @@ Array = np.ndarray[Any, Any]
 
 @dataclass
 class Batch:
-    """T new tokens of B sequences, packed without padding; all arrays are NumPy.
+    """T new tokens of B sequences; R of the tokens are those whose logits are wanted.
 
-    tokens          int64 [T]
-    positions       int64 [T]     of each token in its own sequence
-    slots           int32 [T]     block * block_size + offset: where the token's key and value are written
-    block_tables    int32 [B, M]  blocks of each sequence in order; entries that no query can see are 0
-    query_starts    int32 [B+1]   tokens of sequence b: query_starts[b] to query_starts[b+1]
-    context_lengths int32 [B]     keys of each sequence, the new ones included
-    logit_rows      int64 [R]     tokens (indices into T) whose logits are computed
+    tokens int64 [T]; positions int64 [T], each in its own sequence; slots int32 [T], block * block size + offset where the
+    key and value of each token are stored; block_tables int32 [B, M]; query_starts int32 [B + 1], where the tokens of each
+    sequence begin, and T; context_lengths int32 [B], keys of each sequence with the new ones; logit_rows int64 [R], indices
+    of tokens. Prefill, a chunk of it and decoding differ in nothing but how many tokens a sequence has.
     """
 
     tokens: Array

@@ -326,14 +326,12 @@ class BlockTable:
         """The step is done: what it wrote may be shared, and what no later query can see is given back."""
         pool, size = self.pool, self.pool.block_size
         self._alive()
-        number = self.computed // size
+        first, full = self.computed // size, len(self._open) // size
         self.computed = self.length
-        while len(self._open) >= size:
-            if pool.reuse:
-                self.tail = pool._intern(self.tail, array("q", self._open[:size]).tobytes())
-                self._share(number)
-            del self._open[:size]
-            number += 1
+        for number in range(full if pool.reuse else 0):
+            self.tail = pool._intern(self.tail, array("q", self._open[number * size : (number + 1) * size]).tobytes())
+            self._share(first + number)
+        del self._open[: full * size]
         for hidden in range(min(pool.first_visible(self.length), len(self.blocks)) - 1, -1, -1):
             if self.blocks[hidden] == HIDDEN:
                 break
