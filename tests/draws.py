@@ -16,7 +16,7 @@ import torch
 from transformers import GenerationConfig, GenerationMixin, LogitsProcessorList
 from transformers.generation.logits_process import NoBadWordsLogitsProcessor, SequenceBiasLogitsProcessor
 
-from rewrite.runtime.sampling import Row, Sampler, Sampling
+from rewrite.runtime.sampling import Row, Sampling, choose, process
 
 VOCABULARY = 48
 PROMPT = [3, 5, 3, 7, 5, 3]
@@ -91,22 +91,23 @@ def distribution(logits: np.ndarray, s: Sampling, tokens: list[int], prompt: int
     return torch.softmax(scores.double(), dim=-1)[0].numpy()
 
 
-def statistic(name: str, count: int, rows: int = 5000, seed: int = 0) -> tuple[float, float, int]:
+def statistic(name: str, count: int, rows: int = 5000) -> tuple[float, float, int]:
     """(chi-square, its p-value, tokens drawn that have probability 0) of so many draws of one case.
 
-    The draws differ in their position only within a request, so each row is another request: another seed. Draws of a
-    batch share nothing else.
+    Each draw is a request of its own, with its own seed.
     """
+    seed = list(CASES).index(name) << 32
     s = Sampling(**{"temperature": 1.0, **CASES[name]})
     logits = (np.random.default_rng(len(name)).normal(size=VOCABULARY) * 1.5).astype(np.float32)
     tokens = PROMPT + GENERATED
     expected = distribution(logits, s, tokens, len(PROMPT))
     observed = np.zeros(VOCABULARY, np.int64)
-    sampler = Sampler()
+    line = logits.copy()
+    process(line, Row(s, tokens, len(PROMPT)))
     for start in range(0, count, rows):
         size = min(rows, count - start)
-        samples = sampler.sample(logits[None], [0] * size, [Row(s, tokens, len(PROMPT), seed=seed + start + i) for i in range(size)])
-        observed += np.bincount(samples.tokens, minlength=VOCABULARY)
+        drawn = choose(np.repeat(line[None], size, axis=0), [Row(s, tokens, len(PROMPT), seed=seed + start + i) for i in range(size)])
+        observed += np.bincount(drawn, minlength=VOCABULARY)
     possible = expected > 0
     few = possible & (expected * count < 5)  # together, so that the statistic has its distribution
     parts = [(observed[i], expected[i] * count) for i in np.nonzero(possible & ~few)[0]]
