@@ -30,6 +30,7 @@ Array = np.ndarray[Any, Any]
 Allowed = Callable[[Sequence[int]], Any]
 LARGEST_NOISE = np.float32(22.9)  # -log(E) is at most -log(2^-33)
 NEVER = np.float32(-np.inf)
+IMPOSSIBLE = "no token is possible: every logit is -inf, or one is not a number"
 CACHED = 1 << 18  # logits worked on at once: more leave the processor's cache, which takes five times as long
 
 
@@ -94,7 +95,7 @@ class Sampling:
         self._number("repetition_penalty", 0, above=True)
         self._number("presence_penalty")
         self._number("frequency_penalty")
-        self._number("length_penalty")
+        self._number("length_penalty", -5, 5)
         for name in ("top_k", "no_repeat_ngram", "min_new_tokens"):
             self._integer(name, 0)
         for name in ("max_new_tokens", "n", "beams"):
@@ -227,31 +228,40 @@ class Sampler:
         if rest:
             scores = np.array(logits[[index[i] for i in rest]], np.float32)
             chosen = [rows[i] for i in rest]
-            for i, error in zip(rest, self.process(scores, chosen), strict=True):
+            for i, error in zip(rest, _process(scores, chosen), strict=True):
                 errors[i] = error
             tokens[rest] = choose(scores, chosen)
         for i in range(len(rows)):
             if errors[i]:
                 tokens[i] = -1
             elif tokens[i] < 0:
-                errors[i] = "no token is possible: every logit is -inf, or one is not a number"
+                errors[i] = IMPOSSIBLE
         wanted = [i for i, row in enumerate(rows) if row.sampling.logprobs is not None and tokens[i] >= 0]
         logprobs: list[Logprob | None] = [None] * len(rows)
         for i in wanted:
             logprobs[i] = likeliest(logits[index[i]], int(tokens[i]), rows[i].sampling.logprobs or 0)
         return Samples(tokens, errors, logprobs)
 
-    def process(self, scores: Array, rows: Sequence[Row]) -> list[str | None]:
-        """Change float32 [R, V] in place by everything before the temperature; returns, for each row, what its hook raised."""
-        errors: list[str | None] = [None] * len(rows)
-        for i, row in enumerate(rows):
-            if not row.sampling.processed:
-                continue
-            try:
-                process(scores[i], row)
-            except Exception as error:  # of the user's hook: it ends this request and no other
-                errors[i] = f"allowed: {error}"
-        return errors
+    def log_probabilities(self, logits: Array, index: Sequence[int], rows: Sequence[Row]) -> tuple[Array, list[str | None]]:
+        """For beam search: log-probabilities float32 [R, V] with everything before the temperature done to them, and errors."""
+        lines = np.array(logits[list(index)], np.float32)
+        errors = [None if good else IMPOSSIBLE for good in np.isfinite(lines.max(axis=1))]
+        with np.errstate(invalid="ignore"):
+            scores = log_softmax(lines)
+        return scores, [error or later for error, later in zip(errors, _process(scores, rows), strict=True)]
+
+
+def _process(scores: Array, rows: Sequence[Row]) -> list[str | None]:
+    """`process` for each row; returns what its hook raised, which ends that request and no other."""
+    errors: list[str | None] = [None] * len(rows)
+    for i, row in enumerate(rows):
+        if not row.sampling.processed:
+            continue
+        try:
+            process(scores[i], row)
+        except Exception as error:
+            errors[i] = f"allowed: {error}"
+    return errors
 
 
 def process(line: Array, row: Row) -> None:
