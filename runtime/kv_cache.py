@@ -262,7 +262,7 @@ class BlockPool:
                 raise CacheError(f"KV cache: block {block} is in {homes} of free, kept and used")
             if content is not None and content.block != block:
                 raise CacheError(f"KV cache: block {block} has a content that lies in block {content.block}")
-            if (block in kept) and content is None or free[block] and content is not None:
+            if (content is None and block in kept) or (content is not None and free[block]):
                 raise CacheError(f"KV cache: block {block} is unused and its content is {content}")
             if block in self._copies and not held[block]:
                 raise CacheError(f"KV cache: block {block} is the destination of a copy and belongs to nobody")

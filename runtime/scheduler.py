@@ -15,10 +15,9 @@ import operator
 import secrets
 import time
 from bisect import insort
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
 from heapq import merge
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -26,66 +25,11 @@ from rewrite.runtime.batch import Batch
 from rewrite.runtime.beam_search import BeamSearch
 from rewrite.runtime.kv_cache import BlockPool, BlockTable
 from rewrite.runtime.metrics import Metrics
-from rewrite.runtime.sampling import Logprob, Row, Sampler, Sampling
-from rewrite.runtime.text_stream import Decode, TextStream
+from rewrite.runtime.requests import Model, Output, Refused, Request
+from rewrite.runtime.sampling import Logprob, Row, Sampler
+from rewrite.runtime.text_stream import TextStream
 
 Array = np.ndarray[Any, Any]
-
-
-class Model(Protocol):
-    """What is scheduled: it keeps keys and values in `blocks` blocks of `block_size` tokens."""
-
-    block_size: int
-    blocks: int
-    vocabulary: int
-
-    def step(self, batch: Batch) -> Array:
-        """Write keys and values of the batch's tokens and return float32 [R, vocabulary], the logits of its logit_rows."""
-        ...
-
-    def copy_blocks(self, pairs: list[tuple[int, int]]) -> None:
-        """Copy blocks, (source, destination), in all layers, before the next step. They may be copied in any order."""
-        ...
-
-
-class Refused(ValueError):
-    """A request that cannot be served, now or later; the message says why and what would help."""
-
-
-@dataclass(frozen=True)
-class Request:
-    """prompt: tokens, at least one. priority: higher is served earlier. decode: tokens to text, if text is wanted."""
-
-    prompt: Sequence[int]
-    sampling: Sampling = field(default_factory=Sampling)
-    priority: int = 0
-    decode: Decode | None = None
-
-
-@dataclass(frozen=True)
-class Output:
-    """What is new in one of a request's outputs.
-
-    request   its number, from `Scheduler.add`
-    choice    which of its n outputs
-    tokens    new ones; of beam search all of them, at the end
-    text      new text, "" without Request.decode; held back while it may become a stop string
-    logprobs  one for each new token, if asked for
-    finished  None, "stop", "length", "cancelled" or "error"
-    error     what went wrong, with "error"
-    score     of beam search: log-probability / tokens ** length_penalty
-    done      this is the last of the request
-    """
-
-    request: int
-    choice: int = 0
-    tokens: tuple[int, ...] = ()
-    text: str = ""
-    logprobs: tuple[Logprob, ...] = ()
-    finished: str | None = None
-    error: str | None = None
-    score: float | None = None
-    done: bool = False
 
 
 class _Job:
@@ -304,8 +248,8 @@ class Scheduler:
     def _admit(self, group: _Group) -> bool:
         """Give it seats and what the cache holds of it, if there is room for all its known tokens.
 
-        Each running sequence before it may want a block in the next step, so that many stay free: who is admitted is not
-        thrown out at once.
+        Each running sequence before it may want a block in the next step; that many stay free, so that it is not thrown out
+        at once.
         """
         while self._taken() + group.seats > self.seats:
             if not self._preempt_after(group):
@@ -314,10 +258,10 @@ class Scheduler:
         first.table = self.pool.open(first.row.tokens)
         held = sum(b >= 0 for b in first.table.blocks)
         needed = max(0, self.pool.blocks_for(len(first.row.tokens)) - held)
-        while self.pool.available < needed + self._taken():
-            if not self._preempt_after(group):
-                break
-        if self._running and self.pool.available < needed + self._taken():
+        needed += sum(g.seats for g in self._running if g.key < group.key)
+        while self.pool.available < needed and self._preempt_after(group):
+            pass
+        if self._running and self.pool.available < needed:
             first.table.free()
             first.table = None
             return False

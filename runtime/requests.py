@@ -1,0 +1,71 @@
+"""What goes into a scheduler and comes out of it: models, requests, outputs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+
+from rewrite.runtime.batch import Batch
+from rewrite.runtime.sampling import Logprob, Sampling
+from rewrite.runtime.text_stream import Decode
+
+Array = np.ndarray[Any, Any]
+
+
+class Model(Protocol):
+    """What is scheduled: it keeps keys and values in `blocks` blocks of `block_size` tokens."""
+
+    block_size: int
+    blocks: int
+    vocabulary: int
+
+    def step(self, batch: Batch) -> Array:
+        """Write keys and values of the batch's tokens and return float32 [R, vocabulary], the logits of its logit_rows."""
+        ...
+
+    def copy_blocks(self, pairs: list[tuple[int, int]]) -> None:
+        """Copy blocks, (source, destination), in all layers, before the next step. They may be copied in any order."""
+        ...
+
+
+class Refused(ValueError):
+    """A request that cannot be served, now or later; the message says why and what would help."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """prompt: tokens, at least one. priority: higher is served earlier. decode: tokens to text, if text is wanted."""
+
+    prompt: Sequence[int]
+    sampling: Sampling = field(default_factory=Sampling)
+    priority: int = 0
+    decode: Decode | None = None
+
+
+@dataclass(frozen=True)
+class Output:
+    """What is new in one of a request's outputs.
+
+    request   its number, from `Scheduler.add`
+    choice    which of its n outputs
+    tokens    new ones; of beam search all of them, at the end
+    text      new text, "" without Request.decode; held back while it may become a stop string
+    logprobs  one for each new token, if asked for
+    finished  None, "stop", "length", "cancelled" or "error"
+    error     what went wrong, with "error"
+    score     of beam search: log-probability / tokens ** length_penalty
+    done      this is the last of the request
+    """
+
+    request: int
+    choice: int = 0
+    tokens: tuple[int, ...] = ()
+    text: str = ""
+    logprobs: tuple[Logprob, ...] = ()
+    finished: str | None = None
+    error: str | None = None
+    score: float | None = None
+    done: bool = False
