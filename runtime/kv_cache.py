@@ -19,6 +19,8 @@ from weakref import WeakValueDictionary
 
 import numpy as np
 
+from rewrite.errors import RewriteError
+
 Array = np.ndarray[Any, Any]
 HIDDEN = -1  # in a table: a block given back because it lies before the window
 
@@ -40,10 +42,10 @@ def block_count(memory: int, block_bytes: int) -> int:
     """How many blocks fit in `memory` bytes.
 
     block_bytes: of one block over all layers, 2 * layers * block_size * KV heads * head size * bytes an element.
-    Raises ValueError if not one fits.
+    Raises RewriteError if not one fits.
     """
     if block_bytes < 1 or memory < block_bytes:
-        raise ValueError(f"KV cache: {memory} bytes hold no block of {block_bytes} bytes; give it more memory or choose a smaller block size")
+        raise RewriteError(f"KV cache: {memory} bytes hold no block of {block_bytes} bytes; give it more memory or choose a smaller block size")
     return memory // block_bytes
 
 
@@ -72,7 +74,7 @@ class BlockPool:
     def __init__(self, blocks: int, block_size: int, window: int | None = None, reuse: bool = True):
         for name, value in (("blocks", blocks), ("block_size", block_size), ("window", 1 if window is None else window)):
             if value < 1:
-                raise ValueError(f"BlockPool: {name} is {value}; it has to be at least 1")
+                raise RewriteError(f"BlockPool: {name} is {value}; it has to be at least 1")
         self.blocks = blocks
         self.block_size = block_size
         self.window = window

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from rewrite.errors import RewriteError
 from rewrite.runtime.batch import Batch
 from rewrite.runtime.sampling import Logprob, Sampling
 from rewrite.runtime.text_stream import Decode
@@ -31,7 +32,7 @@ class Model(Protocol):
         ...
 
 
-class Refused(ValueError):
+class Refused(RewriteError):
     """A request that cannot be served, now or later; the message says why and what would help."""
 
 

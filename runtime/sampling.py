@@ -24,6 +24,7 @@ from typing import Any
 
 import numpy as np
 
+from rewrite.errors import RewriteError, blame
 from rewrite.runtime.philox import exponentials, exponentials_of_all
 
 Array = np.ndarray[Any, Any]
@@ -36,7 +37,7 @@ CACHED = 1 << 18  # logits worked on at once: more leave the processor's cache, 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the tokens of a request are chosen; the defaults give the most likely ones. Raises ValueError for what makes no sense.
+    """How the tokens of a request are chosen; the defaults give the most likely ones. Raises RewriteError for what makes no sense.
 
     temperature         0: the most likely token, and what restricts draws has no effect
     top_k               draw from the k most likely; 0: from all
@@ -141,11 +142,11 @@ class Sampling:
         object.__setattr__(self, "stop", tuple(self.stop))
 
     def check(self, vocabulary: int) -> None:
-        """Raises ValueError if a token is named that the model does not have, or more log-probabilities than tokens."""
+        """Raises RewriteError if a token is named that the model does not have, or more log-probabilities than tokens."""
         for name, tokens in (("logit_bias", self.logit_bias), ("stop_tokens", self.stop_tokens), ("bad_words", [t for w in self.bad_words for t in w])):
             for token in tokens:
                 if token >= vocabulary:
-                    raise ValueError(f"Sampling: {name} names token {token}; the model's tokens are 0 to {vocabulary - 1}")
+                    raise RewriteError(f"Sampling: {name} names token {token}; the model's tokens are 0 to {vocabulary - 1}")
         if self.logprobs is not None and self.logprobs > vocabulary:
             self._wrong("logprobs", f"the model has {vocabulary} tokens")
 
@@ -158,7 +159,7 @@ class Sampling:
         )  # fmt: skip
 
     def _wrong(self, name: str, fix: str) -> None:
-        raise ValueError(f"Sampling: {name} is {getattr(self, name)!r}; {fix}")
+        raise RewriteError(f"Sampling: {name} is {getattr(self, name)!r}; {fix}")
 
     def _number(self, name: str, low: float = -math.inf, high: float = math.inf, above: bool = False) -> None:
         value = getattr(self, name)
@@ -180,7 +181,7 @@ class Sampling:
         except TypeError:
             token = -1
         if token < 0:
-            raise ValueError(f"Sampling: {name} has {value!r} where a token belongs; tokens are whole numbers from 0")
+            raise RewriteError(f"Sampling: {name} has {value!r} where a token belongs; tokens are whole numbers from 0")
         return token
 
 
@@ -260,7 +261,7 @@ def _process(scores: Array, rows: Sequence[Row]) -> list[str | None]:
         try:
             process(scores[i], row)
         except Exception as error:
-            errors[i] = f"allowed: {error}"
+            errors[i] = f"allowed: {error if isinstance(error, RewriteError) else blame(error)}"
     return errors
 
 
@@ -295,7 +296,7 @@ def repeating(tokens: Sequence[int], n: int, vocabulary: int) -> Array:
     history = np.asarray(tokens)
     windows = np.lib.stride_tricks.sliding_window_view(history, n)
     found = windows[(windows[:, : n - 1] == history[len(history) - n + 1 :]).all(axis=1), n - 1]
-    return found[found < vocabulary]
+    return found[found < vocabulary]  # type: ignore[no-any-return]
 
 
 def allow(line: Array, allowed: Any) -> None:
@@ -303,13 +304,13 @@ def allow(line: Array, allowed: Any) -> None:
     given = np.asarray(allowed)
     keep = given if given.dtype == bool else np.zeros(len(line), bool)
     if keep.shape != line.shape:
-        raise ValueError(f"a mask of shape {keep.shape} came back; it has to be [{len(line)}]")
+        raise RewriteError(f"a mask of shape {keep.shape} came back; it has to be [{len(line)}]")
     if given.dtype != bool and given.size:
         if given.dtype.kind not in "iu" or given.min() < 0 or given.max() >= len(line):
-            raise ValueError(f"it has to return a mask or tokens from 0 to {len(line) - 1}")
+            raise RewriteError(f"it has to return a mask or tokens from 0 to {len(line) - 1}")
         keep[given] = True
     if not keep.any():
-        raise ValueError("no token is allowed")
+        raise RewriteError("no token is allowed")
     line[~keep] = NEVER
     if line.max() == NEVER:
         line[keep] = 0

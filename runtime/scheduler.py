@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 
+from rewrite.errors import RewriteError, blame
 from rewrite.runtime.batch import Batch
 from rewrite.runtime.beam_search import BeamSearch
 from rewrite.runtime.kv_cache import BlockPool, BlockTable
@@ -99,9 +100,9 @@ class Scheduler:
                  sampler: Sampler | None = None, clock: Callable[[], float] = time.perf_counter):  # fmt: skip
         for name, value in (("token_budget", token_budget), ("seats", seats), ("patience", patience)):
             if value < 1:
-                raise ValueError(f"Scheduler: {name} is {value}; it has to be at least 1")
+                raise RewriteError(f"Scheduler: {name} is {value}; it has to be at least 1")
         if pool.block_size != model.block_size or pool.blocks > model.blocks:
-            raise ValueError(f"Scheduler: the pool has {pool.blocks} blocks of {pool.block_size} tokens, the model {model.blocks} of {model.block_size}")
+            raise RewriteError(f"Scheduler: the pool has {pool.blocks} blocks of {pool.block_size} tokens, the model {model.blocks} of {model.block_size}")
         self.model = model
         self.pool = pool
         self.token_budget = token_budget
@@ -125,10 +126,10 @@ class Scheduler:
         return len(self._jobs) + len(self._notices)
 
     def add(self, request: Request) -> int:
-        """Queue a request; returns its number. Raises Refused if it can never be served, ValueError for what it asks wrongly."""
+        """Queue a request; returns its number. Raises Refused if it can never be served, another RewriteError for what it asks wrongly."""
         try:
             prompt = self._admissible(request)
-        except ValueError:
+        except RewriteError:
             self.metrics.refused += 1
             raise
         number = self._added
@@ -402,7 +403,7 @@ class Scheduler:
                 if group.text.found is not None:
                     finished = "stop"
         except Exception as wrong:  # of the user's decode: it ends this output and no other
-            return self._fail(group, f"decode: {wrong}")
+            return self._fail(group, f"decode: {blame(wrong)}")
         done = self._finish(group) if finished else False
         self.metrics.finished += done
         return Output(job.number, row.choice, (token,), text, (logprob,) if logprob else (), finished, done=done)
@@ -433,7 +434,7 @@ class Scheduler:
         try:
             parents = beams.advance(scores, lambda tokens: self._ended(group, tokens))
         except Exception as wrong:  # of the user's decode
-            return [self._fail(group, f"decode: {wrong}")]
+            return [self._fail(group, f"decode: {blame(wrong)}")]
         if beams.done:
             return self._best(group, now)
         tables: list[BlockTable] = []

@@ -76,7 +76,8 @@ class Trial:
             return
         table = self.pool.open(tokens)
         size = self.pool.block_size
-        assert table.length % size == 0 and table.length < len(tokens)
+        assert table.length % size == 0
+        assert table.length < len(tokens)
         sequence = Sequence(table, tokens, table.length)
         sequence.full = [self.name(tokens, n) for n in range(table.length // size)]
         if self.pool.window is None and self.pool.reuse and self.exact:
@@ -129,7 +130,8 @@ class Trial:
         size = self.pool.block_size
         copies = self.pool.take_copies()
         sources, destinations = [s for s, _ in copies], [d for _, d in copies]
-        assert len(set(destinations)) == len(destinations) and not set(sources) & set(destinations)
+        assert len(set(destinations)) == len(destinations)
+        assert not set(sources) & set(destinations)
         before = list(self.memory)
         for source, destination in copies:
             self.memory[destination * size : (destination + 1) * size] = before[source * size : (source + 1) * size]
@@ -224,7 +226,7 @@ class Trial:
             sequence = self.live[0]
             while sequence.done < len(tokens):
                 slots = self.extend(sequence, min(len(tokens) - sequence.done, self.pool.room(sequence.table)), [])
-                assert slots is not None and len(slots), "no progress"
+                assert slots is not None, "no progress"
                 self.finish([(sequence, slots)])
             self.compare()
             self.drop(sequence, keep=False)
