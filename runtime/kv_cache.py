@@ -14,14 +14,10 @@ from __future__ import annotations
 from array import array
 from collections import Counter, OrderedDict
 from collections.abc import Iterable, Sequence
-from typing import Any
 from weakref import WeakValueDictionary
-
-import numpy as np
 
 from rewrite.errors import RewriteError
 
-Array = np.ndarray[Any, Any]
 HIDDEN = -1  # in a table: a block given back because it lies before the window
 
 
@@ -137,7 +133,7 @@ class BlockPool:
         for content in chain[first:best]:
             assert content.block is not None
             self._acquire(content.block)
-        table.blocks = [HIDDEN] * first + [c.block for c in chain[first:best] if c.block is not None]
+        table.blocks = array("i", [HIDDEN] * first + [c.block for c in chain[first:best] if c.block is not None])
         table.length = table.computed = best * size
         table.tail = chain[best - 1] if best else self._root
         self._tables.add(table)
@@ -275,69 +271,71 @@ class BlockPool:
 class BlockTable:
     """The blocks of one sequence. Made by `BlockPool.open` and `fork`; `free` ends it.
 
-    blocks    block of tokens 0 to block_size - 1, of the next ones, ...; HIDDEN where they lie before the window
-    length    tokens that have a slot
+    blocks    int32 array: block of tokens 0 to block_size - 1, of the next ones, ...; HIDDEN where they lie before the window
+    length    tokens that have a slot: token t the slot blocks[t // block_size] * block_size + t % block_size
     computed  tokens whose keys and values are written; behind `length` between `extend` and `commit`
     """
 
     def __init__(self, pool: BlockPool):
         self.pool = pool
-        self.blocks: list[int] = []
+        self.blocks = array("i")
         self.length = 0
         self.computed = 0
         self.tail = pool._root  # content of the last full block
         self._open: list[int] = []  # tokens after that block
 
-    def extend(self, tokens: Sequence[int]) -> Array:
-        """Slots for the next tokens, int32 [len(tokens)]. A block that others share is replaced by a copy first.
+    def extend(self, count: int) -> None:
+        """Slots for the next tokens. A block that others share is replaced by a copy first.
 
         Raises OutOfBlocks, and changes nothing, if there are too few blocks. The step that writes them, after the copies
         of `BlockPool.take_copies`, is followed by `commit`.
         """
-        pool, size, count = self.pool, self.pool.block_size, len(tokens)
+        pool, partial = self.pool, self.length % self.pool.block_size
         self._alive()
         if self.computed != self.length:
             raise CacheError("KV cache: a table is extended before its last tokens were committed")
-        needed = pool.needed([(self, count)])
-        if needed > pool.available:
-            raise OutOfBlocks(f"KV cache: {needed} blocks are needed and {pool.available} are free")
-        if count and self.length % size and pool._references[self.blocks[-1]] > 1:
-            shared, own = self.blocks[-1], pool._allocate()
-            pool._copies[own] = shared
-            pool._pins[shared] += 1
-            pool._release(shared)
-            self.blocks[-1] = own
-            needed -= 1
-        self.blocks.extend(pool._allocate() for _ in range(needed))
-        start = self.length
+        shared = partial and count and pool._references[self.blocks[-1]] > 1
+        if shared or not partial or partial + count > pool.block_size:
+            needed = pool.needed([(self, count)])
+            if needed > pool.available:
+                raise OutOfBlocks(f"KV cache: {needed} blocks are needed and {pool.available} are free")
+            if shared:
+                old, own = self.blocks[-1], pool._allocate()
+                pool._copies[own] = old
+                pool._pins[old] += 1
+                pool._release(old)
+                self.blocks[-1] = own
+                needed -= 1
+            self.blocks.extend(pool._allocate() for _ in range(needed))
         self.length += count
-        self._open.extend(tokens)
-        return self.slots(start, self.length)
 
-    def slots(self, start: int, stop: int) -> Array:
-        """Where the tokens start to stop - 1 lie, int32 [stop - start]."""
-        size = self.pool.block_size
-        if stop == start + 1:
-            return np.array([self.blocks[start // size] * size + start % size], np.int32)
-        positions = np.arange(start, stop)
-        first = start // size
-        blocks = np.array(self.blocks[first : -(-stop // size)], np.int64)
-        return (blocks[positions // size - first] * size + positions % size).astype(np.int32)
-
-    def commit(self) -> None:
-        """The step is done: what it wrote may be shared, and what no later query can see is given back."""
+    def commit(self, tokens: Sequence[int]) -> None:
+        """The step is done. tokens: those that were written, at most as many as the table was extended by; the slots of the
+        others are given back. What is full may now be shared, and what no later query can see is given back.
+        """
         pool, size = self.pool, self.pool.block_size
         self._alive()
-        first, full = self.computed // size, len(self._open) // size
-        self.computed = self.length
+        if self.computed + len(tokens) > self.length:
+            raise CacheError(f"KV cache: {len(tokens)} tokens are committed, and there are slots for {self.length - self.computed}")
+        first = self.computed // size
+        self.length = self.computed = self.computed + len(tokens)
+        while len(self.blocks) > -(-self.length // size):
+            pool._release(self.blocks.pop())
+        self._open.extend(tokens)
+        full = len(self._open) // size
         for number in range(full if pool.reuse else 0):
             self.tail = pool._intern(self.tail, array("q", self._open[number * size : (number + 1) * size]).tobytes())
             self._share(first + number)
-        del self._open[: full * size]
-        for hidden in range(min(pool.first_visible(self.length), len(self.blocks)) - 1, -1, -1):
+        if full:
+            del self._open[: full * size]
+        if pool.window is not None:
+            self._hide()
+
+    def _hide(self) -> None:
+        for hidden in range(min(self.pool.first_visible(self.length), len(self.blocks)) - 1, -1, -1):
             if self.blocks[hidden] == HIDDEN:
                 break
-            pool._release(self.blocks[hidden])
+            self.pool._release(self.blocks[hidden])
             self.blocks[hidden] = HIDDEN
 
     def _share(self, number: int) -> None:
@@ -359,7 +357,7 @@ class BlockTable:
         if self.computed != self.length:
             raise CacheError("KV cache: a table is forked before its last tokens were committed")
         table = BlockTable(self.pool)
-        table.blocks, table.length, table.computed = list(self.blocks), self.length, self.computed
+        table.blocks, table.length, table.computed = self.blocks[:], self.length, self.computed
         table.tail, table._open = self.tail, list(self._open)
         for block in self.blocks:
             if block != HIDDEN:
@@ -374,7 +372,7 @@ class BlockTable:
         for block in reversed(self.blocks):
             if block != HIDDEN:
                 self.pool._release(block)
-        self.blocks = []
+        self.blocks = array("i")
 
     def _alive(self) -> None:
         if self not in self.pool._tables:
@@ -384,14 +382,14 @@ class BlockTable:
         pool, size = self.pool, self.pool.block_size
         seen = [b for b in self.blocks if b != HIDDEN]
         if len(self.blocks) != -(-self.length // size) or len(set(seen)) != len(seen):
-            raise CacheError(f"KV cache: {self.length} tokens lie in blocks {self.blocks}")
+            raise CacheError(f"KV cache: {self.length} tokens lie in blocks {list(self.blocks)}")
         first = pool.first_visible(self.computed)
         if HIDDEN in self.blocks[first:] or any(b != HIDDEN for b in self.blocks[:first]):
-            raise CacheError(f"KV cache: the window starts at block {first} of {self.blocks}")
+            raise CacheError(f"KV cache: the window starts at block {first} of {list(self.blocks)}")
         if self.computed != self.length and any(pool._references[b] != 1 for b in self.blocks[self.computed // size :]):
-            raise CacheError(f"KV cache: a shared block of {self.blocks} is being written")
+            raise CacheError(f"KV cache: a shared block of {list(self.blocks)} is being written")
         content: Content | None = self.tail
-        for block in reversed(self.blocks[: self.computed // size] if pool.reuse else []):
+        for block in reversed(self.blocks[: self.computed // size] if pool.reuse else array("i")):
             assert content is not None
             if block != HIDDEN and pool._contents[block] is not (content if content.indexed else None):
                 raise CacheError(f"KV cache: block {block} has another content than the table that holds it")

@@ -20,6 +20,7 @@ import math
 import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -150,7 +151,7 @@ class Sampling:
         if self.logprobs is not None and self.logprobs > vocabulary:
             self._wrong("logprobs", f"the model has {vocabulary} tokens")
 
-    @property
+    @cached_property
     def processed(self) -> bool:
         """Whether anything is done to the logits before the temperature."""
         return bool(

@@ -24,7 +24,7 @@ import numpy as np
 from rewrite.errors import RewriteError, blame
 from rewrite.runtime.batch import Batch
 from rewrite.runtime.beam_search import BeamSearch
-from rewrite.runtime.kv_cache import BlockPool, BlockTable
+from rewrite.runtime.kv_cache import BlockPool, BlockTable, OutOfBlocks
 from rewrite.runtime.metrics import Metrics
 from rewrite.runtime.requests import Model, Output, Refused, Request
 from rewrite.runtime.sampling import Logprob, Row, Sampler
@@ -54,7 +54,12 @@ class _Sequence:
 
     @property
     def remaining(self) -> int:
-        return len(self.row.tokens) - (self.table.length if self.table else 0)
+        return len(self.row.tokens) - (self.table.length if self.table is not None else 0)
+
+    def commit(self, count: int) -> None:
+        assert self.table is not None
+        length = self.table.length
+        self.table.commit(self.row.tokens[length - count : length])
 
 
 class _Group:
@@ -116,7 +121,7 @@ class Scheduler:
         self._added = 0
         self._waiting: list[_Group] = []  # both in order
         self._running: list[_Group] = []
-        self._plan: dict[_Group, list[tuple[_Sequence, Array]]] = {}  # of this step: sequences and slots of their new tokens
+        self._plan: dict[_Group, list[tuple[_Sequence, int]]] = {}  # of this step: sequences and how many new tokens
         self._left = token_budget  # of this step
         self._notices: list[Output] = []
 
@@ -164,7 +169,7 @@ class Scheduler:
                 raise RuntimeError("scheduler: no request can advance; this is a bug, please report it")
             return outputs
         planned, self._plan = self._plan, {}
-        batch, wanted = _batch(planned)
+        batch, wanted = _batch(planned, self.pool.block_size)
         try:
             copies = self.pool.take_copies()
             if copies:
@@ -175,9 +180,8 @@ class Scheduler:
             for group in planned:
                 self._preempt(group)
             raise
-        for sequence in (s for parts in planned.values() for s, _ in parts):
-            assert sequence.table is not None
-            sequence.table.commit()
+        for sequence, count in (part for parts in planned.values() for part in parts):
+            sequence.commit(count)
         m = self.metrics
         m.steps += 1
         m.computed_tokens += len(batch.tokens)
@@ -297,18 +301,17 @@ class Scheduler:
         """Plan up to so many tokens of one sequence, as many as there are blocks and budget for."""
         count = min(wanted, self._left)
         assert sequence.table is not None
-        while self.pool.needed([(sequence.table, count)]) > self.pool.available:
-            if not self._preempt_after(group):
-                count = min(count, self.pool.room(sequence.table))
-                break
-        if count:
-            self._grow(group, sequence, count)
+        while count:
+            try:
+                return self._grow(group, sequence, count)
+            except OutOfBlocks:
+                if not self._preempt_after(group):
+                    count = min(count, self.pool.room(sequence.table))
 
     def _grow(self, group: _Group, sequence: _Sequence, count: int) -> None:
         assert sequence.table is not None
-        start = sequence.table.length
-        slots = sequence.table.extend(sequence.row.tokens[start : start + count])
-        self._plan.setdefault(group, []).append((sequence, slots))
+        sequence.table.extend(count)
+        self._plan.setdefault(group, []).append((sequence, count))
         self._left -= count
 
     # Who is where
@@ -328,7 +331,7 @@ class Scheduler:
         return True
 
     def _preempt(self, group: _Group) -> None:
-        self._left += sum(len(slots) for _, slots in self._plan.pop(group, ()))
+        self._left += sum(count for _, count in self._plan.pop(group, ()))
         self._release(group)
         group.running = False
         insort(self._waiting, group, key=_order)
@@ -476,29 +479,32 @@ class Scheduler:
         return found
 
 
-def _batch(planned: dict[_Group, list[tuple[_Sequence, Array]]]) -> tuple[Batch, list[tuple[_Group, list[int]]]]:
-    """The arrays of a plan, and for each group that gets a token the rows of the logits that are its."""
-    parts = [(sequence, slots) for sequences in planned.values() for sequence, slots in sequences]
-    counts = np.array([len(slots) for _, slots in parts])
-    starts = np.concatenate([[0], np.cumsum(counts)])
-    tables = [s.table for s, _ in parts if s.table is not None]
-    lengths = np.array([t.length for t in tables])
-    tokens = [token for s, slots in parts for token in s.row.tokens[s.table.length - len(slots) : s.table.length]]  # type: ignore[union-attr]
-    blocks = np.zeros((len(tables), max(len(t.blocks) for t in tables)), np.int32)
-    for line, table in zip(blocks, tables, strict=True):
-        line[: len(table.blocks)] = table.blocks
-    np.maximum(blocks, 0, out=blocks)  # before the window
+def _batch(planned: dict[_Group, list[tuple[_Sequence, int]]], size: int) -> tuple[Batch, list[tuple[_Group, list[int]]]]:
+    """The arrays of a plan, and for each group that gets a token the rows of the logits that are its. size: of a block."""
+    tokens: list[int] = []
+    starts, lengths, tables = [0], [], []
     wanted: list[tuple[_Group, list[int]]] = []
     rows: list[int] = []
-    number = 0
-    for group, sequences in planned.items():
-        if sequences[0][0].remaining == 0:
-            wanted.append((group, list(range(len(rows), len(rows) + len(sequences)))))
-            rows += [int(starts[number + i + 1]) - 1 for i in range(len(sequences))]
-        number += len(sequences)
-    positions = np.arange(starts[-1]) + np.repeat(lengths - counts - starts[:-1], counts)
+    for group, parts in planned.items():
+        for sequence, count in parts:
+            table, known = sequence.table, sequence.row.tokens
+            assert table is not None
+            tokens += known[table.length - count : table.length]
+            starts.append(len(tokens))
+            lengths.append(table.length)
+            tables.append(table.blocks)
+        if lengths[-1] == len(known):
+            wanted.append((group, list(range(len(rows), len(rows) + len(parts)))))
+            rows += [start - 1 for start in starts[-len(parts) :]]
+    blocks = np.zeros((len(tables), max(map(len, tables))), np.int32)
+    for line, table_blocks in zip(blocks, tables, strict=True):
+        line[: len(table_blocks)] = np.frombuffer(table_blocks, np.int32)
+    np.maximum(blocks, 0, out=blocks)  # before the window
+    counts = np.diff(starts)
+    positions = np.arange(len(tokens)) + np.repeat(np.array(lengths) - starts[1:], counts)
+    slots = blocks[np.repeat(np.arange(len(tables)), counts), positions // size] * size + positions % size
     batch = Batch(
-        tokens=np.array(tokens, np.int64), positions=positions, slots=np.concatenate([slots for _, slots in parts]), block_tables=blocks,
-        query_starts=starts.astype(np.int32), context_lengths=lengths.astype(np.int32), logit_rows=np.array(rows, np.int64),
+        tokens=np.array(tokens, np.int64), positions=positions, slots=slots.astype(np.int32), block_tables=blocks, query_starts=np.array(starts, np.int32),
+        context_lengths=np.array(lengths, np.int32), logit_rows=np.array(rows, np.int64),
     )  # fmt: skip
     return batch, wanted

@@ -16,8 +16,6 @@ import time
 from collections import Counter
 from pathlib import Path
 
-import numpy as np
-
 from rewrite.runtime.kv_cache import HIDDEN, BlockPool, BlockTable, OutOfBlocks
 
 EPISODE = 500  # steps with one pool
@@ -90,7 +88,7 @@ class Trial:
     def grow(self) -> None:
         """One step of the model: some sequences get their next tokens; who finds no block preempts another or waits."""
         chosen = self.random.sample(self.live, min(len(self.live), self.random.randint(1, 4)))
-        grown: list[tuple[Sequence, np.ndarray]] = []
+        grown: list[tuple[Sequence, list[int]]] = []
         for sequence in chosen:
             if sequence not in self.live:
                 continue
@@ -106,27 +104,27 @@ class Trial:
         self.finish(grown)
         self.counts["grow"] += 1
 
-    def extend(self, sequence: Sequence, count: int, busy: list[Sequence]) -> np.ndarray | None:
-        new = sequence.tokens[sequence.done : sequence.done + count]
+    def extend(self, sequence: Sequence, count: int, busy: list[Sequence]) -> list[int] | None:
+        size = self.pool.block_size
         while True:
             need = self.need(sequence, count)
             free = self.pool.available
             assert self.pool.needed([(sequence.table, count)]) == need
             try:
-                slots = sequence.table.extend(new)
+                sequence.table.extend(count)
             except OutOfBlocks:
                 assert need > free, "out of blocks, and there are enough"
                 self.counts["out of memory"] += 1
             else:
                 assert need <= free, "blocks were given that do not exist"
-                return slots
+                return [sequence.table.blocks[t // size] * size + t % size for t in range(sequence.done, sequence.done + count)]
             others = [s for s in self.live if s is not sequence and s not in busy]
             if others and self.random.random() < 0.7:
                 self.drop(self.random.choice(others), keep=True)
             else:
                 return None
 
-    def finish(self, grown: list[tuple[Sequence, np.ndarray]]) -> None:
+    def finish(self, grown: list[tuple[Sequence, list[int]]]) -> None:
         size = self.pool.block_size
         copies = self.pool.take_copies()
         sources, destinations = [s for s, _ in copies], [d for _, d in copies]
@@ -135,15 +133,21 @@ class Trial:
         before = list(self.memory)
         for source, destination in copies:
             self.memory[destination * size : (destination + 1) * size] = before[source * size : (source + 1) * size]
-        written = [int(s) for _, slots in grown for s in slots]
+        if grown and self.random.random() < 0.2:  # not all of what was reserved is used
+            sequence, slots = grown[-1]
+            grown[-1] = (sequence, slots[: self.random.randrange(len(slots) + 1)])
+            self.counts["given back"] += len(slots) - len(grown[-1][1])
+        written = [s for _, slots in grown for s in slots]
         assert len(set(written)) == len(written), "one slot is written twice"
         for sequence, slots in grown:
+            if sequence.partial is not None and any(s.partial == sequence.partial for s in self.live if s is not sequence):
+                sequence.partial = next(self.names)  # copied, even if none of its slots is used
             for slot in slots:
-                self.memory[int(slot)] = sequence.cell(sequence.done)
+                self.memory[slot] = sequence.cell(sequence.done)
                 sequence.done += 1
                 self.place(sequence)
-        for sequence, _ in grown:
-            sequence.table.commit()
+        for sequence, slots in grown:
+            sequence.table.commit(sequence.tokens[sequence.done - len(slots) : sequence.done])
 
     def fork(self) -> None:
         if not self.live:
@@ -179,8 +183,7 @@ class Trial:
     def place(self, sequence: Sequence) -> None:
         """The sequence has one token more: name the block that it lies in."""
         size = self.pool.block_size
-        shared = sequence.partial is not None and any(s.partial == sequence.partial for s in self.live if s is not sequence)
-        if sequence.partial is None or shared:
+        if sequence.partial is None:
             sequence.partial = next(self.names)
         if sequence.done % size == 0:
             number = sequence.done // size - 1

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 from cache_model import run
 
@@ -11,12 +10,11 @@ from rewrite.runtime import kv_cache
 from rewrite.runtime.kv_cache import HIDDEN, BlockPool, BlockTable, CacheError, Content, OutOfBlocks, block_count
 
 
-def write(pool: BlockPool, table: BlockTable, tokens: list[int]) -> np.ndarray:
-    slots = table.extend(tokens)
+def write(pool: BlockPool, table: BlockTable, tokens: list[int]) -> None:
+    table.extend(len(tokens))
     pool.take_copies()
-    table.commit()
+    table.commit(tokens)
     pool.check()
-    return slots
 
 
 def filled(pool: BlockPool, tokens: list[int]) -> BlockTable:
@@ -40,12 +38,11 @@ def unverified(pool, parent, tokens):
     return pool._index.get(kv_cache.digest(parent.digest, tokens))
 
 
-def no_copy(self, tokens):
-    size, blocks = self.pool.block_size, list(self.blocks)
-    slots = EXTEND(self, tokens)
-    if tokens and slots[0] % size and blocks[-1] not in self.blocks:  # it was shared: write into it all the same
-        slots[: size - slots[0] % size] += (blocks[-1] - slots[0] // size) * size
-    return slots
+def no_copy(self, count):
+    shared = self.blocks[-1] if self.blocks else None
+    EXTEND(self, count)
+    if shared is not None and shared not in self.blocks:
+        self.blocks[(self.length - count) // self.pool.block_size] = shared
 
 
 def put_back_some(pool, block):
@@ -118,11 +115,11 @@ def test_the_end_of_a_sequence_is_forgotten_before_its_start():
 def test_sequences_that_compute_the_same_share_one_block_afterwards():
     pool = BlockPool(8, 2)
     a, b = pool.open([1, 2, 3]), pool.open([1, 2, 4])
-    a.extend([1, 2, 3])
-    b.extend([1, 2, 4])
+    a.extend(3)
+    b.extend(3)
     assert pool.used == 4
-    a.commit()
-    b.commit()
+    a.commit([1, 2, 3])
+    b.commit([1, 2, 4])
     pool.check()
     assert pool.used == 3
     assert a.blocks[0] == b.blocks[0]
@@ -138,13 +135,13 @@ def test_a_fork_copies_the_shared_block_once_it_is_written():
     assert pool.needed([(a, 1), (b, 1)]) == 1
     assert pool.needed([(a, 1), (b, 3)]) == 2
     shared = a.blocks[-1]
-    slots = a.extend([7])
+    a.extend(1)
     assert pool.take_copies() == [(shared, a.blocks[-1])]
-    assert slots.tolist() == [a.blocks[-1] * 4 + 2]
-    assert b.extend([8]).tolist() == [shared * 4 + 2], "the last owner writes in place"
+    b.extend(1)
+    assert b.blocks[-1] == shared, "the last owner writes in place"
     assert pool.take_copies() == []
-    a.commit()
-    b.commit()
+    a.commit([7])
+    b.commit([8])
     pool.check()
     assert a.blocks[0] == b.blocks[0]
     assert pool.used == 3
@@ -154,14 +151,14 @@ def test_the_source_of_a_copy_is_not_reused_before_the_copy():
     pool = BlockPool(2, 4)
     a = filled(pool, [1])
     b = a.fork()
-    a.extend([2])
+    a.extend(1)
     b.free()
     assert pool.available == 0
     with pytest.raises(OutOfBlocks):
-        pool.open([3]).extend([3])
+        pool.open([3]).extend(1)
     assert len(pool.take_copies()) == 1
     assert pool.available == 1
-    a.commit()
+    a.commit([2])
     pool.check()
 
 
@@ -169,7 +166,7 @@ def test_a_copy_for_a_freed_table_is_dropped():
     pool = BlockPool(4, 4)
     a = filled(pool, [1])
     b = a.fork()
-    b.extend([2])
+    b.extend(1)
     b.free()
     assert pool.take_copies() == []
     assert pool.used == 1
@@ -191,19 +188,19 @@ def test_a_window_needs_only_its_last_blocks_for_a_hit():
     for token in range(10):
         write(pool, table, [token])
     table.free()
-    pool.open([50, 51]).extend(list(range(50, 60)))  # takes 5 of the 8 blocks, the first ones of the other sequence among them
+    pool.open([50, 51]).extend(10)  # takes 5 of the 8 blocks, the first ones of the other sequence among them
     again = pool.open([*range(8), 70])
     assert again.length == 8
-    assert again.blocks[:3] == [HIDDEN] * 3
+    assert list(again.blocks[:3]) == [HIDDEN] * 3
     pool.take_copies()
 
 
 def test_exhaustion_changes_nothing():
     pool = BlockPool(2, 2)
     table = filled(pool, [1, 2, 3])
-    before = list(table.blocks)
+    before = table.blocks[:]
     with pytest.raises(OutOfBlocks, match=r"1 blocks are needed and 0 are free"):
-        table.extend([4, 5])
+        table.extend(2)
     assert table.blocks == before
     assert table.length == 3
     assert pool.room(table) == 1
@@ -211,16 +208,31 @@ def test_exhaustion_changes_nothing():
     write(pool, table, [4])
 
 
+def test_slots_that_were_not_used_are_given_back():
+    pool = BlockPool(8, 2)
+    table = filled(pool, [1, 2, 3])
+    table.extend(6)
+    assert pool.used == 5
+    table.commit([4, 5])
+    pool.check()
+    assert (table.length, pool.used) == (5, 3)
+    table.extend(1)
+    with pytest.raises(CacheError, match="2 tokens are committed, and there are slots for 1"):
+        table.commit([6, 7])
+    table.commit([])
+    assert (table.length, pool.used) == (5, 3)
+
+
 def test_wrong_use_is_refused():
     pool = BlockPool(2, 2)
     table = pool.open([1])
-    table.extend([1])
+    table.extend(1)
     with pytest.raises(CacheError, match="before its last tokens were committed"):
         table.fork()
     with pytest.raises(CacheError, match="before its last tokens were committed"):
-        table.extend([2])
+        table.extend(1)
     table.free()
-    for use in (table.free, table.commit, table.fork, lambda: table.extend([1])):
+    for use in (table.free, lambda: table.commit([]), table.fork, lambda: table.extend(1)):
         with pytest.raises(CacheError, match="after it was freed"):
             use()
     with pytest.raises(RewriteError, match="block_size is 0; it has to be at least 1"):

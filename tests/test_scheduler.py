@@ -44,30 +44,31 @@ def test_no_schedule_changes_a_token_or_leaks_a_block(part):
     assert min(counts["preempted"], counts["copied"], counts["reused"], counts["cancelled"]) > 0
 
 
-def shifted(planned):
-    batch, wanted = BATCH(planned)
+def shifted(planned, size):
+    batch, wanted = BATCH(planned, size)
     batch.block_tables = np.roll(batch.block_tables, 1, axis=0)
     return batch, wanted
 
 
-def early(self, tokens):
-    slots = EXTEND(self, tokens)
-    self.commit()
-    return slots
+def believed(self, group):
+    for sequence in group.sequences:
+        if sequence.table is not None:
+            sequence.commit(sequence.table.length - sequence.table.computed)
+    PREEMPT(self, group)
 
 
-def first_logits(planned):
-    batch, wanted = BATCH(planned)
+def first_logits(planned, size):
+    batch, wanted = BATCH(planned, size)
     return batch, [(group, [0] * len(at)) for group, at in wanted]
 
 
-BATCH, EXTEND, FREE, OPEN, COPIES = scheduling._batch, BlockTable.extend, BlockTable.free, BlockPool.open, BlockPool.take_copies
+BATCH, PREEMPT, FREE, OPEN, COPIES = scheduling._batch, Scheduler._preempt, BlockTable.free, BlockPool.open, BlockPool.take_copies
 BUGS = {
     "copies are not made": (FakeModel, "copy_blocks", lambda self, pairs: None),
     "copies are forgotten": (BlockPool, "take_copies", lambda self: COPIES(self)[1:]),
     "block tables of another sequence": (scheduling, "_batch", shifted),
     "logits of another sequence": (scheduling, "_batch", first_logits),
-    "contents are shared before they are computed": (BlockTable, "extend", early),
+    "a step that failed is taken for done": (Scheduler, "_preempt", believed),
     "a cancelled request keeps its blocks": (BlockTable, "free", lambda self: None if self.length % 7 == 3 else FREE(self)),
     "the last token is taken from the cache": (BlockPool, "open", lambda self, tokens: OPEN(self, [*tokens, 0])),
     "blocks are forgotten too early": (BlockPool, "first_visible", lambda self, length: 0 if self.window is None else max(0, length - self.window + 2) // self.block_size),
