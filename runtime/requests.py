@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
 from rewrite.errors import RewriteError
 from rewrite.runtime.batch import Batch
-from rewrite.runtime.sampling import Logprob, Sampling
+from rewrite.runtime.sampling import Logprob, Row, Samples, Sampling
 from rewrite.runtime.text_stream import Decode
 
 Array = np.ndarray[Any, Any]
@@ -29,6 +29,19 @@ class Model(Protocol):
 
     def copy_blocks(self, pairs: list[tuple[int, int]]) -> None:
         """Copy blocks, (source, destination), in all layers, before the next step. They may be copied in any order."""
+        ...
+
+
+@runtime_checkable
+class Decoder(Model, Protocol):
+    """A model that can do several steps at once, so that tokens need not leave the device in between."""
+
+    def decode(self, batch: Batch, rows: list[Row], count: int) -> list[Samples]:
+        """The samples of `count` steps: what `step` and `Sampler.sample` would give, one after the other.
+
+        The batch is the first step: one token a sequence, one row each. In the next steps each sequence gets the token just
+        chosen, one position on; block_tables have the blocks for them. No row has an `allowed` hook.
+        """
         ...
 
 

@@ -12,80 +12,23 @@ Nobody is admitted past one who waits for blocks. A request that would not fit e
 from __future__ import annotations
 
 import operator
-import secrets
 import time
 from bisect import insort
 from collections.abc import Callable, Iterator
 from heapq import merge
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
 from rewrite.errors import RewriteError, blame
-from rewrite.runtime.batch import Batch
-from rewrite.runtime.beam_search import BeamSearch
+from rewrite.runtime.groups import Group, Job, Plan, Sequence, arrays, order
 from rewrite.runtime.kv_cache import BlockPool, BlockTable, OutOfBlocks
 from rewrite.runtime.metrics import Metrics
-from rewrite.runtime.requests import Model, Output, Refused, Request
-from rewrite.runtime.sampling import Logprob, Row, Sampler
+from rewrite.runtime.requests import Decoder, Model, Output, Refused, Request
+from rewrite.runtime.sampling import Logprob, Row, Sampler, Samples
 from rewrite.runtime.text_stream import TextStream
 
 Array = np.ndarray[Any, Any]
-
-
-class _Job:
-    """A request on its way."""
-
-    def __init__(self, number: int, request: Request, order: int, now: float):
-        self.number = number
-        self.request = request
-        self.order = order
-        self.seed = secrets.randbits(64) if request.sampling.seed is None else request.sampling.seed
-        self.groups: list[_Group] = []
-        self.arrived = now
-        self.started = False
-        self.spoke = False
-
-
-class _Sequence:
-    def __init__(self, row: Row, table: BlockTable | None = None):
-        self.row = row
-        self.table = table
-
-    @property
-    def remaining(self) -> int:
-        return len(self.row.tokens) - (self.table.length if self.table is not None else 0)
-
-    def commit(self, count: int) -> None:
-        assert self.table is not None
-        length = self.table.length
-        self.table.commit(self.row.tokens[length - count : length])
-
-
-class _Group:
-    """Sequences that get their next token in the same step: one, or the beams of a request."""
-
-    def __init__(self, job: _Job, row: Row, table: BlockTable | None = None):
-        self.job = job
-        self.key = (job.order, job.number, row.choice)
-        self.sequences = [_Sequence(row, table)]
-        self.beams = BeamSearch(job.request.sampling) if job.request.sampling.beams > 1 else None
-        self.forks = row.choice == 0 and self.beams is None and job.request.sampling.n > 1  # before its first token
-        self.text = TextStream(job.request.decode, job.request.sampling.stop) if job.request.decode and self.beams is None else None
-        self.last = 0.0  # when it got its last token
-        self.running = table is not None
-
-    @property
-    def seats(self) -> int:
-        return self.job.request.sampling.beams
-
-    @property
-    def decodes(self) -> bool:
-        return all(s.table is not None and s.remaining == 1 for s in self.sequences)
-
-
-def _order(group: _Group) -> tuple[int, int, int]:
-    return group.key
 
 
 class Scheduler:
@@ -97,13 +40,15 @@ class Scheduler:
     seats         most sequences of a step; at most the token budget
     patience      how many steps one unit of priority is worth
     context       most tokens of a sequence, prompt included; None: what fits in the cache
+    lookahead     most tokens that each output gets in one call of the model's `decode`, if it has one: while nobody waits and
+                  no prompt is unread. Tokens after an output's end are thrown away
     sampler       chooses tokens; the NumPy reference, if none is given
     clock         seconds, for the metrics
     """
 
     def __init__(self, model: Model, pool: BlockPool, token_budget: int = 512, seats: int = 64, patience: int = 1000, context: int | None = None,
-                 sampler: Sampler | None = None, clock: Callable[[], float] = time.perf_counter):  # fmt: skip
-        for name, value in (("token_budget", token_budget), ("seats", seats), ("patience", patience)):
+                 lookahead: int = 1, sampler: Sampler | None = None, clock: Callable[[], float] = time.perf_counter):  # fmt: skip
+        for name, value in (("token_budget", token_budget), ("seats", seats), ("patience", patience), ("lookahead", lookahead)):
             if value < 1:
                 raise RewriteError(f"Scheduler: {name} is {value}; it has to be at least 1")
         if pool.block_size != model.block_size or pool.blocks > model.blocks:
@@ -114,14 +59,16 @@ class Scheduler:
         self.seats = min(seats, token_budget)
         self.patience = patience
         self.context = context
+        self.lookahead = lookahead if isinstance(model, Decoder) else 1
         self.metrics = Metrics()
         self._sampler = sampler or Sampler()
         self._clock = clock
-        self._jobs: dict[int, _Job] = {}
+        self._jobs: dict[int, Job] = {}
         self._added = 0
-        self._waiting: list[_Group] = []  # both in order
-        self._running: list[_Group] = []
-        self._plan: dict[_Group, list[tuple[_Sequence, int]]] = {}  # of this step: sequences and how many new tokens
+        self._waiting: list[Group] = []  # both in order
+        self._running: list[Group] = []
+        self._plan: Plan = {}
+        self._ahead = 1  # steps that are done at once
         self._left = token_budget  # of this step
         self._notices: list[Output] = []
 
@@ -139,9 +86,9 @@ class Scheduler:
             raise
         number = self._added
         self._added += 1
-        job = _Job(number, request, self.metrics.steps - request.priority * self.patience, self._clock())
+        job = Job(number, request, self.metrics.steps - request.priority * self.patience, self._clock())
         self._jobs[number] = job
-        self._enter(_Group(job, Row(request.sampling, prompt, len(prompt), job.seed)))
+        self._enter(Group(job, Row(request.sampling, prompt, len(prompt), job.seed)))
         self.metrics.added += 1
         self.metrics.prompt_tokens += len(prompt)
         return number
@@ -169,26 +116,31 @@ class Scheduler:
                 raise RuntimeError("scheduler: no request can advance; this is a bug, please report it")
             return outputs
         planned, self._plan = self._plan, {}
-        batch, wanted = _batch(planned, self.pool.block_size)
+        batch, wanted = arrays(planned, self.pool.block_size, self._ahead)
         try:
             copies = self.pool.take_copies()
             if copies:
                 self.model.copy_blocks(copies)
-            logits = self.model.step(batch)
+            if self._ahead > 1:
+                samples = cast(Decoder, self.model).decode(batch, [group.sequences[0].row for group in planned], self._ahead)
+            else:
+                logits = self.model.step(batch)
         except BaseException:
             self._notices = outputs
             for group in planned:
                 self._preempt(group)
             raise
-        for sequence, count in (part for parts in planned.values() for part in parts):
-            sequence.commit(count)
-        m = self.metrics
-        m.steps += 1
-        m.computed_tokens += len(batch.tokens)
+        m, now = self.metrics, self._clock()
+        m.steps += self._ahead
+        m.computed_tokens += len(batch.tokens) * self._ahead
         m.copied_blocks += len(copies)
         m.cache_used = self.pool.used / self.pool.blocks
         m.cache_peak = max(m.cache_peak, m.cache_used)
-        return outputs + self._speak(logits, wanted, self._clock())
+        if self._ahead > 1:
+            return outputs + self._speak_ahead(planned, samples, now)
+        for sequence, count in (part for parts in planned.values() for part in parts):
+            sequence.commit(count)
+        return outputs + self._speak(logits, wanted, now)
 
     def run(self) -> Iterator[Output]:
         """Step until nothing is left."""
@@ -236,11 +188,16 @@ class Scheduler:
     def _schedule(self) -> None:
         """Fill the plan: sequences that need one token first, then prompts; both in order."""
         self._left = self.token_budget
+        self._ahead = self._steps_ahead()
+        if self._ahead > 1:
+            for group in self._running:
+                self._grow(group, group.sequences[0], self._ahead)
+            return
         for group in list(self._running):
             if group.running and group.decodes:
                 self._advance(group)
         blocked = False
-        for group in merge(list(self._running), list(self._waiting), key=_order):
+        for group in merge(list(self._running), list(self._waiting), key=order):
             if not self._left:
                 break
             if group in self._plan:
@@ -250,7 +207,23 @@ class Scheduler:
             if group.running:
                 self._advance(group)
 
-    def _admit(self, group: _Group) -> bool:
+    def _steps_ahead(self) -> int:
+        """How many steps can be done at once: nobody waits, everyone draws, nothing has to be asked in between."""
+        if self.lookahead == 1 or self._waiting or not self._running:
+            return 1
+        left = []
+        for group in self._running:
+            s, row = group.job.request.sampling, group.sequences[0].row
+            if group.beams is not None or group.forks or s.allowed is not None or not group.decodes:
+                return 1
+            left.append(row.prompt + s.max_new_tokens - len(row.tokens))
+        count = min(self.lookahead, *left)
+        tables = [table for group in self._running if (table := group.sequences[0].table) is not None]
+        while count > 1 and self.pool.needed([(table, count) for table in tables]) > self.pool.available:
+            count //= 2
+        return count
+
+    def _admit(self, group: Group) -> bool:
         """Give it seats and what the cache holds of it, if there is room for all its known tokens.
 
         Each running sequence before it may want a block in the next step; that many stay free, so that it is not thrown out
@@ -272,14 +245,14 @@ class Scheduler:
             return False
         self._waiting.remove(group)
         group.running = True
-        insort(self._running, group, key=_order)
+        insort(self._running, group, key=order)
         self.metrics.reused_tokens += first.table.length
         if not group.job.started:
             group.job.started = True
             self.metrics.queue.append(self._clock() - group.job.arrived)
         return True
 
-    def _advance(self, group: _Group) -> None:
+    def _advance(self, group: Group) -> None:
         """Plan what can be computed of the group in this step. Several beams get their next token together."""
         if len(group.sequences) == 1:
             return self._take(group, group.sequences[0], group.sequences[0].remaining)
@@ -297,7 +270,7 @@ class Scheduler:
         for sequence in group.sequences:
             self._grow(group, sequence, 1)
 
-    def _take(self, group: _Group, sequence: _Sequence, wanted: int) -> None:
+    def _take(self, group: Group, sequence: Sequence, wanted: int) -> None:
         """Plan up to so many tokens of one sequence, as many as there are blocks and budget for."""
         count = min(wanted, self._left)
         assert sequence.table is not None
@@ -308,7 +281,7 @@ class Scheduler:
                 if not self._preempt_after(group):
                     count = min(count, self.pool.room(sequence.table))
 
-    def _grow(self, group: _Group, sequence: _Sequence, count: int) -> None:
+    def _grow(self, group: Group, sequence: Sequence, count: int) -> None:
         assert sequence.table is not None
         sequence.table.extend(count)
         self._plan.setdefault(group, []).append((sequence, count))
@@ -319,25 +292,25 @@ class Scheduler:
     def _taken(self) -> int:
         return sum(group.seats for group in self._running)
 
-    def _enter(self, group: _Group) -> None:
+    def _enter(self, group: Group) -> None:
         group.job.groups.append(group)
-        insort(self._running if group.running else self._waiting, group, key=_order)
+        insort(self._running if group.running else self._waiting, group, key=order)
 
-    def _preempt_after(self, group: _Group) -> bool:
+    def _preempt_after(self, group: Group) -> bool:
         """Take everything from the last in the order, if it comes after this one."""
         if not self._running or self._running[-1].key <= group.key:
             return False
         self._preempt(self._running[-1])
         return True
 
-    def _preempt(self, group: _Group) -> None:
+    def _preempt(self, group: Group) -> None:
         self._left += sum(count for _, count in self._plan.pop(group, ()))
         self._release(group)
         group.running = False
-        insort(self._waiting, group, key=_order)
+        insort(self._waiting, group, key=order)
         self.metrics.preempted += 1
 
-    def _release(self, group: _Group) -> None:
+    def _release(self, group: Group) -> None:
         for sequence in group.sequences:
             if sequence.table is not None:
                 sequence.table.free()
@@ -345,7 +318,7 @@ class Scheduler:
         if group.running:
             self._running.remove(group)
 
-    def _finish(self, group: _Group) -> bool:
+    def _finish(self, group: Group) -> bool:
         """It is over; True if this was the last of its request."""
         if not group.running:
             self._waiting.remove(group)
@@ -358,10 +331,10 @@ class Scheduler:
 
     # What comes out
 
-    def _speak(self, logits: Array, wanted: list[tuple[_Group, list[int]]], now: float) -> list[Output]:
+    def _speak(self, logits: Array, wanted: list[tuple[Group, list[int]]], now: float) -> list[Output]:
         """Choose the next token of every group whose known tokens are all computed."""
         outputs: list[Output] = []
-        speakers: list[tuple[_Group, int]] = []
+        speakers: list[tuple[Group, int]] = []
         for group, at in wanted:
             if group.beams is None:
                 speakers += [(g, at[0]) for g in self._fork(group)]
@@ -374,7 +347,20 @@ class Scheduler:
                 outputs += self._search(group, logits, at, now)
         return outputs
 
-    def _fork(self, group: _Group) -> list[_Group]:
+    def _speak_ahead(self, planned: Plan, samples: list[Samples], now: float) -> list[Output]:
+        """The tokens of several steps, of each output up to its end."""
+        outputs: list[Output] = []
+        for i, (group, parts) in enumerate(planned.items()):
+            tokens = [int(s.tokens[i]) for s in samples]
+            good = next((n for n, token in enumerate(tokens) if token < 0), len(tokens))
+            parts[0][0].commit(1, tokens[:-1][:good])
+            for token, s in zip(tokens, samples, strict=True):
+                outputs.append(self._accept(group, token, s.logprobs[i], s.errors[i], now))
+                if outputs[-1].finished:
+                    break
+        return outputs
+
+    def _fork(self, group: Group) -> list[Group]:
         """The group, and before its first token the other outputs of the request; who finds no seat waits for one."""
         if not group.forks:
             return [group]
@@ -383,10 +369,10 @@ class Scheduler:
         assert table is not None
         for choice in range(1, job.request.sampling.n):
             seat = self._taken() < self.seats
-            self._enter(_Group(job, Row(row.sampling, list(row.tokens), row.prompt, row.seed, choice), table.fork() if seat else None))
+            self._enter(Group(job, Row(row.sampling, list(row.tokens), row.prompt, row.seed, choice), table.fork() if seat else None))
         return list(job.groups)
 
-    def _accept(self, group: _Group, token: int, logprob: Logprob | None, error: str | None, now: float) -> Output:
+    def _accept(self, group: Group, token: int, logprob: Logprob | None, error: str | None, now: float) -> Output:
         """One more token, or the reason why there is none."""
         job, row, s = group.job, group.sequences[0].row, group.job.request.sampling
         if error is not None:
@@ -411,12 +397,12 @@ class Scheduler:
         self.metrics.finished += done
         return Output(job.number, row.choice, (token,), text, (logprob,) if logprob else (), finished, done=done)
 
-    def _fail(self, group: _Group, error: str) -> Output:
+    def _fail(self, group: Group, error: str) -> Output:
         done = self._finish(group)
         self.metrics.failed += 1
         return Output(group.job.number, group.sequences[0].row.choice, finished="error", error=error, done=done)
 
-    def _timed(self, group: _Group, now: float, tokens: int) -> None:
+    def _timed(self, group: Group, now: float, tokens: int) -> None:
         if group.last:
             self.metrics.between.append(now - group.last)
         if not group.job.spoke:
@@ -424,7 +410,7 @@ class Scheduler:
         group.last, group.job.spoke = now, True
         self.metrics.generated_tokens += tokens
 
-    def _search(self, group: _Group, logits: Array, at: list[int], now: float) -> list[Output]:
+    def _search(self, group: Group, logits: Array, at: list[int], now: float) -> list[Output]:
         """One step of beam search: the running beams take their tables from those they come from."""
         beams, s, old = group.beams, group.job.request.sampling, group.sequences
         assert beams is not None
@@ -453,16 +439,16 @@ class Scheduler:
             unused.free()
         row = old[0].row
         prompt = row.tokens[: row.prompt]
-        group.sequences = [_Sequence(Row(s, [*prompt, *tokens], row.prompt, row.seed), table) for tokens, table in zip(beams.running, tables, strict=True)]
+        group.sequences = [Sequence(Row(s, [*prompt, *tokens], row.prompt, row.seed), table) for tokens, table in zip(beams.running, tables, strict=True)]
         return []
 
-    def _ended(self, group: _Group, tokens: tuple[int, ...]) -> bool:
+    def _ended(self, group: Group, tokens: tuple[int, ...]) -> bool:
         s, decode = group.job.request.sampling, group.job.request.decode
         if tokens[-1] in s.stop_tokens or len(tokens) >= s.max_new_tokens:
             return True
         return bool(s.stop) and decode is not None and any(string in decode(list(tokens)) for string in s.stop)
 
-    def _best(self, group: _Group, now: float) -> list[Output]:
+    def _best(self, group: Group, now: float) -> list[Output]:
         """The n best beams, whole."""
         job, s = group.job, group.job.request.sampling
         assert group.beams is not None
@@ -477,34 +463,3 @@ class Scheduler:
         self._finish(group)
         self.metrics.finished += 1
         return found
-
-
-def _batch(planned: dict[_Group, list[tuple[_Sequence, int]]], size: int) -> tuple[Batch, list[tuple[_Group, list[int]]]]:
-    """The arrays of a plan, and for each group that gets a token the rows of the logits that are its. size: of a block."""
-    tokens: list[int] = []
-    starts, lengths, tables = [0], [], []
-    wanted: list[tuple[_Group, list[int]]] = []
-    rows: list[int] = []
-    for group, parts in planned.items():
-        for sequence, count in parts:
-            table, known = sequence.table, sequence.row.tokens
-            assert table is not None
-            tokens += known[table.length - count : table.length]
-            starts.append(len(tokens))
-            lengths.append(table.length)
-            tables.append(table.blocks)
-        if lengths[-1] == len(known):
-            wanted.append((group, list(range(len(rows), len(rows) + len(parts)))))
-            rows += [start - 1 for start in starts[-len(parts) :]]
-    blocks = np.zeros((len(tables), max(map(len, tables))), np.int32)
-    for line, table_blocks in zip(blocks, tables, strict=True):
-        line[: len(table_blocks)] = np.frombuffer(table_blocks, np.int32)
-    np.maximum(blocks, 0, out=blocks)  # before the window
-    counts = np.diff(starts)
-    positions = np.arange(len(tokens)) + np.repeat(np.array(lengths) - starts[1:], counts)
-    slots = blocks[np.repeat(np.arange(len(tables)), counts), positions // size] * size + positions % size
-    batch = Batch(
-        tokens=np.array(tokens, np.int64), positions=positions, slots=slots.astype(np.int32), block_tables=blocks, query_starts=np.array(starts, np.int32),
-        context_lengths=np.array(lengths, np.int32), logit_rows=np.array(rows, np.int64),
-    )  # fmt: skip
-    return batch, wanted

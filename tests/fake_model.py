@@ -12,6 +12,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from rewrite.runtime.batch import Batch
 from rewrite.runtime.beam_search import BeamSearch
 from rewrite.runtime.kv_cache import BlockPool
 from rewrite.runtime.requests import Output, Refused, Request
-from rewrite.runtime.sampling import Row, Sampler, Sampling
+from rewrite.runtime.sampling import Row, Sampler, Samples, Sampling
 from rewrite.runtime.scheduler import Scheduler
 
 VOCABULARY = 24
@@ -91,6 +92,20 @@ class FakeModel:
             raise ConnectionError("after it was written")
         return np.stack([logits_of(values[t]) for t in batch.logit_rows]) if len(batch.logit_rows) else np.zeros((0, VOCABULARY), np.float32)
 
+    def decode(self, batch: Batch, rows: list[Row], count: int) -> list[Samples]:
+        """Several steps; a step may fail in between."""
+        rows = [replace(row, tokens=list(row.tokens)) for row in rows]
+        every = []
+        for _ in range(count):
+            every.append(Sampler().sample(self.step(batch), range(len(rows)), rows))
+            tokens, positions = every[-1].tokens, batch.positions + 1
+            for row, token in zip(rows, tokens, strict=True):
+                row.tokens.append(int(token))
+            at = np.arange(len(rows)), np.minimum(positions // self.block_size, batch.block_tables.shape[1] - 1)
+            slots = (batch.block_tables[at] * self.block_size + positions % self.block_size).astype(np.int32)
+            batch = replace(batch, tokens=tokens, positions=positions, slots=slots, context_lengths=batch.context_lengths + np.int32(1))
+        return every
+
     def spoil(self, blocks: list[int]) -> None:
         """Overwrite blocks that nobody may read any more."""
         for block in blocks:
@@ -105,6 +120,9 @@ class Alone:
         self.known: dict[tuple[int, ...], np.uint64] = {}
 
     def logits(self, tokens: Sequence[int]) -> np.ndarray:
+        return logits_of(self.values(tokens)[-1])
+
+    def values(self, tokens: Sequence[int]) -> list[np.uint64]:
         values: list[np.uint64] = []
         for position, token in enumerate(tokens):
             key = tuple(tokens[: position + 1])
@@ -112,7 +130,7 @@ class Alone:
                 first = 0 if self.window is None else max(0, position - self.window + 1)
                 self.known[key] = value(token, position, np.array(values[first:], np.uint64), first)
             values.append(self.known[key])
-        return logits_of(values[-1])
+        return values
 
     def generate(self, request: Request) -> list[tuple[list[int], str, str]]:
         """Tokens, text and reason of each output."""
@@ -173,6 +191,18 @@ def random_request(rng: random.Random, families: list[list[int]]) -> Request:
     return Request(prompt, Sampling(**options), priority=rng.choice([0, 0, 0, 1, 5]), decode=decode)
 
 
+def check_contents(pool: BlockPool, model: FakeModel, alone: Alone) -> None:
+    """Every block that may be found by its content holds what those tokens give."""
+    size = pool.block_size
+    for block, content in enumerate(pool._contents):
+        tokens: list[int] = []
+        while content is not None and content is not pool._root:
+            tokens = [*np.frombuffer(content.tokens, np.int64).tolist(), *tokens]
+            content = content.parent
+        if tokens:
+            assert model.memory[block * size : (block + 1) * size].tolist() == [int(v) for v in alone.values(tokens)[-size:]], "a block does not hold its content"
+
+
 def run_schedule(seed: int) -> Counter[str]:
     """One random schedule to its end; raises AssertionError if anything differs from the requests alone."""
     rng = random.Random(seed)
@@ -181,7 +211,8 @@ def run_schedule(seed: int) -> Counter[str]:
     blocks = rng.randint(-(-40 // size), -(-120 // size))
     pool = BlockPool(blocks, size, window, reuse=rng.random() < 0.8)
     model = FakeModel(blocks + rng.randint(0, 2), size, window, fails=rng.choice([0, 0, 0.1]), seed=seed)
-    scheduler = Scheduler(model, pool, token_budget=rng.choice([3, 5, 16, 64]), seats=rng.choice([3, 4, 8]), patience=rng.choice([1, 5, 50]))
+    scheduler = Scheduler(model, pool, token_budget=rng.choice([3, 5, 16, 64]), seats=rng.choice([3, 4, 8]), patience=rng.choice([1, 5, 50]),
+                          lookahead=rng.choice([1, 1, 2, 5]))  # fmt: skip
     alone = Alone(window)
     families = [[rng.randrange(VOCABULARY) for _ in range(rng.randint(4, 30))] for _ in range(3)]
     expected: dict[int, list[tuple[list[int], str, str]]] = {}
@@ -210,6 +241,8 @@ def run_schedule(seed: int) -> Counter[str]:
             outputs = []
         pool.check()
         model.spoil(pool._free)
+        if steps % 8 == 0:
+            check_contents(pool, model, alone)
         for output in outputs:
             assert output.request not in ended, "something came after the end"
             ended |= {output.request} if output.done else set()

@@ -44,8 +44,8 @@ def test_no_schedule_changes_a_token_or_leaks_a_block(part):
     assert min(counts["preempted"], counts["copied"], counts["reused"], counts["cancelled"]) > 0
 
 
-def shifted(planned, size):
-    batch, wanted = BATCH(planned, size)
+def shifted(*plan):
+    batch, wanted = ARRAYS(*plan)
     batch.block_tables = np.roll(batch.block_tables, 1, axis=0)
     return batch, wanted
 
@@ -57,22 +57,23 @@ def believed(self, group):
     PREEMPT(self, group)
 
 
-def first_logits(planned, size):
-    batch, wanted = BATCH(planned, size)
+def first_logits(*plan):
+    batch, wanted = ARRAYS(*plan)
     return batch, [(group, [0] * len(at)) for group, at in wanted]
 
 
-BATCH, PREEMPT, FREE, OPEN, COPIES = scheduling._batch, Scheduler._preempt, BlockTable.free, BlockPool.open, BlockPool.take_copies
+ARRAYS, COMMIT, PREEMPT, FREE, OPEN, COPIES = scheduling.arrays, scheduling.Sequence.commit, Scheduler._preempt, BlockTable.free, BlockPool.open, BlockPool.take_copies
 BUGS = {
     "copies are not made": (FakeModel, "copy_blocks", lambda self, pairs: None),
     "copies are forgotten": (BlockPool, "take_copies", lambda self: COPIES(self)[1:]),
-    "block tables of another sequence": (scheduling, "_batch", shifted),
-    "logits of another sequence": (scheduling, "_batch", first_logits),
+    "block tables of another sequence": (scheduling, "arrays", shifted),
+    "logits of another sequence": (scheduling, "arrays", first_logits),
     "a step that failed is taken for done": (Scheduler, "_preempt", believed),
     "a cancelled request keeps its blocks": (BlockTable, "free", lambda self: None if self.length % 7 == 3 else FREE(self)),
     "the last token is taken from the cache": (BlockPool, "open", lambda self, tokens: OPEN(self, [*tokens, 0])),
     "blocks are forgotten too early": (BlockPool, "first_visible", lambda self, length: 0 if self.window is None else max(0, length - self.window + 2) // self.block_size),
-    "all choices draw the same": (scheduling._Group, "__init__", lambda self, job, row, table=None, init=scheduling._Group.__init__: (init(self, job, row, table), setattr(row, "choice", 0))[0]),
+    "all choices draw the same": (scheduling.Group, "__init__", lambda self, job, row, table=None, init=scheduling.Group.__init__: (init(self, job, row, table), setattr(row, "choice", 0))[0]),
+    "tokens of later steps are committed one too early": (scheduling.Sequence, "commit", lambda self, count, more=None: COMMIT(self, count, more and [*more[1:], more[0]])),
     "nobody is preempted": (Scheduler, "_preempt_after", lambda self, group: False),
 }  # fmt: skip
 
@@ -159,6 +160,45 @@ def test_beams_come_whole_and_the_best_first():
     assert [(list(o.tokens), o.text, o.finished) for o in outputs] == Alone().generate(request)
     assert outputs[0].score >= outputs[1].score
     assert [o.done for o in outputs] == [False, True]
+
+
+def test_several_steps_at_once_while_nobody_waits():
+    scheduler, model = served(lookahead=4, token_budget=8)
+    calls = []
+    decoded = model.decode
+    model.decode = lambda batch, rows, count: (calls.append((len(rows), count)), decoded(batch, rows, count))[1]
+    stop = alone(Request([1, 2], Sampling(max_new_tokens=9)))[0][5]
+    requests = [Request([1, 2], Sampling(max_new_tokens=9, stop_tokens=[stop])), Request([3, 4, 5], Sampling(max_new_tokens=12, temperature=1.0, seed=3))]
+    numbers = [scheduler.add(request) for request in requests]
+    outputs = list(scheduler.run())
+    assert [tokens_of(outputs)[n, 0] for n in numbers] == [alone(r)[0] for r in requests]
+    assert calls == [(2, 4), (2, 4), (1, 3)], "the first output ends in the middle of the second call"
+    assert scheduler.metrics.steps == 1 + 4 + 4 + 3
+    scheduler.pool.check()
+    scheduler.add(Request([1, 2], Sampling(max_new_tokens=6)))
+    scheduler.step()
+    scheduler.add(Request([7] * 20, Sampling(max_new_tokens=2)))
+    assert [len(o.tokens) for o in scheduler.step()] == [1], "a prompt comes in"
+    assert len(calls) == 3
+    list(scheduler.run())
+    calls.clear()
+    for options in ({"allowed": lambda tokens: range(VOCABULARY)}, {"beams": 2}):
+        scheduler.add(Request([1, 2], Sampling(max_new_tokens=6, **options)))
+        list(scheduler.run())
+    assert calls == []
+
+
+def test_no_more_steps_at_once_than_there_are_blocks():
+    scheduler, model = served(blocks=3, size=4, lookahead=8)
+    calls = []
+    decoded = model.decode
+    model.decode = lambda batch, rows, count: (calls.append(count), decoded(batch, rows, count))[1]
+    requests = [Request([1, 2], Sampling(max_new_tokens=10)), Request([3], Sampling(max_new_tokens=4))]
+    numbers = [scheduler.add(request) for request in requests]
+    outputs = list(scheduler.run())
+    assert [tokens_of(outputs)[n, 0] for n in numbers] == [alone(r)[0] for r in requests]
+    assert calls[0] == 3, "what the shorter output may have at most"
+    assert scheduler.metrics.preempted == 0
 
 
 def test_the_text_of_a_stop_token_and_of_a_stop_string_is_left_out():
