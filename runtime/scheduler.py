@@ -107,7 +107,7 @@ class Scheduler:
     def step(self) -> list[Output]:
         """Compute one batch; returns what is new. With nothing to do it computes nothing.
 
-        If the model raises, the sequences of the step are computed again later, and the error goes on to the caller.
+        If the model or the sampler raises, the sequences of the step are computed again later, and the error goes on to the caller.
         """
         outputs, self._notices = self._notices, []
         self._schedule()
@@ -137,10 +137,18 @@ class Scheduler:
         m.cache_used = self.pool.used / self.pool.blocks
         m.cache_peak = max(m.cache_peak, m.cache_used)
         if self._ahead > 1:
-            return outputs + self._speak_ahead(planned, samples, now)
+            self._speak_ahead(outputs, planned, samples, now)
+            return outputs
         for sequence, count in (part for parts in planned.values() for part in parts):
             sequence.commit(count)
-        return outputs + self._speak(logits, wanted, now)
+        try:
+            self._speak(outputs, logits, wanted, now)
+        except BaseException:
+            self._notices = outputs
+            for group in [g for g in self._running if any(s.remaining == 0 for s in g.sequences)]:
+                self._preempt(group)  # it got no token: its logits are wanted again
+            raise
+        return outputs
 
     def run(self) -> Iterator[Output]:
         """Step until nothing is left."""
@@ -331,9 +339,8 @@ class Scheduler:
 
     # What comes out
 
-    def _speak(self, logits: Array, wanted: list[tuple[Group, list[int]]], now: float) -> list[Output]:
+    def _speak(self, outputs: list[Output], logits: Array, wanted: list[tuple[Group, list[int]]], now: float) -> None:
         """Choose the next token of every group whose known tokens are all computed."""
-        outputs: list[Output] = []
         speakers: list[tuple[Group, int]] = []
         for group, at in wanted:
             if group.beams is None:
@@ -345,11 +352,9 @@ class Scheduler:
         for group, at in wanted:
             if group.beams is not None:
                 outputs += self._search(group, logits, at, now)
-        return outputs
 
-    def _speak_ahead(self, planned: Plan, samples: list[Samples], now: float) -> list[Output]:
+    def _speak_ahead(self, outputs: list[Output], planned: Plan, samples: list[Samples], now: float) -> None:
         """The tokens of several steps, of each output up to its end."""
-        outputs: list[Output] = []
         for i, (group, parts) in enumerate(planned.items()):
             tokens = [int(s.tokens[i]) for s in samples]
             good = next((n for n, token in enumerate(tokens) if token < 0), len(tokens))
@@ -358,7 +363,6 @@ class Scheduler:
                 outputs.append(self._accept(group, token, s.logprobs[i], s.errors[i], now))
                 if outputs[-1].finished:
                     break
-        return outputs
 
     def _fork(self, group: Group) -> list[Group]:
         """The group, and before its first token the other outputs of the request; who finds no seat waits for one."""

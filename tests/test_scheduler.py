@@ -385,6 +385,37 @@ def test_a_failing_step_loses_nothing():
     assert tokens_of(outputs)[number, 0] == alone(request)[0]
 
 
+def test_a_failing_sampler_loses_nothing():
+    scheduler, _ = served()
+    sampler = scheduler._sampler
+    sample, search = sampler.sample, sampler.log_probabilities
+    failed = []
+
+    def broken(choose):
+        def once(*inputs):
+            if len(failed) % 3 < 2:
+                failed.append(1)
+                raise ConnectionError("no device")
+            failed.append(0)
+            return choose(*inputs)
+        return once  # fmt: skip
+
+    sampler.sample, sampler.log_probabilities = broken(sample), broken(search)
+    requests = [Request([1, 2, 3], Sampling(max_new_tokens=5)), Request([4, 5], Sampling(temperature=1.0, n=3, seed=2, max_new_tokens=4)), Request([1, 2, 6], Sampling(beams=3, max_new_tokens=4))]
+    numbers = [scheduler.add(request) for request in requests]
+    outputs = []
+    while scheduler.unfinished:
+        try:
+            outputs += scheduler.step()
+        except ConnectionError:
+            scheduler.pool.check()
+    found = tokens_of(outputs)
+    for number, request in zip(numbers, requests, strict=True):
+        assert [found[number, c] for c in range(request.sampling.n)] == alone(request)
+    assert sum(failed) > 10
+    assert scheduler.pool.used == 0
+
+
 def test_an_error_ends_its_own_request_only():
     scheduler, _model = served()
 
