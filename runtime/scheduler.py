@@ -204,16 +204,18 @@ class Scheduler:
         for group in list(self._running):
             if group.running and group.decodes:
                 self._advance(group)
-        blocked = False
         for group in merge(list(self._running), list(self._waiting), key=order):
-            if not self._left:
-                break
             if group in self._plan:
                 continue
-            if not group.running:
-                blocked = blocked or not self._admit(group)
-            if group.running:
+            if not self._left and not self._preempt_after(group):
+                return
+            if group.running or self._admit(group):
                 self._advance(group)
+                continue
+            for later in [g for g in self._running if g.key > group.key and g not in self._plan]:
+                if later.running:  # nobody is admitted any more, and those in flight go on
+                    self._advance(later)
+            return
 
     def _steps_ahead(self) -> int:
         """How many steps can be done at once: nobody waits, everyone draws, nothing has to be asked in between."""

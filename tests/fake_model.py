@@ -112,6 +112,16 @@ class FakeModel:
             self.memory[block * self.block_size : (block + 1) * self.block_size] = np.uint64(self.random.getrandbits(63))
 
 
+class FailingSampler(Sampler):
+    def __init__(self, fails: float, seed: int):
+        self.fails, self.random = fails, random.Random(seed)
+
+    def sample(self, *inputs: Any) -> Samples:
+        if self.random.random() < self.fails:
+            raise ConnectionError("no sample")
+        return super().sample(*inputs)
+
+
 class Alone:
     """The same model without cache, blocks or batch: one request at a time, from lists."""
 
@@ -210,9 +220,10 @@ def run_schedule(seed: int) -> Counter[str]:
     window = rng.choice([None, None, None, 3, 8])
     blocks = rng.randint(-(-40 // size), -(-120 // size))
     pool = BlockPool(blocks, size, window, reuse=rng.random() < 0.8)
-    model = FakeModel(blocks + rng.randint(0, 2), size, window, fails=rng.choice([0, 0, 0.1]), seed=seed)
+    fails = rng.choice([0, 0, 0.1])
+    model = FakeModel(blocks + rng.randint(0, 2), size, window, fails, seed)
     scheduler = Scheduler(model, pool, token_budget=rng.choice([3, 5, 16, 64]), seats=rng.choice([3, 4, 8]), patience=rng.choice([1, 5, 50]),
-                          lookahead=rng.choice([1, 1, 2, 5]))  # fmt: skip
+                          lookahead=rng.choice([1, 1, 2, 5]), sampler=FailingSampler(fails / 2, seed))  # fmt: skip
     alone = Alone(window)
     families = [[rng.randrange(VOCABULARY) for _ in range(rng.randint(4, 30))] for _ in range(3)]
     expected: dict[int, list[tuple[list[int], str, str]]] = {}

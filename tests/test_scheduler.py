@@ -292,17 +292,17 @@ def test_the_last_one_gives_way_when_blocks_run_out_and_no_token_changes():
     assert [o.request for o in outputs if o.done] == [0, 1, 2], "in the order of arrival"
 
 
-def test_higher_priority_is_served_first_and_takes_the_place_of_a_running_one():
-    scheduler, _ = served(seats=1)
+@pytest.mark.parametrize("budget", [1, 64])
+def test_higher_priority_is_served_first_and_takes_the_place_of_a_running_one(budget):
+    scheduler, _ = served(seats=1, token_budget=budget)
     low = scheduler.add(Request([1, 2], Sampling(max_new_tokens=20)))
     scheduler.step()
+    scheduler.step()
     high = scheduler.add(Request([3, 4], Sampling(max_new_tokens=5), priority=1))
-    outputs = scheduler.step()
-    assert [o.request for o in outputs] == [high]
-    outputs += list(scheduler.run())
+    outputs = list(scheduler.run())
+    assert list(dict.fromkeys(o.request for o in outputs)) == [high, low]
     assert [o.request for o in outputs if o.done] == [high, low]
     assert scheduler.metrics.preempted == 1
-    assert len(tokens_of(outputs)[low, 0]) == 19, "the first one came before"
 
 
 def flood(scheduler: Scheduler, watched: int, request, steps: int) -> int | None:
