@@ -223,7 +223,8 @@ class Sampler:
         tokens = np.full(len(rows), -1, np.int64)
         plain = [i for i, row in enumerate(rows) if not row.sampling.processed and row.sampling.temperature == 0]
         if plain:
-            lines = logits[[index[i] for i in plain]]
+            whole = [index[i] for i in plain] == list(range(len(logits)))
+            lines = logits if whole else logits[[index[i] for i in plain]]
             tokens[plain] = np.where(np.isfinite(lines.max(axis=1)), lines.argmax(axis=1), -1)
         rest = sorted(set(range(len(rows))) - set(plain))
         errors: list[str | None] = [None] * len(rows)
@@ -359,10 +360,14 @@ def restrict(scores: Array, samplings: Sequence[Sampling]) -> tuple[Array, Array
 
 def keep_top_p(scores: Array, p: Array) -> Array:
     """Those that less likely than p comes before: a token stays if all likelier ones together have less than p."""
-    ordered = -np.sort(-scores, axis=1)
-    mass = np.cumsum(softmax(ordered), axis=1, dtype=np.float64)
+    e = np.exp(scores - scores.max(axis=1, keepdims=True))
+    total = e.sum(axis=1, keepdims=True)
+    # those below a share of (1 - p) / V have less than 1 - p together, so none of them stays, and few are sorted
+    few, _ = compact(scores, None, e * np.float32(scores.shape[1]) > (1 - p) * total)
+    ordered = -np.sort(-few, axis=1)
+    mass = np.cumsum(np.exp(ordered - ordered[:, :1]) / total, axis=1, dtype=np.float64)
     before = np.concatenate([np.zeros((len(scores), 1)), mass[:, :-1]], axis=1)
-    last = (before < p).sum(axis=1, keepdims=True) - 1
+    last = ((before < p) & (ordered > NEVER)).sum(axis=1, keepdims=True) - 1
     return scores >= np.take_along_axis(ordered, last, axis=1)  # type: ignore[no-any-return]
 
 

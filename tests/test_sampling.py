@@ -272,6 +272,7 @@ def test_transformers_keeps_what_top_p_keeps_without_ties():
     """The two definitions: ours sums from the top and stops before p, theirs from the bottom and removes up to 1 - p."""
     rng = np.random.default_rng(5)
     scores = rng.normal(size=(50, 400)).astype(np.float32)
-    for p in (0.05, 0.3, 0.9, 0.999):
-        theirs = TopPLogitsWarper(p)(None, torch.tensor(scores)).numpy() > -np.inf
-        assert (sampling.keep_top_p(scores, np.full((50, 1), p)) == theirs).all()
+    for scale in (0.01, 1, 8):
+        for p in (0.001, 0.05, 0.3, 0.9, 0.999):
+            theirs = TopPLogitsWarper(p)(None, torch.tensor(scores * np.float32(scale))).numpy() > -np.inf
+            assert (sampling.keep_top_p(scores * np.float32(scale), np.full((50, 1), p)) == theirs).all(), (scale, p)
