@@ -107,5 +107,4 @@ def product(y: Any, x: Any, w: Any, *, trans_w: bool = False, bias: Any = None, 
         )  # fmt: skip
         _check(status, "cublasLtMatmul")
 
-    launch.weights = [w]  # type: ignore[attr-defined]
     return launch

@@ -9,7 +9,6 @@ import ctypes
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import pairwise
 from typing import Any
 
 from rewrite.plugins.cuda_launch import MOST_SHARED, Launch, capability, launcher, module, tensor_map, wgmma
@@ -17,7 +16,6 @@ from rewrite.plugins.cuda_launch import MOST_SHARED, Launch, capability, launche
 ACTIVATIONS = ("none", "relu", "relu2", "gelu", "gelu_tanh", "swish", "quick_gelu", "tanh", "sigmoid")  # by their number in gemm.cu
 NARROW, WIDE = (16, 32, 64, 128), {128: 6, 192: 5, 256: 4}  # tokens of a narrow tile; features of a wide one, and its stages
 MOST_JOBS = 3
-FEW, AHEAD = 1024, 24 << 20  # tokens up to which, and bytes at most that, the next weights are fetched ahead
 TRIED = 4  # layouts that are measured, of those that the estimate likes best
 CLUSTERS = (1, 2, 4, 8)
 
@@ -27,7 +25,7 @@ class _Job(ctypes.Structure):
 
 
 class _Call(ctypes.Structure):
-    _fields_ = [("job", _Job * 3), ("next", ctypes.c_void_p * 3), ("bytes", ctypes.c_longlong * 3), *((n, ctypes.c_int) for n in ("jobs", "tokens", "inner", "token_tiles", "feature_tiles", "stages"))]
+    _fields_ = [("job", _Job * 3), *((n, ctypes.c_int) for n in ("jobs", "tokens", "inner", "token_tiles", "feature_tiles", "stages"))]
 
 
 @dataclass
@@ -154,18 +152,7 @@ def product(x: Any, products: Sequence[Product], activation: str = "none", gated
     arguments = [tensor_map(x, (shape.tile if narrow else 128, 64)), *(w + w[:1] * 2)[:3], call]
     function, block = module(*variant(shape, x.dtype.name, activation, gated)).get_function("multiply"), _threads(shape)
     grid = (shape.split, feature_tiles, token_tiles) if narrow else (min(132, token_tiles * feature_tiles),)
-    launch: Any = launcher(function, grid, block, arguments, shared=_shared(shape, stages), cluster=shape.split, keep=(x, products))
-    launch.weights, launch.call = [p.w for p in products], call
-    return launch  # type: ignore[no-any-return]
-
-
-def link(launches: Sequence[Launch]) -> None:
-    """Let each product bring the weights of the next into the L2 cache, where few tokens leave the memory idle."""
-    products: list[Any] = [launch for launch in launches if hasattr(launch, "weights")]
-    for one, other in pairwise(products):
-        if hasattr(one, "call") and one.call.tokens <= FEW and sum(w.nbytes for w in other.weights) <= AHEAD:
-            for index, w in enumerate(other.weights[:MOST_JOBS]):
-                one.call.next[index], one.call.bytes[index] = int(w.data.ptr), w.nbytes // 16 * 16
+    return launcher(function, grid, block, arguments, shared=_shared(shape, stages), cluster=shape.split, keep=(x, products))
 
 
 def _address(array: Any) -> int | None:

@@ -15,12 +15,7 @@ typedef unsigned long long u64;
 
 struct alignas(64) TensorMap { u8 opaque[128]; };
 struct Job { void* y; const void* bias; const void* residual; long long features; };
-struct Call {
-    Job job[3];
-    const u8* next[3];  // weights that the next products will read: brought into the L2 cache meanwhile
-    long long bytes[3];
-    int jobs, tokens, inner, tokenTiles, featureTiles, stages;
-};
+struct Call { Job job[3]; int jobs, tokens, inner, tokenTiles, featureTiles, stages; };
 
 // --- 16-bit floats ----------------------------------------------------------------------------------------------------
 __device__ __forceinline__ float2 unpack(u32 v) {
@@ -102,15 +97,6 @@ __device__ __forceinline__ int jobOf(const Call& c, int& tile, int width) {
     int j = 0;
     while (j + 1 < c.jobs && tile >= up((int)c.job[j].features, width)) tile -= up((int)c.job[j++].features, width);
     return j;
-}
-// This block's share of the next weights, by one thread.
-__device__ __forceinline__ void fetchAhead(const Call& c, int block, int blocks) {
-    for (int n = 0; n < 3; ++n) {
-        if (!c.next[n]) return;
-        const long long share = (c.bytes[n] / 16 + blocks - 1) / blocks * 16, end = min(c.bytes[n], (block + 1) * share);
-        for (long long at = block * share; at < end; at += 16384)
-            asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(c.next[n] + at), "r"((u32)min(16384ll, end - at)) : "memory");
-    }
 }
 WGMMA
 
@@ -199,7 +185,6 @@ __device__ __forceinline__ void narrow(const TensorMap& x, const TensorMap& w0, 
             auto tokens = [&](int i) { fetch(base + (i % stages) * STAGE + 8192, &x, full + i % stages, (first + i) * 64, token); };
             const int ahead = min(count, stages);
             for (int i = 0; i < ahead; ++i) weights(i);
-            fetchAhead(c, (blockIdx.z * gridDim.y + blockIdx.y) * gridDim.x + blockIdx.x, gridDim.x * gridDim.y * gridDim.z);
             waitForPrecedingKernel();
             for (int i = 0; i < ahead; ++i) tokens(i);
             for (int i = ahead; i < count; ++i) {
@@ -340,7 +325,6 @@ __device__ __forceinline__ void wide(const TensorMap& x, const TensorMap& w0, co
         waitForPrecedingKernel();
     } else {
         asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
-        if (threadIdx.x == 128) fetchAhead(c, blockIdx.x, gridDim.x);
         waitForPrecedingKernel();
         auto release = [&](int s) {
             if (lane == 0) arrive(empty + s);

@@ -17,7 +17,6 @@ import onnx
 
 from rewrite.errors import RewriteError
 from rewrite.plugins import tuning
-from rewrite.plugins.cuda_gemm import link
 from rewrite.registry import Plugin, library
 from rewrite.runtime import engine
 from rewrite.runtime.layout import Views, apply
@@ -203,7 +202,6 @@ class Frame:
                 if inputs is not None:
                     launch()
             self.launches = [launch for _, launch in self.work]
-            link(self.launches)
             for _ in range(2):  # first runs compile and allocate, which a capture may not
                 for launch in self.launches:
                     launch()
