@@ -75,6 +75,7 @@ def main() -> None:
 rules_option = click.option("--rules", "files", multiple=True, metavar="FILE", help="Python file of further rules and plugins (repeatable).")
 only_option = click.option("--only", multiple=True, metavar="RULE", help="Use only this rule (repeatable).")
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON for programs.")
+key_option = click.option("--key", metavar="FILE", help="Of a plan: refuse it unless it is signed with this key (else that of $REWRITE_PLAN_KEY).")
 
 
 def table(title: str, columns: list[str], rows: list[list[str]]) -> None:
@@ -438,9 +439,10 @@ def progress() -> Iterator[Callable[[str], None]]:
 @click.option("--engines/--no-engines", default=True, show_default=True, help="Compile with TensorRT; without, the plan runs on the CPU alone.")
 @click.option("--verify/--no-verify", default=True, show_default=True, help="Run the plan on the CPU and compare it with MODEL.")
 @click.option("--tolerance", default=1e-4, show_default=True, help="Largest relative difference of the plan's outputs.")
+@click.option("--sign-key", metavar="FILE", help="Sign the plan with this key (else with that of $REWRITE_PLAN_KEY, if set).")
 @rules_option
 @json_option
-def build(model: str, output: str, profile: str | None, engines: bool, verify: bool, tolerance: float, files: tuple[str, ...], as_json: bool) -> None:
+def build(model: str, output: str, profile: str | None, engines: bool, verify: bool, tolerance: float, sign_key: str | None, files: tuple[str, ...], as_json: bool) -> None:
     """Compile MODEL (rewritten or not) into a plan: TensorRT engines between plugin nodes, weights, a manifest."""
     import time
 
@@ -451,7 +453,7 @@ def build(model: str, output: str, profile: str | None, engines: bool, verify: b
     library(list(files))
     started = time.perf_counter()
     with progress() as say:
-        plan = run(model, output, profile=profile, engines=engines, verify=verify, tolerance=tolerance, progress=say)
+        plan = run(model, output, profile=profile, engines=engines, verify=verify, tolerance=tolerance, sign_key=sign_key, progress=say)
     if as_json:
         click.echo(plan.manifest.to_json(), nl=False)
         return
@@ -491,8 +493,9 @@ def print_plan(plan: Plan, steps: bool) -> None:
 @click.option("--attributes", is_flag=True, help="Show the attributes of nodes.")
 @click.option("--segment", metavar="KEY", help="Of a plan: the nodes of this segment.")
 @click.option("--check", is_flag=True, help="Of a plan: compare every file with its SHA-256, the weights included.")
+@key_option
 @json_option
-def inspect(path: str, steps: bool, attributes: bool, segment: str | None, check: bool, as_json: bool) -> None:
+def inspect(path: str, steps: bool, attributes: bool, segment: str | None, check: bool, key: str | None, as_json: bool) -> None:
     """Show what is in PATH, a plan or a model (by Polygraphy)."""
     from pathlib import Path
 
@@ -513,11 +516,13 @@ def inspect(path: str, steps: bool, attributes: bool, segment: str | None, check
         return
     from rewrite.runtime.plan import Plan
 
-    plan = Plan(path, check_weights=check)
+    plan = Plan(path, key=key)
+    if check:
+        _ = plan.weights  # compared when they are wanted
     if segment is not None:
-        if not plan.segment_file(segment).is_file():
+        if f"segments/{segment}.onnx" not in plan.manifest.files:
             raise RewriteError(f"{path}: it has no segment {segment!r}; `rewrite inspect {path}` lists them")
-        click.echo(polygraphy_text(onnx.load(plan.segment_file(segment)), True, attributes))
+        click.echo(polygraphy_text(onnx.load_model_from_string(plan.segment(segment)), True, attributes))
     elif as_json:
         click.echo(plan.manifest.to_json(), nl=False)
     else:
@@ -556,8 +561,9 @@ def load_feeds(file: str, names: list[str]) -> dict[str, Any]:
 @click.option("--inputs", "file", required=True, metavar="FILE", help=".npz with the inputs by name, or .npy with the only one.")
 @click.option("-o", "--output", metavar="FILE", help="Where to write the outputs, as .npz.")
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
+@key_option
 @rules_option
-def run(path: str, file: str, output: str | None, device: str, files: tuple[str, ...]) -> None:
+def run(path: str, file: str, output: str | None, device: str, key: str | None, files: tuple[str, ...]) -> None:
     """Run PATH, a plan or (on the CPU) a model, on the arrays of a file."""
     from pathlib import Path
 
@@ -573,7 +579,7 @@ def run(path: str, file: str, output: str | None, device: str, files: tuple[str,
     if Path(path).is_dir():
         from rewrite.runtime.plan import Plan
 
-        plan = Plan(path, device=device)
+        plan = Plan(path, device=device, key=key)
         results = plan.run(load_feeds(file, list(plan.inputs)))
     elif device == "cuda":
         raise RewriteError(f"{path}: a model runs on the CPU; `rewrite build` makes a plan of it that runs on a GPU")

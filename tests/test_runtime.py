@@ -16,7 +16,7 @@ from conftest import parse
 import rewrite
 from rewrite.cli import main
 from rewrite.registry import library
-from rewrite.runtime import weights
+from rewrite.runtime import seal, weights
 from rewrite.runtime.partition import partition
 from rewrite.runtime.profile import Profile
 from rewrite.verify import model_inputs, run_model
@@ -169,7 +169,7 @@ def test_tensorrt_builds_an_engine_for_each_distinct_segment(tmp_path):
     plan = plan_of(layers(3), tmp_path / "p", profile="batch=1:2:4,seq=1:8:16")
     engines = [n for n in plan.manifest.files if n.startswith("engines/")]
     assert len(engines) == len({s.name for s in plan.manifest.steps if s.kind == "segment"}) == 1
-    assert plan.engine_file(plan.manifest.steps[1].name).stat().st_size > 1000
+    assert len(plan.engine(plan.manifest.steps[1].name)) > 1000
     assert "tensorrt" in plan.manifest.versions
     same(layers(3), plan)
 
@@ -258,13 +258,14 @@ def damage_remove(path):
 
 def damage_format(path):
     manifest = path / "manifest.json"
-    manifest.write_text(manifest.read_text().replace('"format": 1', '"format": 99'))
+    manifest.write_text(manifest.read_text().replace('"format": 2', '"format": 99'))
+    seal.seal(path, None)
     return "not a manifest of this version"
 
 
 def damage_manifest(path):
     (path / "manifest.json").write_text("{")
-    return "not a manifest of this version"
+    return "does not fit manifest.json"
 
 
 @pytest.mark.parametrize("damage", [damage_cut, damage_change, damage_remove, damage_format, damage_manifest])
@@ -272,16 +273,6 @@ def test_a_damaged_plan_is_refused(copy, damage):
     reason = damage(copy)
     with pytest.raises(rewrite.RewriteError, match=reason):
         rewrite.Plan(copy)
-
-
-def test_changed_weights_are_found_when_asked(copy):
-    file = copy / "weights.safetensors"
-    data = bytearray(file.read_bytes())
-    data[-1] ^= 1
-    file.write_bytes(bytes(data))
-    rewrite.Plan(copy)
-    with pytest.raises(rewrite.RewriteError, match="SHA-256 differs"):
-        rewrite.Plan(copy, check_weights=True)
 
 
 def test_a_new_plan_replaces_an_old_one_and_a_failed_build_does_not(copy):
