@@ -71,24 +71,17 @@ class CudaExecutor:
 
     def __init__(self, plan: Plan):
         self.cupy, self.plan = device(), plan
-        if not plan.has_engines:
-            raise RewriteError(f"{plan.directory}: the plan was built without engines; build it again without --no-engines")
-        trt = engine.tensorrt()
-        built, here = plan.manifest.versions["tensorrt"], engine.version()
-        if built != here:
-            raise RewriteError(f"{plan.directory}: the plan was built with {built}, this machine has {here}; build it again")
         self.plugins = library().plugins
         self.stream = self.cupy.cuda.Stream(non_blocking=True)
-        self.runtime = trt.Runtime(engine.logger())
+        self.runtime = engine.runtime()
+        self.kernels = engine.KernelCache((f[1][0] for n, f in plan.manifest.files.items() if n.startswith("engines/")), engine.gpu())
         self.models: dict[str, onnx.ModelProto] = {}
         self.engines: dict[str, Any] = {}
         self.contexts: dict[str, Any] = {}
         for key in dict.fromkeys(s.name for s in plan.manifest.steps if s.kind == "segment"):
-            loaded = self.runtime.deserialize_cuda_engine(plan.engine_file(key).read_bytes())
-            if loaded is None:
-                raise RewriteError(f"{plan.engine_file(key)}: TensorRT refuses it on this GPU: {engine.complaint()}; build the plan again on this machine")
+            loaded = engine.deserialize(self.runtime, plan.engine(key), f"{plan.directory}: engine {key}")
             self.engines[key] = loaded
-            self.contexts[key] = engine.execution_context(loaded)
+            self.contexts[key] = engine.execution_context(loaded, self.kernels)
         with self.stream:
             self.weights = {name: self.cupy.asarray(array) for name, array in plan.weights.items()}
         self.frames: OrderedDict[tuple[int, ...], Frame] = OrderedDict()
@@ -108,7 +101,7 @@ class CudaExecutor:
     def segment(self, key: str) -> onnx.ModelProto:
         """The model of a segment, read once."""
         if key not in self.models:
-            self.models[key] = onnx.load(self.plan.segment_file(key))
+            self.models[key] = onnx.load_model_from_string(self.plan.segment(key))
         return self.models[key]
 
     def _view(self, array: Any) -> Any:
@@ -163,7 +156,8 @@ class Frame:
                 for launch in launches:
                     launch()
             executor.stream.synchronize()
-            self.launches = launches
+            executor.kernels.save()
+            self.launches, self.steps = launches, [s for i, s in enumerate(steps) if i not in views.skipped]
             self.graph = self._capture()
 
     def _view(self, name: str, views: Views) -> Any:
