@@ -598,5 +598,56 @@ def run(path: str, file: str, output: str | None, device: str, key: str | None, 
         click.echo(f"written to {output}")
 
 
+@main.command(short_help="Measure a plan: the whole, and each part.")
+@click.argument("plan")
+@click.option("--size", metavar="SIZES", help="Sizes of the named dimensions, batch=8,seq=128; others as the profile calls best.")
+@click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
+@click.option("--warmup", type=click.IntRange(0), default=5, show_default=True, help="Runs before the measured ones.")
+@click.option("--iterations", type=click.IntRange(1), default=50, show_default=True, help="Measured runs.")
+@click.option("--json", "json_file", metavar="FILE", help="Write everything that was measured, each step included.")
+@click.option("--trace", "trace_file", metavar="FILE", help="Write one run as a Chrome trace (chrome://tracing, ui.perfetto.dev).")
+@key_option
+@rules_option
+def bench(plan: str, size: str | None, device: str, warmup: int, iterations: int, json_file: str | None, trace_file: str | None, key: str | None, files: tuple[str, ...]) -> None:
+    """Measure PLAN, a plan's directory, on generated inputs: latency, throughput, each segment and plugin, against the machine's ceilings."""
+    from rewrite.files import check_target
+    from rewrite.registry import library
+    from rewrite.runtime import bench as measure
+    from rewrite.runtime.plan import Plan
+
+    for target in filter(None, (json_file, trace_file)):
+        check_target(target)
+    library(list(files))
+    loaded = Plan(plan, device=device, key=key)
+    report = measure.bench(loaded, measure.parse_sizes(size, loaded), warmup=warmup, iterations=iterations)
+    print_bench(report)
+    for path, data in ((json_file, report), (trace_file, measure.trace(report))):
+        if path:
+            _write_json(path, data)
+            click.echo(f"written to {path}")
+
+
+def print_bench(report: dict[str, Any]) -> None:
+    """What was measured, for people: the whole, then the parts, those that take longest first."""
+    memory, compute, dtype = report["ceilings"]["bytes_per_second"], report["ceilings"]["operations_per_second"], report["ceilings"]["dtype"]
+    sizes = ", ".join(f"{n}={s}" for n, s in report["sizes"].items()) or "static shapes"
+    click.echo(f"{report['plan']}: {report['model']} on {report['device']}; {sizes}; {report['iterations']} runs")
+    click.echo(f"ceilings, measured now: {memory / 1e9:.0f} GB/s copying, {compute / 1e9:.0f} GFLOP/s in a {dtype} product\n")
+    names = {"latency_us": "one run", "call_us": "with its inputs and outputs on the host"}
+    for key in ("latency_us", "call_us") if report["enqueue_us"] is not None else ("latency_us",):
+        click.echo(f"{names[key]}: " + ", ".join(f"{p} {report[key][p] / 1e3:.3f} ms" for p in ("p50", "p90", "p99")))
+    if report["enqueue_us"] is not None:
+        click.echo(f"enqueueing: {report['enqueue_us']:.1f} µs of the processor")
+    whole = report["whole"]
+    rates = f"{report['runs_per_second']:.1f} runs/s, {report['items_per_second']:.1f} items/s"
+    click.echo(f"throughput: {rates} | {whole['of_memory']:.0%} of the memory's, {whole['of_compute']:.0%} of the arithmetic's ceiling\n")
+    rows = []
+    for part in report["parts"]:
+        cells = [f"{part['bytes_per_second'] / 1e9:.1f}", f"{part['of_memory']:.0%}", f"{part['operations_per_second'] / 1e9:.1f}", f"{part['of_compute']:.0%}"]
+        name = part["name"] if part["kind"] == "plugin" else f"segment {part['name']}"
+        rows.append([name, str(part["calls"]), f"{part['us'] / 1e3:.3f} ms", f"{part['share']:.0%}", *cells])
+    table("", ["part", "calls", "time", "share", "GB/s", "of memory", "GFLOP/s", "of compute"], rows)
+
+
 if __name__ == "__main__":
     main()

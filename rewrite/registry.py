@@ -84,6 +84,7 @@ class Plugin:
     cuda: Callable[..., Any] | None
     strided: bool
     source: str
+    operations: Callable[..., int] | None = None
 
     @property
     def fused(self) -> bool:
@@ -217,7 +218,8 @@ def plugin(cls: type) -> Plugin:
     makes an input for the check of a fused site, or returns None for the default; `cuda(inputs, outputs, **attributes)`,
     on CuPy arrays at fixed addresses, returns a function that enqueues the kernels on the current stream, or None where it
     has none for these types (then the reference runs on the GPU); `strided` = True tells that `cuda` takes inputs and outputs
-    that are not packed; `since` is the opset from which
+    that are not packed; `operations(inputs, outputs, **attributes)`, on shapes (None for an absent input), counts what `rewrite
+    bench` calls operations, by default one for each element of the outputs; `since` is the opset from which
     ONNX itself has the operator.
 
     Raises RewriteError if the class is incomplete.
@@ -241,6 +243,7 @@ def plugin(cls: type) -> Plugin:
         cuda=getattr(cls, "cuda", None),
         strided=bool(getattr(cls, "strided", False)),
         source=_origin(cls.__module__),
+        operations=getattr(cls, "operations", None),
     )
     try:
         inspect.signature(made.reference).bind(*made.inputs, **made.attributes)
