@@ -7,7 +7,7 @@ import json
 import re
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from rewrite.model import Model
     from rewrite.optimizer import Result
     from rewrite.report import NearMiss, Report
+    from rewrite.runtime.partition import Step, ValueType
     from rewrite.runtime.plan import Plan
 
 
@@ -435,14 +436,14 @@ def progress() -> Iterator[Callable[[str], None]]:
 @main.command(short_help="Compile a model into a plan.")
 @click.argument("model")
 @click.option("-o", "--output", required=True, metavar="DIR", help="Directory of the plan; an older plan there is replaced.")
-@click.option("--profile", metavar="SIZES", help="Sizes of the named dimensions: batch=1:8:32,seq=1:128:512 (smallest, best, largest).")
+@click.option("--profile", multiple=True, metavar="SIZES", help="Sizes of the named dimensions: batch=1:8:32,seq=1:128:512 (smallest, best, largest; repeatable).")
 @click.option("--engines/--no-engines", default=True, show_default=True, help="Compile with TensorRT; without, the plan runs on the CPU alone.")
 @click.option("--verify/--no-verify", default=True, show_default=True, help="Run the plan on the CPU and compare it with MODEL.")
 @click.option("--tolerance", default=1e-4, show_default=True, help="Largest relative difference of the plan's outputs.")
 @click.option("--sign-key", metavar="FILE", help="Sign the plan with this key (else with that of $REWRITE_PLAN_KEY, if set).")
 @rules_option
 @json_option
-def build(model: str, output: str, profile: str | None, engines: bool, verify: bool, tolerance: float, sign_key: str | None, files: tuple[str, ...], as_json: bool) -> None:
+def build(model: str, output: str, profile: tuple[str, ...], engines: bool, verify: bool, tolerance: float, sign_key: str | None, files: tuple[str, ...], as_json: bool) -> None:
     """Compile MODEL (rewritten or not) into a plan: TensorRT engines between plugin nodes, weights, a manifest."""
     import time
 
@@ -453,7 +454,7 @@ def build(model: str, output: str, profile: str | None, engines: bool, verify: b
     library(list(files))
     started = time.perf_counter()
     with progress() as say:
-        plan = run(model, output, profile=profile, engines=engines, verify=verify, tolerance=tolerance, sign_key=sign_key, progress=say)
+        plan = run(model, output, profile=",".join(profile) or None, engines=engines, verify=verify, tolerance=tolerance, sign_key=sign_key, progress=say)
     if as_json:
         click.echo(plan.manifest.to_json(), nl=False)
         return
@@ -464,9 +465,10 @@ def build(model: str, output: str, profile: str | None, engines: bool, verify: b
 def print_plan(plan: Plan, steps: bool) -> None:
     """A plan for people: what built it, its inputs, its segments and plugins, and, if asked for, each step."""
     manifest = plan.manifest
-    size = sum(size for size, _ in manifest.files.values()) / 1e6
-    click.echo(f"{plan.directory}: {manifest.model}, built {manifest.created} by {', '.join(f'{k} {v}' for k, v in manifest.versions.items())}")
-    click.echo(f"inputs: {', '.join(f'{n} {v.dtype}{list(v.shape)}' for n, v in manifest.inputs.items())}; sizes: {manifest.profile}; {size:.1f} MB\n".replace("'", ""))
+    sizes = ", ".join(f"{what} {plan.bytes_of(what) / 1e6:.2f} MB" for what in ("weights", "engines", "segments"))
+    click.echo(f"{plan.directory}: {manifest.model}, built {manifest.created} by {', '.join(f'{k} {v}' for k, v in manifest.versions.items())}{'; signed' if plan.signed else ''}")
+    click.echo(f"inputs: {', '.join(f'{n} {v.dtype}{list(v.shape)}' for n, v in manifest.inputs.items())}".replace("'", ""))
+    click.echo(f"profile (smallest:best:largest): {manifest.profile}; {sizes}\n")
     rows = []
     for key in dict.fromkeys(s.name for s in manifest.steps if s.kind == "segment"):
         uses = [s for s in manifest.steps if s.name == key]
@@ -484,7 +486,26 @@ def print_plan(plan: Plan, steps: bool) -> None:
         table("", ["plugin", "attributes", "calls"], [[name, attributes, str(n)] for (name, attributes), n in calls.items()])
     if steps:
         click.echo()
-        table("", ["step", "calls", "inputs", "outputs"], [[str(i), s.name, " ".join(n or "-" for n in s.inputs), " ".join(s.outputs)] for i, s in enumerate(manifest.steps)])
+        best = {n: r[1] for n, r in manifest.profile.ranges.items()}
+        rows = [[str(i), s.name, " ".join(n or "-" for n in s.inputs), " ".join(s.outputs), *_made(s, manifest.values, best)] for i, s in enumerate(manifest.steps)]
+        table("", ["step", "calls", "inputs", "outputs", "of shape", "MB at best"], rows)
+
+
+def _made(step: Step, values: Mapping[str, ValueType], sizes: Mapping[str, int]) -> list[str]:
+    """The shapes of what a step makes, and its megabytes at these sizes of the named dimensions; "?" if they do not follow."""
+    import math
+
+    from rewrite.verify import resolve
+
+    def unknown() -> int:
+        raise KeyError
+
+    kinds = [values[n] for n in step.outputs]
+    shapes = " ".join(f"{k.dtype}{list(k.shape)}" for k in kinds).replace("'", "")
+    try:
+        return [shapes, f"{sum(math.prod(resolve(d, dict(sizes), unknown) for d in k.shape) * k.numpy.itemsize for k in kinds) / 1e6:.3f}"]
+    except KeyError:
+        return [shapes, "?"]
 
 
 @main.command(short_help="Show what is in a plan or a model.")

@@ -74,14 +74,8 @@ def parse_sizes(text: str | None, plan: Plan) -> dict[str, int]:
 
 def make_inputs(plan: Plan, sizes: Mapping[str, int]) -> dict[str, np.ndarray[Any, Any]]:
     """Inputs of these sizes: random numbers, padding masks, positions; token ids are 0 and 1."""
-    infos = [onnx.helper.make_tensor_value_info(n, onnx.helper.np_dtype_to_tensor_dtype(np.dtype(_dtype(v.dtype))), list(v.shape)) for n, v in plan.inputs.items()]
+    infos = [onnx.helper.make_tensor_value_info(n, onnx.helper.np_dtype_to_tensor_dtype(v.numpy), list(v.shape)) for n, v in plan.inputs.items()]
     return model_inputs(onnx.helper.make_model(onnx.helper.make_graph([], "inputs", infos, [])), 0, sizes)
-
-
-def _dtype(name: str) -> Any:
-    import ml_dtypes
-
-    return getattr(ml_dtypes, name, name)
 
 
 def bench(plan: Plan, sizes: Mapping[str, int], *, warmup: int = 5, iterations: int = 50) -> dict[str, Any]:

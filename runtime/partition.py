@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import onnx
 import onnx.inliner
@@ -44,6 +45,10 @@ class ValueType:
 
     dtype: str
     shape: tuple[Dim, ...]
+
+    @property
+    def numpy(self) -> np.dtype[Any]:
+        return np.dtype(getattr(ml_dtypes, self.dtype, self.dtype))
 
 
 @dataclass

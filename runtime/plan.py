@@ -146,6 +146,14 @@ class Plan:
     def has_engines(self) -> bool:
         return any(name.startswith("engines/") for name in self.manifest.files)
 
+    def bytes_of(self, folder: str) -> int:
+        """Bytes of the files whose name begins with `folder`: engines, segments, weights."""
+        return sum(size for name, (size, _) in self.manifest.files.items() if name.startswith(folder))
+
+    @property
+    def signed(self) -> bool:
+        return (self.directory / seal.SIGNATURE).exists()
+
     @cached_property
     def weights(self) -> dict[str, Array]:
         """The weights by name, mapped from their file. Raises RewriteError if it is not what was built."""
@@ -200,7 +208,8 @@ class Plan:
             raise RewriteError(f"input '{name}' has {dim} = {size}, another input has {sizes[dim]}")
         low, _, high = self.manifest.profile.ranges.get(dim, (0, 0, size))
         if self.has_engines and not low <= size <= high:
-            raise RewriteError(f"input '{name}' has {dim} = {size}; the plan was built for {low} to {high}. Build it with --profile {dim}=MIN:BEST:MAX")
+            built = f"{low} to {high}" if low < high else f"{low} alone"
+            raise RewriteError(f"input '{name}' has {dim} = {size}; the plan was built for {built}. Build it with --profile {dim}=MIN:BEST:MAX")
 
     def segment(self, key: str) -> bytes:
         """The ONNX model of a segment, as it was compared with its SHA-256."""
