@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import mmap
 import os
 import shutil
 import tempfile
@@ -109,7 +108,8 @@ def _write(work: Path, source: Model, cut: Partition, profile: Profile, engines:
     for key, data in engines.items():
         (work / "engines" / f"{key}.engine").write_bytes(data)
     with (work / WEIGHTS).open("wb") as file:
-        weights.write(file, cut.weights, {"format": "np", "model": source.name})
+        writer = seal.Writer(file)
+        weights.write(writer, cut.weights, {"format": "np", "model": source.name})
     import onnxruntime
 
     versions = {"rewrite": rewrite.__version__, "onnx": onnx.__version__, "onnxruntime": onnxruntime.__version__, "numpy": np.__version__}
@@ -122,9 +122,8 @@ def _write(work: Path, source: Model, cut: Partition, profile: Profile, engines:
     plugins = library().plugins
     manifest.plugins = {name: fingerprint(plugins[name]) for name in sorted({s.name for s in cut.steps if s.kind == "plugin"})}
     for path in sorted(p for p in work.rglob("*") if p.is_file()):
-        name, size = path.relative_to(work).as_posix(), path.stat().st_size
-        with seal.open_inside(work, name) as file:
-            manifest.files[name] = (size, seal.digests(mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) if size else b""))
+        name = path.relative_to(work).as_posix()
+        manifest.files[name] = (path.stat().st_size, writer.digests() if name == WEIGHTS else seal.digests(path.read_bytes()))
     (work / MANIFEST).write_text(manifest.to_json())
 
 

@@ -58,6 +58,32 @@ def digests(data: bytes | mmap.mmap) -> list[str]:
         return list(pool.map(lambda piece: hashlib.sha256(piece).hexdigest(), pieces))
 
 
+class Writer:
+    """A file whose digests a thread of its own computes while it is written: a large file is not read again for them."""
+
+    def __init__(self, file: BinaryIO):
+        self.file, self.size = file, 0
+        self.pieces = [hashlib.sha256()]
+        self.thread = ThreadPoolExecutor(1)
+
+    def write(self, data: bytes | memoryview) -> None:
+        rest = memoryview(data)
+        while len(rest):
+            room = PIECE - self.size % PIECE
+            if room == PIECE and self.size:
+                self.pieces.append(hashlib.sha256())
+            part, rest = rest[:room], rest[room:]
+            pending = self.thread.submit(self.pieces[-1].update, part)
+            self.file.write(part)
+            pending.result()
+            self.size += len(part)
+
+    def digests(self) -> list[str]:
+        """As the function of this name gives them."""
+        self.thread.shutdown()
+        return [piece.hexdigest() for piece in self.pieces]
+
+
 def open_inside(folder: Path, name: str) -> BinaryIO:
     """Open a plan's file for reading. Raises RewriteError if `name` leads out of the folder, or to no regular file: links are not followed."""
     if not NAME.fullmatch(name):

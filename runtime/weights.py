@@ -13,7 +13,7 @@ import mmap
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, Protocol
 
 import ml_dtypes
 import numpy as np
@@ -41,7 +41,11 @@ def tensor_array(tensor: onnx.TensorProto, folder: Path | None) -> Array:
     return np.memmap(folder / info.location, dtype, "r", info.offset or 0, tuple(tensor.dims))
 
 
-def write(file: BinaryIO, tensors: Mapping[str, Array], metadata: Mapping[str, str]) -> None:
+class Sink(Protocol):
+    def write(self, data: bytes | memoryview, /) -> object: ...
+
+
+def write(file: Sink, tensors: Mapping[str, Array], metadata: Mapping[str, str]) -> None:
     """Write `tensors` as a safetensors file. Raises RewriteError for a type that the format lacks."""
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
     offset = 0

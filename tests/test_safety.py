@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import io
+import itertools
 import json
 import os
 import random
@@ -572,6 +574,14 @@ def test_hashes_of_large_files_are_of_pieces(monkeypatch):
     changed = bytearray(data)
     changed[700] ^= 1
     assert [a == b for a, b in zip(pieces, seal.digests(bytes(changed)), strict=True)] == [True, False, True]
+    for cuts in ([], [1], [499], [500], [501], [1000], [0, 500, 1000], [3, 1100]):
+        with io.BytesIO() as file:
+            writer = seal.Writer(file)
+            for start, end in itertools.pairwise([0, *cuts, len(data)]):
+                writer.write(data[start:end])
+            assert writer.digests() == pieces
+            assert file.getvalue() == data
+    assert seal.Writer(io.BytesIO()).digests() == seal.digests(b"")
     assert seal.digests(b"") == [seal.hashlib.sha256().hexdigest()]
 
 
