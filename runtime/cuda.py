@@ -105,7 +105,9 @@ class CudaExecutor:
         return self.models[key]
 
     def _view(self, array: Any) -> Any:
-        return self.cupy.asarray(array) if hasattr(array, "__cuda_array_interface__") else self.cupy.from_dlpack(array)
+        if hasattr(array, "__cuda_array_interface__"):
+            return self.cupy.asarray(array)
+        return self.cupy.from_dlpack(array) if hasattr(array, "__dlpack__") else array  # which `Plan.check` refuses
 
     def frame(self, sizes: Mapping[str, int]) -> Frame:
         """The captured work for these sizes of the named dimensions; made on first use."""
