@@ -592,3 +592,14 @@ def test_weights_without_elements(tmp_path):
     found = weights.read(tmp_path / "w")
     assert found["a"].shape == (0, 3)
     assert found["b"] == 7
+
+
+def test_the_key_of_the_environment_signs_and_checks(tmp_path, monkeypatch):
+    (tmp_path / "key").write_bytes(KEY)
+    monkeypatch.setenv("REWRITE_PLAN_KEY", str(tmp_path / "key"))
+    assert rewrite.build(model(1), tmp_path / "p", engines=False).signed
+    rewrite.Plan(tmp_path / "p")
+    monkeypatch.delenv("REWRITE_PLAN_KEY")
+    assert not rewrite.build(model(1), tmp_path / "p", engines=False).signed
+    monkeypatch.setenv("REWRITE_PLAN_KEY", str(tmp_path / "key"))
+    assert "the plan is not signed" in refusal(tmp_path / "p")
