@@ -90,10 +90,16 @@ class Manifest:
                 raise ValueError(f"steps[{index}] is a {step.kind[:30]!r}; there are segments and plugins")
             if step.kind == "segment" and f"segments/{step.name}.onnx" not in self.files:
                 raise ValueError(f"steps[{index}]: there is no segment {step.name[:60]!r}")
-            for name in step.outputs:
+            for name in step.inputs:
+                if name in self.values and name not in known:
+                    raise ValueError(f"steps[{index}] reads {name[:100]!r} before it is made")
+            for name in filter(None, step.outputs):
                 if name in known or name not in self.values:
                     raise ValueError(f"steps[{index}] makes {name[:100]!r}, which is made twice or has no type")
             known.update(step.outputs)
+        for name in self.values:
+            if name not in known:
+                raise ValueError(f"'{name[:100]}' is never made")
 
 
 def _finite(value: Any) -> Any:

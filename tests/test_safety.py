@@ -191,7 +191,7 @@ def test_every_truncation_and_many_flips(plan, unseen, built):
     said = truncate(plan, range)
     assert sum(said.values()) == sum(sizes.values())
     hit = flip(plan, 5 * FLIPS, 1)
-    results = {"files": sizes, "truncations": sum(said.values()), "said": dict(said), "flips": dict(hit), "loaded": 0, "seconds": round(time.perf_counter() - started, 1)}
+    results = {"files": sizes, "truncations": sum(said.values()), "said": dict(said), "flips": dict(hit), "seconds": round(time.perf_counter() - started, 1)}
     record.write("damaged_plans", record.cpu(), record.versions("onnx", "onnxruntime", "tensorrt-rtx"), results)
 
 
@@ -288,6 +288,8 @@ CHANGES = {
     "a segment that is not there": (step(kind="segment", name="../x"), "there is no segment '../x'"),
     "no weights": (lambda d: d["files"].pop("weights.safetensors"), "there is no weights.safetensors"),
     "a value made twice": (lambda d: d["steps"].append(d["steps"][0]), "made twice"),
+    "steps in another order": (lambda d: d["steps"].reverse(), "before it is made"),
+    "a value that is never made": (lambda d: d["steps"].pop(), "is never made"),
     "a value nobody makes": (step(inputs=["ghost"]), "'ghost', which is neither made nor among the weights"),
     "another format": (lambda d: d.update(format=1), "another format"),
     "a plugin nobody has": (step(name="Unheard"), "calls plugin Unheard, which no loaded rules file declares"),
