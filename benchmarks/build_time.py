@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import os
+import resource
 import statistics
 import subprocess
 import sys
@@ -63,14 +64,17 @@ def measure(layers: int, dtype: str, repeat: int, folder: Path) -> dict[str, Any
     found["weight_bytes"] = files["weights.safetensors"][0]
     del fused
     for key, options in (("command", ["--no-verify"]), ("command_and_check", [])):
-        found["seconds"][key] = statistics.median(command(source, target, options) for _ in range(repeat))
+        walls, processors = zip(*(command(source, target, options) for _ in range(repeat)), strict=True)
+        found["seconds"] |= {key: statistics.median(walls), f"{key}_cpu": statistics.median(processors)}
     return found
 
 
-def command(source: Path, target: Path, options: list[str]) -> float:
-    started = time.perf_counter()
+def command(source: Path, target: Path, options: list[str]) -> tuple[float, float]:
+    """Seconds by the clock, and of processor time, that of its own children included."""
+    before, started = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
     subprocess.run([sys.executable, "-m", "rewrite.cli", "build", source, "-o", target, "--profile", PROFILE, *options], check=True, capture_output=True)
-    return time.perf_counter() - started
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return time.perf_counter() - started, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
 def main() -> None:
@@ -83,14 +87,14 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
         rows = [measure(int(n), arguments.dtype, arguments.repeat, Path(folder)) for n in arguments.layers.split(",")]
     names = list(rows[0]["seconds"])
-    print("  ".join(f"{c:>17}" for c in ("layers", *names, "engines", "engines MB", "weights MB")))
+    print("  ".join(f"{c:>21}" for c in ("layers", *names, "engines", "engines MB", "weights MB")))
     for row in rows:
         cells = [str(row["layers"]), *(f"{row['seconds'][n]:.2f} s" for n in names), str(row["engines"]), f"{row['engine_bytes'] / 1e6:.2f}", f"{row['weight_bytes'] / 1e6:.0f}"]
-        print("  ".join(f"{c:>17}" for c in cells))
+        print("  ".join(f"{c:>21}" for c in cells))
     ratios = {n: rows[-1]["seconds"][n] / rows[0]["seconds"][n] for n in names}
-    print("  ".join(f"{c:>17}" for c in ("ratio", *(f"{r:.2f}" for r in ratios.values()))))
+    print("  ".join(f"{c:>21}" for c in ("ratio", *(f"{r:.2f}" for r in ratios.values()))))
     versions = record.versions("onnx", "onnxruntime", "tensorrt-rtx")
-    print("written to", record.write("build_time", record.cpu(), versions, {"dtype": arguments.dtype, "repeat": arguments.repeat, "rows": rows, "ratios": ratios}))
+    print("written to", record.write("build_time", record.cpu(), versions, {"dtype": arguments.dtype, "repeat": arguments.repeat, "load": os.getloadavg()[1], "rows": rows, "ratios": ratios}))
     if rows[0]["engines"] != rows[-1]["engines"] or rows[-1]["engine_bytes"] > MOST_ENGINES:
         sys.exit("identical layers have engines of their own, or engines are large")
 
