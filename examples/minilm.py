@@ -98,7 +98,7 @@ def report(done, plan, sentences, ours, theirs):
     rows = []
     for key in dict.fromkeys(s.name for s in plan.manifest.steps if s.kind == "segment"):
         uses = [s for s in plan.manifest.steps if s.name == key]
-        rows.append([key, len(uses[0].nodes), len(uses), f"{plan.engine_file(key).stat().st_size / 1e6:.2f}"])
+        rows.append([key, len(uses[0].nodes), len(uses), f"{len(plan.engine(key)) / 1e6:.2f}"])
     rows.append(["weights", "", "", f"{(plan.directory / 'weights.safetensors').stat().st_size / 1e6:.2f}"])
     show("The plan: TensorRT engines between plugin nodes", ["segment", "nodes", "used", "MB"], rows)
     likeness = ours @ ours.T - 2 * np.eye(len(sentences))

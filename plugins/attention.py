@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,14 @@ def sample_mask(rng: Any, name: str, shape: tuple[int, ...], dtype: Any) -> Arra
     return np.where(keep, 0, lowest).astype(dtype)
 
 
+def operations(inputs: list[Any], outputs: list[Any], *, causal: int, **_: Any) -> int:
+    """Of both products, for the keys that a query can see."""
+    q, k, v = inputs[:3]
+    queries, keys = q[-2], k[-2]
+    seen = sum(min(i + 1, keys) for i in range(queries)) if causal else queries * keys
+    return int(2 * math.prod(q[:-2]) * seen * (q[-1] + v[-1]))
+
+
 @plugin
 class FusedAttention:
     """y = softmax(softcap(scale * q @ k^T) + mask) @ v, head by head.
@@ -41,6 +50,7 @@ class FusedAttention:
     tolerance = {"float64": (1e-9, 1e-9), "float32": (5e-5, 1e-5), "float16": (2e-3, 2e-3), "bfloat16": (1.6e-2, 1.6e-2)}
     sample = sample_mask
     cuda = attention
+    operations = operations
     strided = True
 
     def reference(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,14 @@ def product(x: Array, w: Array, bias: Array | None, trans_w: int) -> Array:
     return y if bias is None else y + wide(bias)
 
 
+def product_operations(inputs: list[Any], outputs: list[Any], **_: Any) -> int:
+    return int(2 * math.prod(outputs[0]) * inputs[0][-1])
+
+
+def gated_operations(inputs: list[Any], outputs: list[Any], **_: Any) -> int:
+    return 2 * product_operations(inputs, outputs)
+
+
 @plugin
 class MatMulAct:
     """y = activation(x @ w + bias) + residual.
@@ -40,6 +49,7 @@ class MatMulAct:
     cuda = matmul_act
     merged = merged_matmul_act
     transposable = ("w",)
+    operations = product_operations
 
     def reference(x: Array, w: Array, bias: Array | None = None, residual: Array | None = None, *, activation: str, trans_w: int) -> Array:
         y = activate(product(x, w, bias, trans_w), activation)
@@ -60,6 +70,7 @@ class GatedMatMulAct:
     sample = sample
     cuda = gated_matmul_act
     transposable = ("w_gate", "w_up")
+    operations = gated_operations
 
     def reference(
         x: Array, w_gate: Array, w_up: Array | None = None, bias_gate: Array | None = None, bias_up: Array | None = None, *, activation: str, merged: str, trans_w: int

@@ -7,7 +7,7 @@ import json
 import re
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from rewrite.model import Model
     from rewrite.optimizer import Result
     from rewrite.report import NearMiss, Report
+    from rewrite.runtime.partition import Step, ValueType
     from rewrite.runtime.plan import Plan
 
 
@@ -75,6 +76,7 @@ def main() -> None:
 rules_option = click.option("--rules", "files", multiple=True, metavar="FILE", help="Python file of further rules and plugins (repeatable).")
 only_option = click.option("--only", multiple=True, metavar="RULE", help="Use only this rule (repeatable).")
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON for programs.")
+key_option = click.option("--key", metavar="FILE", help="Of a plan: refuse it unless it is signed with this key (else that of $REWRITE_PLAN_KEY).")
 
 
 def table(title: str, columns: list[str], rows: list[list[str]]) -> None:
@@ -434,13 +436,14 @@ def progress() -> Iterator[Callable[[str], None]]:
 @main.command(short_help="Compile a model into a plan.")
 @click.argument("model")
 @click.option("-o", "--output", required=True, metavar="DIR", help="Directory of the plan; an older plan there is replaced.")
-@click.option("--profile", metavar="SIZES", help="Sizes of the named dimensions: batch=1:8:32,seq=1:128:512 (smallest, best, largest).")
+@click.option("--profile", multiple=True, metavar="SIZES", help="Sizes of the named dimensions: batch=1:8:32,seq=1:128:512 (smallest, best, largest; repeatable).")
 @click.option("--engines/--no-engines", default=True, show_default=True, help="Compile with TensorRT; without, the plan runs on the CPU alone.")
 @click.option("--verify/--no-verify", default=True, show_default=True, help="Run the plan on the CPU and compare it with MODEL.")
 @click.option("--tolerance", default=1e-4, show_default=True, help="Largest relative difference of the plan's outputs.")
+@click.option("--sign-key", metavar="FILE", help="Sign the plan with this key (else with that of $REWRITE_PLAN_KEY, if set).")
 @rules_option
 @json_option
-def build(model: str, output: str, profile: str | None, engines: bool, verify: bool, tolerance: float, files: tuple[str, ...], as_json: bool) -> None:
+def build(model: str, output: str, profile: tuple[str, ...], engines: bool, verify: bool, tolerance: float, sign_key: str | None, files: tuple[str, ...], as_json: bool) -> None:
     """Compile MODEL (rewritten or not) into a plan: TensorRT engines between plugin nodes, weights, a manifest."""
     import time
 
@@ -451,7 +454,7 @@ def build(model: str, output: str, profile: str | None, engines: bool, verify: b
     library(list(files))
     started = time.perf_counter()
     with progress() as say:
-        plan = run(model, output, profile=profile, engines=engines, verify=verify, tolerance=tolerance, progress=say)
+        plan = run(model, output, profile=",".join(profile) or None, engines=engines, verify=verify, tolerance=tolerance, sign_key=sign_key, progress=say)
     if as_json:
         click.echo(plan.manifest.to_json(), nl=False)
         return
@@ -462,9 +465,10 @@ def build(model: str, output: str, profile: str | None, engines: bool, verify: b
 def print_plan(plan: Plan, steps: bool) -> None:
     """A plan for people: what built it, its inputs, its segments and plugins, and, if asked for, each step."""
     manifest = plan.manifest
-    size = sum(size for size, _ in manifest.files.values()) / 1e6
-    click.echo(f"{plan.directory}: {manifest.model}, built {manifest.created} by {', '.join(f'{k} {v}' for k, v in manifest.versions.items())}")
-    click.echo(f"inputs: {', '.join(f'{n} {v.dtype}{list(v.shape)}' for n, v in manifest.inputs.items())}; sizes: {manifest.profile}; {size:.1f} MB\n".replace("'", ""))
+    sizes = ", ".join(f"{what} {plan.bytes_of(what) / 1e6:.2f} MB" for what in ("weights", "engines", "segments"))
+    click.echo(f"{plan.directory}: {manifest.model}, built {manifest.created} by {', '.join(f'{k} {v}' for k, v in manifest.versions.items())}{'; signed' if plan.signed else ''}")
+    click.echo(f"inputs: {', '.join(f'{n} {v.dtype}{list(v.shape)}' for n, v in manifest.inputs.items())}".replace("'", ""))
+    click.echo(f"profile (smallest:best:largest): {manifest.profile}; {sizes}\n")
     rows = []
     for key in dict.fromkeys(s.name for s in manifest.steps if s.kind == "segment"):
         uses = [s for s in manifest.steps if s.name == key]
@@ -482,7 +486,26 @@ def print_plan(plan: Plan, steps: bool) -> None:
         table("", ["plugin", "attributes", "calls"], [[name, attributes, str(n)] for (name, attributes), n in calls.items()])
     if steps:
         click.echo()
-        table("", ["step", "calls", "inputs", "outputs"], [[str(i), s.name, " ".join(n or "-" for n in s.inputs), " ".join(s.outputs)] for i, s in enumerate(manifest.steps)])
+        best = {n: r[1] for n, r in manifest.profile.ranges.items()}
+        rows = [[str(i), s.name, " ".join(n or "-" for n in s.inputs), " ".join(s.outputs), *_made(s, manifest.values, best)] for i, s in enumerate(manifest.steps)]
+        table("", ["step", "calls", "inputs", "outputs", "of shape", "MB at best"], rows)
+
+
+def _made(step: Step, values: Mapping[str, ValueType], sizes: Mapping[str, int]) -> list[str]:
+    """The shapes of what a step makes, and its megabytes at these sizes of the named dimensions; "?" if they do not follow."""
+    import math
+
+    from rewrite.verify import resolve
+
+    def unknown() -> int:
+        raise KeyError
+
+    kinds = [values[n] for n in step.outputs]
+    shapes = " ".join(f"{k.dtype}{list(k.shape)}" for k in kinds).replace("'", "")
+    try:
+        return [shapes, f"{sum(math.prod(resolve(d, dict(sizes), unknown) for d in k.shape) * k.numpy.itemsize for k in kinds) / 1e6:.3f}"]
+    except KeyError:
+        return [shapes, "?"]
 
 
 @main.command(short_help="Show what is in a plan or a model.")
@@ -491,8 +514,9 @@ def print_plan(plan: Plan, steps: bool) -> None:
 @click.option("--attributes", is_flag=True, help="Show the attributes of nodes.")
 @click.option("--segment", metavar="KEY", help="Of a plan: the nodes of this segment.")
 @click.option("--check", is_flag=True, help="Of a plan: compare every file with its SHA-256, the weights included.")
+@key_option
 @json_option
-def inspect(path: str, steps: bool, attributes: bool, segment: str | None, check: bool, as_json: bool) -> None:
+def inspect(path: str, steps: bool, attributes: bool, segment: str | None, check: bool, key: str | None, as_json: bool) -> None:
     """Show what is in PATH, a plan or a model (by Polygraphy)."""
     from pathlib import Path
 
@@ -513,11 +537,13 @@ def inspect(path: str, steps: bool, attributes: bool, segment: str | None, check
         return
     from rewrite.runtime.plan import Plan
 
-    plan = Plan(path, check_weights=check)
+    plan = Plan(path, key=key)
+    if check:
+        _ = plan.weights  # compared when they are wanted
     if segment is not None:
-        if not plan.segment_file(segment).is_file():
+        if f"segments/{segment}.onnx" not in plan.manifest.files:
             raise RewriteError(f"{path}: it has no segment {segment!r}; `rewrite inspect {path}` lists them")
-        click.echo(polygraphy_text(onnx.load(plan.segment_file(segment)), True, attributes))
+        click.echo(polygraphy_text(onnx.load_model_from_string(plan.segment(segment)), True, attributes))
     elif as_json:
         click.echo(plan.manifest.to_json(), nl=False)
     else:
@@ -556,8 +582,9 @@ def load_feeds(file: str, names: list[str]) -> dict[str, Any]:
 @click.option("--inputs", "file", required=True, metavar="FILE", help=".npz with the inputs by name, or .npy with the only one.")
 @click.option("-o", "--output", metavar="FILE", help="Where to write the outputs, as .npz.")
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
+@key_option
 @rules_option
-def run(path: str, file: str, output: str | None, device: str, files: tuple[str, ...]) -> None:
+def run(path: str, file: str, output: str | None, device: str, key: str | None, files: tuple[str, ...]) -> None:
     """Run PATH, a plan or (on the CPU) a model, on the arrays of a file."""
     from pathlib import Path
 
@@ -573,7 +600,7 @@ def run(path: str, file: str, output: str | None, device: str, files: tuple[str,
     if Path(path).is_dir():
         from rewrite.runtime.plan import Plan
 
-        plan = Plan(path, device=device)
+        plan = Plan(path, device=device, key=key)
         results = plan.run(load_feeds(file, list(plan.inputs)))
     elif device == "cuda":
         raise RewriteError(f"{path}: a model runs on the CPU; `rewrite build` makes a plan of it that runs on a GPU")
@@ -590,6 +617,57 @@ def run(path: str, file: str, output: str | None, device: str, files: tuple[str,
     table("", ["output", "dtype", "shape", "min", "mean", "max"], rows)
     if output:
         click.echo(f"written to {output}")
+
+
+@main.command(short_help="Measure a plan: the whole, and each part.")
+@click.argument("plan")
+@click.option("--size", metavar="SIZES", help="Sizes of the named dimensions, batch=8,seq=128; others as the profile calls best.")
+@click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
+@click.option("--warmup", type=click.IntRange(0), default=5, show_default=True, help="Runs before the measured ones.")
+@click.option("--iterations", type=click.IntRange(1), default=50, show_default=True, help="Measured runs.")
+@click.option("--json", "json_file", metavar="FILE", help="Write everything that was measured, each step included.")
+@click.option("--trace", "trace_file", metavar="FILE", help="Write one run as a Chrome trace (chrome://tracing, ui.perfetto.dev).")
+@key_option
+@rules_option
+def bench(plan: str, size: str | None, device: str, warmup: int, iterations: int, json_file: str | None, trace_file: str | None, key: str | None, files: tuple[str, ...]) -> None:
+    """Measure PLAN, a plan's directory, on generated inputs: latency, throughput, each segment and plugin, against the machine's ceilings."""
+    from rewrite.files import check_target
+    from rewrite.registry import library
+    from rewrite.runtime import bench as measure
+    from rewrite.runtime.plan import Plan
+
+    for target in filter(None, (json_file, trace_file)):
+        check_target(target)
+    library(list(files))
+    loaded = Plan(plan, device=device, key=key)
+    report = measure.bench(loaded, measure.parse_sizes(size, loaded), warmup=warmup, iterations=iterations)
+    print_bench(report)
+    for path, data in ((json_file, report), (trace_file, measure.trace(report))):
+        if path:
+            _write_json(path, data)
+            click.echo(f"written to {path}")
+
+
+def print_bench(report: dict[str, Any]) -> None:
+    """What was measured, for people: the whole, then the parts, those that take longest first."""
+    memory, compute, dtype = report["ceilings"]["bytes_per_second"], report["ceilings"]["operations_per_second"], report["ceilings"]["dtype"]
+    sizes = ", ".join(f"{n}={s}" for n, s in report["sizes"].items()) or "static shapes"
+    click.echo(f"{report['plan']}: {report['model']} on {report['device']}; {sizes}; {report['iterations']} runs")
+    click.echo(f"ceilings, measured now: {memory / 1e9:.0f} GB/s copying, {compute / 1e9:.0f} GFLOP/s in a {dtype} product\n")
+    names = {"latency_us": "one run", "call_us": "with its inputs and outputs on the host"}
+    for key in ("latency_us", "call_us") if report["enqueue_us"] is not None else ("latency_us",):
+        click.echo(f"{names[key]}: " + ", ".join(f"{p} {report[key][p] / 1e3:.3f} ms" for p in ("p50", "p90", "p99")))
+    if report["enqueue_us"] is not None:
+        click.echo(f"enqueueing: {report['enqueue_us']:.1f} µs of the processor")
+    whole = report["whole"]
+    rates = f"{report['runs_per_second']:.1f} runs/s, {report['items_per_second']:.1f} items/s"
+    click.echo(f"throughput: {rates} | {whole['of_memory']:.0%} of the memory's, {whole['of_compute']:.0%} of the arithmetic's ceiling\n")
+    rows = []
+    for part in report["parts"]:
+        cells = [f"{part['bytes_per_second'] / 1e9:.1f}", f"{part['of_memory']:.0%}", f"{part['operations_per_second'] / 1e9:.1f}", f"{part['of_compute']:.0%}"]
+        name = part["name"] if part["kind"] == "plugin" else f"segment {part['name']}"
+        rows.append([name, str(part["calls"]), f"{part['us'] / 1e3:.3f} ms", f"{part['share']:.0%}", *cells])
+    table("", ["part", "calls", "time", "share", "GB/s", "of memory", "GFLOP/s", "of compute"], rows)
 
 
 if __name__ == "__main__":

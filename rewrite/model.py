@@ -326,7 +326,7 @@ def close_graph(imported: Imported, functions: dict[str, onnx.FunctionProto], me
     """The model with the edited graph and its functions. Untouched parts are those of the original, byte for byte."""
     source = imported.model
     proto = onnx.ModelProto()
-    _copy(source.proto, proto, without={"graph", "functions"})
+    copy_message(source.proto, proto, without={"graph", "functions"})
     _export(imported.graph, source.proto.graph, proto.graph, imported, metadata)
     kept = [f for f in source.proto.functions if f.domain != DOMAIN]
     proto.functions.extend(kept)
@@ -347,7 +347,7 @@ def close_graph(imported: Imported, functions: dict[str, onnx.FunctionProto], me
     return Model(proto, source.folder, source.name, dict(source.external))
 
 
-def _copy(source: Any, result: Any, without: Collection[str]) -> None:
+def copy_message(source: Any, result: Any, without: Collection[str]) -> None:
     """Copy a message but some of its fields: weights are large, each copy of them counts."""
     if len(UnknownFieldSet(source)):  # of a newer ONNX, perhaps: kept
         result.CopyFrom(source)
@@ -367,7 +367,7 @@ def _copy(source: Any, result: Any, without: Collection[str]) -> None:
 
 
 def _export(graph: gs.Graph, source: onnx.GraphProto, result: onnx.GraphProto, imported: Imported, metadata: dict[int, dict[str, str]]) -> None:
-    _copy(source, result, without={"node", "initializer"})
+    copy_message(source, result, without={"node", "initializer"})
     read: dict[str, gs.Tensor] = {}
     for node in graph.nodes:
         _export_node(node, result.node.add(), imported, metadata)

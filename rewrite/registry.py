@@ -88,6 +88,7 @@ class Plugin:
     transposable: tuple[str, ...]
     strided: bool
     source: str
+    operations: Callable[..., int] | None = None
 
     @property
     def fused(self) -> bool:
@@ -224,8 +225,9 @@ def plugin(cls: type) -> Plugin:
     that are not packed; `merged(calls, **attributes)` does the same for several calls, (inputs, outputs) each, of one first input;
     `view(y, **attributes)` gives the part of an output that differs, repeated by strides of 0, for readers that are `strided`;
     `transposable` names the matrices that attribute `trans_w` = 1 says are stored the other way round, which the kernels prefer;
-    `since` is the opset from which ONNX itself has the operator, and `kernels` the dtypes for which such a plugin's `cuda` is
-    worth a step of its own in a plan.
+    `operations(inputs, outputs, **attributes)`, on shapes (None for an absent input), counts what `rewrite bench` calls operations,
+    by default one for each element of the outputs; `since` is the opset from which ONNX itself has the operator, and `kernels` the
+    dtypes for which such a plugin's `cuda` is worth a step of its own in a plan.
 
     Raises RewriteError if the class is incomplete.
     """
@@ -252,6 +254,7 @@ def plugin(cls: type) -> Plugin:
         transposable=tuple(getattr(cls, "transposable", ())),
         strided=bool(getattr(cls, "strided", False)),
         source=_origin(cls.__module__),
+        operations=getattr(cls, "operations", None),
     )
     try:
         inspect.signature(made.reference).bind(*made.inputs, **made.attributes)

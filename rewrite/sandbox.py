@@ -153,15 +153,26 @@ def run(model: Model, inputs: Mapping[str, np.ndarray[Any, Any]], advice: str = 
 
     With the usual advice the inputs are the user's, who may want to wait; with another, generated.
     """
-    with _in_memory(model.proto.SerializeToString()) as file, _arrays(inputs) as feeds, _in_memory(b"") as results:
-        _run(model, {"do": "run", "models": [_description(model)]}, [file, feeds, results], advice == SMALLER, advice)
-        return read_arrays(os.dup(results))
+    (result,) = run_each(model, [inputs], advice)
+    if isinstance(result, RewriteError):
+        raise result
+    return result
+
+
+def run_each(model: Model, inputs: list[Mapping[str, np.ndarray[Any, Any]]], advice: str = SMALLER) -> list[dict[str, np.ndarray[Any, Any]] | RewriteError]:
+    """The same for several inputs at once, which costs the transfer of the model once; those it cannot run on have their error."""
+    with contextlib.ExitStack() as stack:
+        file = stack.enter_context(_in_memory(model.proto.SerializeToString()))
+        feeds = [stack.enter_context(_arrays(f)) for f in inputs]
+        results = [stack.enter_context(_in_memory(b"")) for _ in inputs]
+        answer = _run(model, {"do": "run", "models": [_description(model)]}, [file, *feeds, *results], advice == SMALLER, advice)
+        return [RewriteError(reason) if reason else read_arrays(os.dup(r)) for reason, r in zip(answer["reasons"], results, strict=True)]
 
 
 def _run(model: Model, request: dict[str, Any], files: list[int], asked_for: bool, advice: str) -> dict[str, Any]:
     from rewrite.weights import external_size
 
-    size = model.proto.ByteSize() + external_size(model.external)
+    size = os.fstat(files[0]).st_size + external_size(model.external)  # the first file is the model
     seconds, memory = (RUN_SECONDS + size / RUN_RATE) * (ASKED_FOR if asked_for else 1), _free_memory()
     if not asked_for:
         memory = min(memory, READ_MEMORY + READ_FACTOR * size)
@@ -347,15 +358,24 @@ def _compare(request: dict[str, Any], files: list[int]) -> dict[str, Any]:
 
 
 def _run_model(request: dict[str, Any], files: list[int]) -> dict[str, Any]:
-    from rewrite.verify import run_model
+    from rewrite.verify import file_session, run_session
 
     (model,) = _models(request, files[:1])
+    feeds, results = files[1 : len(files) // 2 + 1], files[len(files) // 2 + 1 :]
     try:
-        results = run_model(model, read_arrays(files[1]))
-        write_arrays(files[2], list(results), list(results.values()))
+        runner = file_session(model)
     except RewriteError as error:
         return {"refused": str(error)}
-    return {}
+    reasons = []
+    for given, made in zip(feeds, results, strict=True):
+        reason = ""
+        try:
+            found = run_session(runner, read_arrays(given), model.name)
+            write_arrays(made, list(found), list(found.values()))
+        except RewriteError as error:
+            reason = str(error)
+        reasons.append(reason)
+    return {"reasons": reasons}
 
 
 WORK = {"rehearse": _rehearse, "compare": _compare, "run": _run_model}

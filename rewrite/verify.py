@@ -507,9 +507,13 @@ def spec_of(name: str, tensor: gs.Tensor, value: tuple[Dim, ...] | None = None, 
 
 def run_model(model: Any, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """The outputs of a model in ONNX Runtime, by name. Raises RewriteError if it cannot run on these inputs."""
-    runner = file_session(model)
+    return run_session(file_session(model), inputs, model.name)
+
+
+def run_session(runner: Any, inputs: Mapping[str, np.ndarray], name: str) -> dict[str, np.ndarray]:
+    """The same on a session; `name` is the model's, for errors."""
     names = [o.name for o in runner.get_outputs()]
     try:
         return dict(zip(names, runner.run(None, dict(inputs)), strict=True))
     except Exception as error:
-        raise RewriteError(f"{model.name} fails on the inputs: {str(error).strip().splitlines()[0][:300]}") from error
+        raise RewriteError(f"{name} fails on the inputs: {str(error).strip().splitlines()[0][:300]}") from error

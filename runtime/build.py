@@ -8,6 +8,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -18,11 +19,12 @@ from rewrite.errors import CheckFailed, RewriteError, Unfinished
 from rewrite.files import swap_directory
 from rewrite.model import Model, load
 from rewrite.registry import library
-from rewrite.runtime import engine, weights
+from rewrite.runtime import engine, seal, weights
+from rewrite.runtime.machine import CAPABILITY, fingerprint
 from rewrite.runtime.partition import Partition, partition
-from rewrite.runtime.plan import MANIFEST, Manifest, Plan, digest
+from rewrite.runtime.plan import MANIFEST, WEIGHTS, Manifest, Plan
 from rewrite.runtime.profile import Profile
-from rewrite.verify import SIZES, TOLERANCE, compare, model_inputs
+from rewrite.verify import MODEL_TOLERANCE, SIZES, compare, model_inputs
 
 Progress = Callable[[str], None]
 UNCHECKED = "build with --no-verify and compare yourself"
@@ -36,6 +38,7 @@ def build(
     engines: bool = True,
     verify: bool = True,
     tolerance: float = 1e-4,
+    sign_key: str | os.PathLike[str] | None = None,
     progress: Progress | None = None,
 ) -> Plan:
     """Compile a model, rewritten or not, into a plan.
@@ -47,6 +50,8 @@ def build(
         engines: compile the segments with TensorRT; without, the plan runs on the CPU alone.
         verify: run the plan on the CPU and compare its outputs with the model's in ONNX Runtime.
         tolerance: largest difference allowed, relative to each output's largest value.
+        sign_key: name of a key file; the plan is signed with it, so that it can be loaded with `key` (by default that of the
+            environment's REWRITE_PLAN_KEY, if there is one).
         progress: called with a line on each step that takes time.
 
     Raises:
@@ -59,6 +64,7 @@ def build(
         raise RewriteError(f"{target}: exists and is not a plan; name another directory")
     if not target.parent.is_dir():
         raise RewriteError(f"{target}: the folder {target.parent} does not exist; make it first")
+    key = seal.read_key(sign_key)
     say("cutting the model at its plugin nodes")
     cut = partition(source, library().plugins)
     names = dict.fromkeys(d for v in cut.inputs.values() for d in v.shape if isinstance(d, str))
@@ -69,16 +75,17 @@ def build(
         work = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent))
         say("writing the plan")
         _write(work, source, cut, sizes, compiled)
+        seal.seal(work, key)
         if verify:
             say("comparing the plan's outputs with the model's")
-            check_plan(Plan(work), source, tolerance)
+            check_plan(Plan(work, key=sign_key), source, tolerance)
         swap_directory(work, target)  # an older plan stays until the new one stands
     except OSError as error:
         raise RewriteError(f"{target}: cannot be written: {error.strerror or error}; nothing was changed") from error
     finally:
         if work is not None:
             shutil.rmtree(work, ignore_errors=True)
-    return Plan(target)
+    return Plan(target, key=sign_key)
 
 
 def _compile(cut: Partition, profile: Profile, say: Progress) -> dict[str, bytes]:
@@ -100,17 +107,23 @@ def _write(work: Path, source: Model, cut: Partition, profile: Profile, engines:
         (work / "segments" / f"{key}.onnx").write_bytes(segment.SerializeToString(deterministic=True))
     for key, data in engines.items():
         (work / "engines" / f"{key}.engine").write_bytes(data)
-    with (work / "weights.safetensors").open("wb") as file:
-        weights.write(file, cut.weights, {"format": "np", "model": source.name})
+    with (work / WEIGHTS).open("wb") as file:
+        writer = seal.Writer(file)
+        weights.write(writer, cut.weights, {"format": "np", "model": source.name})
     import onnxruntime
 
     versions = {"rewrite": rewrite.__version__, "onnx": onnx.__version__, "onnxruntime": onnxruntime.__version__, "numpy": np.__version__}
     if engines:
         versions["tensorrt"] = engine.version()
+        if engine.fixed():  # to the GPU they were built on
+            versions[CAPABILITY] = engine.capability()
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     manifest = Manifest(source.name, source.opset, cut.inputs, cut.outputs, cut.values, cut.steps, profile, versions, now)
-    for file_path in sorted(p for p in work.rglob("*") if p.is_file()):
-        manifest.files[file_path.relative_to(work).as_posix()] = (file_path.stat().st_size, digest(file_path))
+    plugins = library().plugins
+    manifest.plugins = {name: fingerprint(plugins[name]) for name in sorted({s.name for s in cut.steps if s.kind == "plugin"})}
+    for path in sorted(p for p in work.rglob("*") if p.is_file()):
+        name = path.relative_to(work).as_posix()
+        manifest.files[name] = (path.stat().st_size, writer.digests() if name == WEIGHTS else seal.digests(path.read_bytes()))
     (work / MANIFEST).write_text(manifest.to_json())
 
 
@@ -124,29 +137,35 @@ def check_plan(plan: Plan, model: Model, tolerance: float, attempts: int = 2) ->
     """Run a plan and its model on generated inputs; returns the largest difference relative to each output's largest value.
 
     The model is run first, in a child under limits: what it does not survive, the plan does not come to.
-    Raises CheckFailed, naming the output, if they differ by more than `tolerance`.
+    Raises CheckFailed, naming the output, if they differ by more than `tolerance`; 16-bit outputs may by what their type rounds to.
     """
-    worst, done = 0.0, 0
+    ranges = plan.manifest.profile.ranges if plan.has_engines else {}
+    feeds: list[Mapping[str, np.ndarray[Any, Any]]] = []
     for attempt in range(attempts):
-        ranges = plan.manifest.profile.ranges if plan.has_engines else {}
         sizes = {n: min(max(size, low), high) for size, (n, (low, _, high)) in zip(SIZES[attempt] * len(ranges), ranges.items(), strict=False)}
-        feeds = model_inputs(model.proto, attempt, sizes)
-        names = list(plan.manifest.outputs)
-        try:
-            expected = sandbox.run(model, feeds, UNCHECKED)
-        except Unfinished:
-            raise
-        except RewriteError as error:
-            if attempt + 1 < attempts or done:
-                continue
-            raise RewriteError(f"{error}, in ONNX Runtime on generated inputs; {UNCHECKED}") from error
-        actual = plan.run(feeds)
+        feeds.append(model_inputs(model.proto, attempt, sizes))
+    try:
+        found = sandbox.run_each(model, list(feeds), UNCHECKED)
+    except Unfinished:
+        raise
+    except RewriteError as error:
+        raise RewriteError(f"{error}; {UNCHECKED}") from error
+    worst, done = 0.0, 0
+    for given, expected in zip(feeds, found, strict=True):
+        if isinstance(expected, RewriteError):
+            continue
+        actual = plan.run(given)
         done += 1
-        for name in names:
-            want = expected[name]
-            verdict = compare([np.asarray(want)], [actual[name]], dict.fromkeys(TOLERANCE, (tolerance, tolerance)))
+        for name in plan.manifest.outputs:
+            want = np.asarray(expected[name])
+            if actual[name].dtype.name == "bfloat16":  # which ONNX Runtime computes in float32
+                want = want.astype(actual[name].dtype)
+            limits = {kind: (max(tolerance, least),) * 2 for kind, least in MODEL_TOLERANCE.items()}
+            verdict = compare([want], [actual[name]], limits)
             if not verdict.ok:
                 raise CheckFailed(f"the plan's output '{name}' is not the model's: {verdict.reason}")
-            largest = float(np.abs(np.asarray(want, np.float64)).max(initial=0.0)) if np.asarray(want).dtype.kind == "f" else 0.0
+            largest = float(np.abs(want.astype(np.float64)).max(initial=0.0)) if want.dtype.kind in "fV" else 0.0
             worst = max(worst, verdict.error / max(largest, 1e-6))
+    if not done:
+        raise RewriteError(f"{found[-1]}, in ONNX Runtime on generated inputs; {UNCHECKED}")
     return worst

@@ -72,24 +72,17 @@ class CudaExecutor:
 
     def __init__(self, plan: Plan):
         self.cupy, self.plan = device(), plan
-        if not plan.has_engines:
-            raise RewriteError(f"{plan.directory}: the plan was built without engines; build it again without --no-engines")
-        trt = engine.tensorrt()
-        built, here = plan.manifest.versions["tensorrt"], engine.version()
-        if built != here:
-            raise RewriteError(f"{plan.directory}: the plan was built with {built}, this machine has {here}; build it again")
         self.plugins = library().plugins
         self.stream = self.cupy.cuda.Stream(non_blocking=True)
-        self.runtime = trt.Runtime(engine.logger())
+        self.runtime = engine.runtime()
+        self.kernels = engine.KernelCache((f[1][0] for n, f in plan.manifest.files.items() if n.startswith("engines/")), engine.gpu())
         self.models: dict[str, onnx.ModelProto] = {}
         self.engines: dict[str, Any] = {}
         self.contexts: dict[str, Any] = {}
         for key in dict.fromkeys(s.name for s in plan.manifest.steps if s.kind == "segment"):
-            loaded = self.runtime.deserialize_cuda_engine(plan.engine_file(key).read_bytes())
-            if loaded is None:
-                raise RewriteError(f"{plan.engine_file(key)}: TensorRT refuses it on this GPU: {engine.complaint()}; build the plan again on this machine")
+            loaded = engine.deserialize(self.runtime, plan.engine(key), f"{plan.directory}: engine {key}")
             self.engines[key] = loaded
-            self.contexts[key] = engine.execution_context(loaded)
+            self.contexts[key] = engine.execution_context(loaded, self.kernels)
         with self.stream:
             self.weights = {name: self.cupy.asarray(array) for name, array in plan.weights.items()}
             self.turned = self._turn_weights()
@@ -132,11 +125,13 @@ class CudaExecutor:
     def segment(self, key: str) -> onnx.ModelProto:
         """The model of a segment, read once."""
         if key not in self.models:
-            self.models[key] = onnx.load(self.plan.segment_file(key))
+            self.models[key] = onnx.load_model_from_string(self.plan.segment(key))
         return self.models[key]
 
     def _view(self, array: Any) -> Any:
-        return self.cupy.asarray(array) if hasattr(array, "__cuda_array_interface__") else self.cupy.from_dlpack(array)
+        if hasattr(array, "__cuda_array_interface__"):
+            return self.cupy.asarray(array)
+        return self.cupy.from_dlpack(array) if hasattr(array, "__dlpack__") else array  # which `Plan.check` refuses
 
     def frame(self, sizes: Mapping[str, int]) -> Frame:
         """The captured work for these sizes of the named dimensions; made on first use."""
@@ -191,7 +186,6 @@ class Frame:
         for name in views.of:
             self._view(name, views)
         self._repeat(steps)
-        self._repeat(steps)
         self.pool = self.cupy.cuda.MemoryPool()  # what references allocate: kept, so that captured addresses stay theirs
         with self.cupy.cuda.using_allocator(self.pool.malloc):
             self.work: list[tuple[list[int], Launch]] = []
@@ -206,6 +200,7 @@ class Frame:
                 for launch in self.launches:
                     launch()
             executor.stream.synchronize()
+            executor.kernels.save()
             self.graph = self._capture()
 
     def _view(self, name: str, views: Views) -> Any:
@@ -321,6 +316,10 @@ class Frame:
             raise RewriteError(f"the plan calls plugin {step.name}, which no loaded rules file declares; give it with --rules")
         plugin = self.executor.plugins[step.name]
         return plugin, {**plugin.attributes, **step.attributes, **({"trans_w": 1} if index in self.executor.turned else {})}
+
+    def attributes(self, index: int) -> dict[str, Any]:
+        """The attributes of a plugin's step as its kernel gets them: `trans_w` may differ from the plan's."""
+        return self._of(index)[1]
 
     def _arguments(self, step: Step, plugin: Plugin) -> tuple[list[Any], list[Any]]:
         inputs = [self.values[n] if n else None for n in step.inputs]

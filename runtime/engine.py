@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import hashlib
+import os
+import stat
+from collections.abc import Iterable, Mapping
 from functools import cache
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import onnx
 
 from rewrite.errors import RewriteError
+from rewrite.files import write_atomically
 from rewrite.graph import Dim
 from rewrite.runtime.profile import Profile
 
@@ -108,12 +113,123 @@ def complaint() -> str:
     return lines[-1].splitlines()[0][:300] if lines else "it gives no reason"
 
 
-def execution_context(loaded: Any) -> Any:
-    """A context of an engine; TensorRT for RTX compiles kernels for the sizes at hand at once, not in the background."""
+def runtime() -> Any:
+    """What deserializes engines. Engines that hold code for the host, which would run as us, are refused by it."""
+    made = tensorrt().Runtime(logger())
+    made.engine_host_code_allowed = False
+    return made
+
+
+def deserialize(runtime: Any, data: bytes, where: str) -> Any:
+    """An engine from its bytes, which the caller has compared with their SHA-256. Raises RewriteError with TensorRT's reason."""
+    logger().lines.clear()
+    loaded = runtime.deserialize_cuda_engine(data)
+    if loaded is None:
+        said = complaint()
+        raise RewriteError(f"{where}: TensorRT refuses it on this GPU: {_invalidity(runtime, data) or said}; build the plan again on this machine")
+    return loaded
+
+
+def _invalidity(runtime: Any, data: bytes) -> str:
+    """Why an engine does not fit this machine, as far as TensorRT can tell: `unsupported cc`, `old cuda driver`; or ""."""
+    if not hasattr(runtime, "get_engine_validity"):
+        return ""
+    _, found = runtime.get_engine_validity(data)
+    kinds = getattr(tensorrt(), "EngineInvalidityDiagnostics", None)
+    names = kinds.__members__.items() if kinds is not None else ()
+    return ", ".join(n.lower().replace("_", " ") for n, bit in names if int(found) & int(bit))
+
+
+def fixed() -> bool:
+    """Whether engines run only on the GPU model they were built on; those of TensorRT for RTX run on several."""
+    return tensorrt().__name__ == "tensorrt"
+
+
+def capability() -> str:
+    """The compute capability of the present GPU, "9.0". Raises RewriteError if there is none."""
+    from rewrite.runtime.cuda import device
+
+    digits = str(device().cuda.Device().compute_capability)
+    return f"{digits[:-1]}.{digits[-1]}"
+
+
+def gpu() -> str:
+    """The present GPU: its model, compute capability and driver, all that kernels compiled for it depend on."""
+    from rewrite.runtime.cuda import device
+
+    runtime = device().cuda.runtime
+    name = runtime.getDeviceProperties(runtime.getDevice())["name"].decode()
+    return f"{name}, {capability()}, driver {runtime.driverGetVersion()}"
+
+
+def execution_context(loaded: Any, kernels: KernelCache | None = None) -> Any:
+    """A context of an engine; TensorRT for RTX compiles kernels for the sizes at hand at once, not in the background, and
+    takes those that `kernels` has."""
     trt = tensorrt()
     if not hasattr(loaded, "create_runtime_config"):
         return loaded.create_execution_context()
     config = loaded.create_runtime_config()
     if hasattr(trt, "DynamicShapesKernelSpecializationStrategy"):
         config.dynamic_shapes_kernel_specialization_strategy = trt.DynamicShapesKernelSpecializationStrategy.EAGER
+    if kernels is not None:
+        kernels.attach(config)
     return loaded.create_execution_context(config)
+
+
+class KernelCache:
+    """The kernels that TensorRT for RTX compiled when engines first ran, kept in a file from one start to the next.
+
+    One cache serves all engines of a plan. The file lies in the user's cache folder ($XDG_CACHE_HOME or ~/.cache), is
+    named by what its content depends on, and begins with the SHA-256 of the rest. One that is damaged, or that another user could
+    have written, is not read: then the kernels are compiled again. TensorRT itself compares versions, driver and GPU.
+    """
+
+    def __init__(self, engines: Iterable[str], device: str):
+        """`engines` are the digests of the plan's engines, `device` names the GPU and its driver."""
+        told = "\n".join([version(), device, *sorted(engines)])
+        home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+        self.path = Path(home) / "rewrite" / "kernels" / f"{hashlib.sha256(told.encode()).hexdigest()[:32]}.bin"
+        self.cache: Any = None
+        self.saved = b""
+
+    def attach(self, config: Any) -> None:
+        """Let the contexts made with this runtime configuration use the cache; nothing where TensorRT has none."""
+        if not hasattr(config, "create_runtime_cache"):
+            return
+        if self.cache is None:
+            self.cache = config.create_runtime_cache()
+            content = self.read()
+            if content and self.cache.deserialize(content):
+                self.saved = hashlib.sha256(content).digest()
+        config.set_runtime_cache(self.cache)
+
+    def read(self) -> bytes:
+        """The content of the file; nothing if it is missing, damaged, a link, or not ours alone to write."""
+        try:
+            descriptor = os.open(self.path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        except OSError:
+            return b""
+        state = os.fstat(descriptor)
+        if not stat.S_ISREG(state.st_mode) or state.st_uid != os.geteuid() or state.st_mode & 0o022:
+            os.close(descriptor)
+            return b""
+        with os.fdopen(descriptor, "rb") as file:
+            digest, content = file.read(32), file.read()
+        return content if hashlib.sha256(content).digest() == digest else b""
+
+    def save(self) -> None:
+        """Write the cache to its file if it has grown; called after engines ran for the first time. A full disk is no error."""
+        if self.cache is None:
+            return
+        memory = self.cache.serialize()
+        content = bytes(memory) if memory is not None else b""
+        digest = hashlib.sha256(content).digest()
+        if not content or digest == self.saved:
+            return
+        try:
+            self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            write_atomically(self.path, lambda file: file.write(digest + content))
+            os.chmod(self.path, 0o600)
+            self.saved = digest
+        except (OSError, RewriteError):
+            return

@@ -5,6 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
+from rewrite.registry import library
+from rewrite.runtime import engine
+from rewrite.runtime.machine import check_engines, check_plugins
+
 if TYPE_CHECKING:
     from rewrite.runtime.plan import Plan
 
@@ -17,11 +21,15 @@ class Executor(Protocol):
 
 
 def make_executor(plan: Plan) -> Executor:
-    """The executor for the plan's device. Raises RewriteError if the device or its software is missing."""
+    """The executor for the plan's device. Raises RewriteError if the device or its software is missing, or does not fit the plan."""
+    check_plugins(plan.manifest, library().plugins, str(plan.directory))
+    _ = plan.weights  # compared with their SHA-256, before anything is loaded
     if plan.device == "cpu":
         from rewrite.runtime.cpu import CpuExecutor
 
         return CpuExecutor(plan)
-    from rewrite.runtime.cuda import CudaExecutor
+    from rewrite.runtime.cuda import CudaExecutor, device
 
+    device()  # or else what is missing is not TensorRT
+    check_engines(plan.manifest, str(plan.directory), engine.version(), engine.capability())
     return CudaExecutor(plan)

@@ -11,10 +11,12 @@ it reads anyway where the symbolic shapes tell that they are the same.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import onnx
 import onnx.inliner
@@ -22,9 +24,9 @@ import onnx_graphsurgeon as gs
 
 from rewrite.driver import all_graphs
 from rewrite.errors import RewriteError
-from rewrite.graph import DOMAIN, Dim, Graph, canonical, reads
+from rewrite.graph import DOMAIN, SMALL, Dim, Graph, canonical, reads
 from rewrite.matcher import dtype_name
-from rewrite.model import Imported, Model, base_name, open_graph
+from rewrite.model import Imported, Model, base_name, copy_message, open_graph
 from rewrite.registry import Plugin
 from rewrite.runtime.weights import Array, tensor_array
 from rewrite.shapes import LARGEST, SymbolicShapes, is_named
@@ -43,6 +45,10 @@ class ValueType:
 
     dtype: str
     shape: tuple[Dim, ...]
+
+    @property
+    def numpy(self) -> np.dtype[Any]:
+        return np.dtype(getattr(ml_dtypes, self.dtype, self.dtype))
 
 
 @dataclass
@@ -75,14 +81,28 @@ def partition(model: Model, plugins: dict[str, Plugin]) -> Partition:
     `outputs` of the result maps each output's name to the value it is. Raises RewriteError for a plugin that is not in
     `plugins`, and for a value that crosses a border and whose shape is not known from the model's inputs.
     """
-    imported = open_graph(_inlined(model, plugins))
+    imported = open_graph(_inlined(_without_weights(model), plugins))
     for inner in all_graphs(imported.graph):
         if inner is not imported.graph:
             SymbolicShapes(Graph(inner, model.opset)).run()
     graph = Graph(imported.graph, model.opset)
     symbols = SymbolicShapes(graph)
     symbols.run()
-    return _Cutter(imported, graph, symbols, plugins).run()
+    return _Cutter(imported, graph, symbols, model, plugins).run()
+
+
+def _without_weights(model: Model) -> Model:
+    """The model with its large initializers emptied, as if their data lay elsewhere: each step of the cutting would copy them."""
+    proto = onnx.ModelProto()
+    copy_message(model.proto, proto, without={"graph"})
+    copy_message(model.proto.graph, proto.graph, without={"initializer"})
+    for tensor in model.proto.graph.initializer:
+        if math.prod(tensor.dims) > SMALL and tensor.data_location != onnx.TensorProto.EXTERNAL:
+            empty = proto.graph.initializer.add(name=tensor.name, data_type=tensor.data_type, dims=tensor.dims, data_location=onnx.TensorProto.EXTERNAL)
+            empty.external_data.add(key="location", value="elsewhere")
+        else:
+            proto.graph.initializer.append(tensor)
+    return Model(proto, model.folder, model.name, model.external)
 
 
 def _inlined(model: Model, plugins: dict[str, Plugin]) -> Model:
@@ -125,10 +145,10 @@ def _nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
 class _Cutter:
     """The state of one `partition`."""
 
-    def __init__(self, imported: Imported, graph: Graph, symbols: SymbolicShapes, plugins: dict[str, Plugin]):
+    def __init__(self, imported: Imported, graph: Graph, symbols: SymbolicShapes, whole: Model, plugins: dict[str, Plugin]):
         self.imported, self.graph, self.symbols, self.plugins = imported, graph, symbols, plugins
         self.model = imported.model
-        self.protos = {i.name: i for i in self.model.proto.graph.initializer}
+        self.protos = {i.name: i for proto in (self.model.proto, whole.proto) for i in proto.graph.initializer}  # the latter have their data
         self.weights: dict[str, Array] = {}
         self.folded: dict[int, str] = {}  # tensors computed from weights alone, by the name of the weight they became
         self.pure: set[int] = set()  # nodes of shape arithmetic

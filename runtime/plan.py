@@ -1,15 +1,18 @@
 """A plan on disk: a directory with a manifest, the segments, their engines and the weights.
 
-    plan/manifest.json         steps, values, profile, versions, and size and SHA-256 of every other file
+    plan/manifest.json         steps, values, profile, versions, and size and SHA-256 of every file below
+    plan/manifest.sha256       the seal on it (`seal.py`), beside manifest.hmac if the plan is signed
     plan/weights.safetensors   by the names they have in the model
     plan/segments/KEY.onnx     what lies between plugins, once for each distinct structure
     plan/engines/KEY.engine    the same, compiled by TensorRT
+
+Nothing is parsed, deserialized or used before its content was compared with its SHA-256; segments and engines are read
+once, and what is used are the bytes that were compared.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import math
 import os
@@ -22,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from rewrite.errors import RewriteError
-from rewrite.runtime import weights
+from rewrite.runtime import schema, seal, weights
 from rewrite.runtime.partition import Step, ValueType
 from rewrite.runtime.profile import Profile
 
@@ -30,13 +33,14 @@ if TYPE_CHECKING:
     from rewrite.runtime.executor import Executor
 
 Array = np.ndarray[Any, Any]
-FORMAT = 1
-MANIFEST = "manifest.json"
+FORMAT = 2
+MANIFEST, WEIGHTS = seal.MANIFEST, "weights.safetensors"
 
 
 @dataclass
 class Manifest:
-    """What a plan consists of. `files` gives size and SHA-256 of each file; `versions` what built it."""
+    """What a plan consists of. `files` gives the size and the SHA-256 (of each 64 MiB) of each file, `versions` what built
+    it, `plugins` the fingerprint of each plugin it calls."""
 
     model: str
     opset: int
@@ -47,7 +51,8 @@ class Manifest:
     profile: Profile
     versions: dict[str, str]
     created: str
-    files: dict[str, tuple[int, str]] = field(default_factory=dict)
+    plugins: dict[str, str] = field(default_factory=dict)
+    files: dict[str, tuple[int, list[str]]] = field(default_factory=dict)
 
     def to_json(self) -> str:
         data = {"format": FORMAT, **dataclasses.asdict(self), "profile": dict(self.profile.ranges)}
@@ -56,15 +61,45 @@ class Manifest:
 
     @staticmethod
     def from_json(text: str) -> Manifest:
-        data = _infinite(json.loads(text))
-        if data.pop("format") != FORMAT:
+        """Raises ValueError with the reason if `text` is not what `to_json` writes."""
+        data = _infinite(schema.parse(text))
+        if not isinstance(data, dict) or data.pop("format", None) != FORMAT:
             raise ValueError("it is of another format")
-        for key in ("inputs", "values"):
-            data[key] = {n: ValueType(v["dtype"], tuple(v["shape"])) for n, v in data[key].items()}
-        data["steps"] = [Step(**s) for s in data["steps"]]
-        data["profile"] = Profile({n: tuple(r) for n, r in data["profile"].items()})
-        data["files"] = {n: (size, digest) for n, (size, digest) in data["files"].items()}
-        return Manifest(**data)
+        made: Manifest = schema.typed({**data, "profile": {"ranges": data.get("profile")}}, Manifest)
+        made._check()
+        return made
+
+    def _check(self) -> None:
+        """What the types do not say. Raises ValueError."""
+        for name, (size, digests) in self.files.items():
+            if not seal.NAME.fullmatch(name) or name in (MANIFEST, seal.SEAL, seal.SIGNATURE):
+                raise ValueError(f"files: {name[:100]!r} is not the name of a file inside a plan")
+            if size < 0 or not digests:
+                raise ValueError(f"files: {name} has no size or no SHA-256")
+        for name, kind in {**self.inputs, **self.values}.items():
+            if any(isinstance(d, int) and d < 0 for d in kind.shape):
+                raise ValueError(f"the shape of '{name[:100]}' has a negative size")
+        for name, (low, best, high) in self.profile.ranges.items():
+            if not 0 < low <= best <= high:
+                raise ValueError(f"profile: {name[:100]} is not in order")
+        if WEIGHTS not in self.files:
+            raise ValueError(f"files: there is no {WEIGHTS}")
+        known = {*self.inputs}
+        for index, step in enumerate(self.steps):
+            if step.kind not in ("segment", "plugin"):
+                raise ValueError(f"steps[{index}] is a {step.kind[:30]!r}; there are segments and plugins")
+            if step.kind == "segment" and f"segments/{step.name}.onnx" not in self.files:
+                raise ValueError(f"steps[{index}]: there is no segment {step.name[:60]!r}")
+            for name in step.inputs:
+                if name in self.values and name not in known:
+                    raise ValueError(f"steps[{index}] reads {name[:100]!r} before it is made")
+            for name in filter(None, step.outputs):
+                if name in known or name not in self.values:
+                    raise ValueError(f"steps[{index}] makes {name[:100]!r}, which is made twice or has no type")
+            known.update(step.outputs)
+        for name in self.values:
+            if name not in known:
+                raise ValueError(f"'{name[:100]}' is never made")
 
 
 def _finite(value: Any) -> Any:
@@ -78,39 +113,35 @@ def _finite(value: Any) -> Any:
 
 def _infinite(value: Any) -> Any:
     if isinstance(value, dict):
-        return float(value["float"]) if set(value) == {"float"} else {k: _infinite(v) for k, v in value.items()}
+        return float(value["float"]) if set(value) == {"float"} and isinstance(value["float"], str) else {k: _infinite(v) for k, v in value.items()}
     return [_infinite(v) for v in value] if isinstance(value, list) else value
-
-
-def digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 class Plan:
     """A plan that `rewrite.build` wrote, ready to run.
 
-    Raises RewriteError if the directory is no plan, a file is missing or was changed (sizes of all files and the SHA-256
-    of what is executed are checked; `check_weights` adds the weights), or `device` is not there.
+    Sizes and digests of all files but the weights are checked at once, the weights when they are first wanted. With
+    `key`, the name of a key file (or that of the environment variable REWRITE_PLAN_KEY), the plan must be signed with it.
+
+    Raises RewriteError, in one line, if the directory is no plan, a file is missing, was changed, is a link or lies
+    outside, the signature is missing or wrong, or `device` is not there.
     """
 
-    def __init__(self, directory: str | os.PathLike[str], *, device: str = "cpu", check_weights: bool = False):
+    def __init__(self, directory: str | os.PathLike[str], *, device: str = "cpu", key: str | os.PathLike[str] | None = None):
         self.directory, self.device = Path(directory), device
-        path = self.directory / MANIFEST
-        if not path.is_file():
-            raise RewriteError(f"{self.directory}: not a plan: it has no {MANIFEST}; make one with `rewrite build`")
-        try:
-            self.manifest = Manifest.from_json(path.read_text())
-        except (ValueError, KeyError, TypeError) as error:
-            raise RewriteError(f"{path}: not a manifest of this version ({error}); build the plan again") from error
-        for name, (size, expected) in self.manifest.files.items():
-            file = self.directory / name
-            if not file.is_file() or file.stat().st_size != size:
-                raise RewriteError(f"{file}: {'has another size than the manifest says' if file.is_file() else 'is missing'}; build the plan again")
-            if (check_weights or not name.startswith("weights")) and digest(file) != expected:
-                raise RewriteError(f"{file}: its content is not what was built (SHA-256 differs); build the plan again")
         if device not in ("cpu", "cuda"):
             raise RewriteError(f"device {device!r} is unknown; use cpu or cuda")
+        if not self.directory.is_dir():
+            raise RewriteError(f"{self.directory}: not a plan: {'a file' if self.directory.exists() else 'there is no such directory'}; make one with `rewrite build`")
+        text = seal.read_manifest(self.directory, seal.read_key(key))
+        try:
+            self.manifest = Manifest.from_json(text)
+        except (ValueError, RecursionError) as error:
+            raise RewriteError(f"{self.directory / MANIFEST}: not a manifest of this version ({error}); build the plan again") from error
+        files = self.manifest.files
+        self._contents = {n: seal.read_checked(self.directory, n, *files[n]) for n in files if n != WEIGHTS}
+        with seal.open_inside(self.directory, WEIGHTS) as file:
+            seal.check_size(self.directory / WEIGHTS, file, files[WEIGHTS][0])
 
     @property
     def inputs(self) -> dict[str, ValueType]:
@@ -121,12 +152,27 @@ class Plan:
     def has_engines(self) -> bool:
         return any(name.startswith("engines/") for name in self.manifest.files)
 
+    def bytes_of(self, folder: str) -> int:
+        """Bytes of the files whose name begins with `folder`: engines, segments, weights."""
+        return sum(size for name, (size, _) in self.manifest.files.items() if name.startswith(folder))
+
+    @property
+    def signed(self) -> bool:
+        return (self.directory / seal.SIGNATURE).exists()
+
     @cached_property
     def weights(self) -> dict[str, Array]:
-        return weights.read(self.directory / "weights.safetensors")
+        """The weights by name, mapped from their file. Raises RewriteError if it is not what was built."""
+        found = weights.parse(seal.map_checked(self.directory, WEIGHTS, *self.manifest.files[WEIGHTS]), self.directory / WEIGHTS)
+        made = {*self.inputs, *self.manifest.values}
+        for name in [n for s in self.manifest.steps for n in s.inputs] + list(self.manifest.outputs.values()):
+            if name and name not in made and name not in found:
+                raise RewriteError(f"{self.directory / MANIFEST}: a step reads {name[:100]!r}, which is neither made nor among the weights; build the plan again")
+        return found
 
     @cached_property
     def executor(self) -> Executor:
+        """The plan, loaded on its device. Raises RewriteError if it does not fit this machine."""
         from rewrite.runtime.executor import make_executor
 
         return make_executor(self)
@@ -148,8 +194,11 @@ class Plan:
             if name not in inputs:
                 raise RewriteError(f"input '{name}' is missing; the plan takes {', '.join(self.inputs)}")
             array = inputs[name]
-            if array.dtype.name != kind.dtype:
-                raise RewriteError(f"input '{name}' is {array.dtype}, expected {kind.dtype}; cast it")
+            dtype: Any = getattr(array, "dtype", None)
+            if not hasattr(dtype, "name") or not hasattr(array, "shape"):
+                raise RewriteError(f"input '{name}' is a {type(array).__name__}, expected an array of {kind.dtype}; give NumPy's")
+            if dtype.name != kind.dtype or not dtype.isnative:
+                raise RewriteError(f"input '{name}' is {dtype if dtype.name != kind.dtype else 'of the other byte order'}, expected {kind.dtype}; cast it")
             if array.ndim != len(kind.shape):
                 raise RewriteError(f"input '{name}' has shape {list(array.shape)}, expected {len(kind.shape)} dimensions: {list(kind.shape)}")
             for size, dim in zip(array.shape, kind.shape, strict=True):
@@ -165,10 +214,13 @@ class Plan:
             raise RewriteError(f"input '{name}' has {dim} = {size}, another input has {sizes[dim]}")
         low, _, high = self.manifest.profile.ranges.get(dim, (0, 0, size))
         if self.has_engines and not low <= size <= high:
-            raise RewriteError(f"input '{name}' has {dim} = {size}; the plan was built for {low} to {high}. Build it with --profile {dim}=MIN:BEST:MAX")
+            built = f"{low} to {high}" if low < high else f"{low} alone"
+            raise RewriteError(f"input '{name}' has {dim} = {size}; the plan was built for {built}. Build it with --profile {dim}=MIN:BEST:MAX")
 
-    def segment_file(self, key: str) -> Path:
-        return self.directory / "segments" / f"{key}.onnx"
+    def segment(self, key: str) -> bytes:
+        """The ONNX model of a segment, as it was compared with its SHA-256."""
+        return self._contents[f"segments/{key}.onnx"]
 
-    def engine_file(self, key: str) -> Path:
-        return self.directory / "engines" / f"{key}.engine"
+    def engine(self, key: str) -> bytes:
+        """The engine of a segment, as it was compared with its SHA-256."""
+        return self._contents[f"engines/{key}.engine"]

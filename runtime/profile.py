@@ -11,6 +11,7 @@ from rewrite.graph import Dim
 from rewrite.verify import resolve
 
 BATCH, OTHER = (1, 8, 32), (1, 128, 512)
+MOST = 2**31 - 1  # what TensorRT takes
 
 
 @dataclass(frozen=True)
@@ -23,12 +24,13 @@ class Profile:
     def parse(text: str | None, names: Iterable[str]) -> Profile:
         """`batch=1:8:32,seq=512` for the dimensions `names`; those not given get 1:8:32 (a batch) or 1:128:512.
 
-        Raises RewriteError for an unknown name, or sizes that are not positive and in order.
+        Raises RewriteError for a name that is unknown or given twice, or sizes that are not positive and in order.
         """
         known = list(names)
         ranges = {n: BATCH if "batch" in n.lower() else OTHER for n in known}
+        given: set[str] = set()
         for item in filter(None, (text or "").replace(" ", "").split(",")):
-            found = re.fullmatch(r"([^=]+)=(\d+)(?::(\d+):(\d+))?", item)
+            found = re.fullmatch(r"([^=]+)=(\d+)(?::(\d+):(\d+))?", item, re.ASCII)
             if found is None:
                 raise RewriteError(f"--profile {item!r}: write NAME=MIN:BEST:MAX or NAME=SIZE, for example batch=1:8:32")
             name, low, best, high = found[1], int(found[2]), int(found[3] or found[2]), int(found[4] or found[2])
@@ -36,6 +38,11 @@ class Profile:
                 raise RewriteError(f"--profile {name}: the model has no dimension of this name; it has {', '.join(known) or 'none'}")
             if not 0 < low <= best <= high:
                 raise RewriteError(f"--profile {item}: sizes must be positive and in order, MIN <= BEST <= MAX")
+            if high > MOST:
+                raise RewriteError(f"--profile {item}: a size may be {MOST} at most")
+            if name in given:
+                raise RewriteError(f"--profile {name} is given twice; a plan has one range for each dimension, so give the smallest and the largest of both")
+            given.add(name)
             ranges[name] = (low, best, high)
         return Profile(ranges)
 

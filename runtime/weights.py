@@ -8,11 +8,12 @@ Source: https://github.com/huggingface/safetensors#format
 from __future__ import annotations
 
 import json
+import math
 import mmap
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, Protocol
 
 import ml_dtypes
 import numpy as np
@@ -40,7 +41,11 @@ def tensor_array(tensor: onnx.TensorProto, folder: Path | None) -> Array:
     return np.memmap(folder / info.location, dtype, "r", info.offset or 0, tuple(tensor.dims))
 
 
-def write(file: BinaryIO, tensors: Mapping[str, Array], metadata: Mapping[str, str]) -> None:
+class Sink(Protocol):
+    def write(self, data: bytes | memoryview, /) -> object: ...
+
+
+def write(file: Sink, tensors: Mapping[str, Array], metadata: Mapping[str, str]) -> None:
     """Write `tensors` as a safetensors file. Raises RewriteError for a type that the format lacks."""
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
     offset = 0
@@ -58,21 +63,28 @@ def write(file: BinaryIO, tensors: Mapping[str, Array], metadata: Mapping[str, s
 
 def read(path: Path) -> dict[str, Array]:
     """The tensors of a safetensors file, mapped read-only. Raises RewriteError if it is not one, or was cut short."""
-    size = path.stat().st_size
     with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if length > size - 8:
-            raise RewriteError(f"{path}: not a safetensors file, or a truncated one; build the plan again")
-        try:
-            header = json.loads(file.read(length))
-            header.pop("__metadata__", None)
-            entries = {n: (TYPES[e["dtype"]], tuple(e["shape"]), *e["data_offsets"]) for n, e in header.items()}
-        except (ValueError, KeyError, TypeError) as error:
-            raise RewriteError(f"{path}: not a safetensors file ({error}); build the plan again") from error
-        if any(end > size - 8 - length for _, _, _, end in entries.values()):
-            raise RewriteError(f"{path}: the file ends before its tensors do; build the plan again")
-        if not any(end for _, _, _, end in entries.values()):
-            return {n: np.zeros(shape, dtype) for n, (dtype, shape, _, _) in entries.items()}
-        buffer = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) if os.name == "posix" else file.read()
-    start = 8 + length
-    return {n: np.frombuffer(buffer, dtype, int(np.prod(shape, dtype=np.int64)), start + begin).reshape(shape) for n, (dtype, shape, begin, _) in entries.items()}
+        size = os.fstat(file.fileno()).st_size
+        return parse(mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) if size else b"", path)
+
+
+def parse(data: bytes | mmap.mmap, path: Path) -> dict[str, Array]:
+    """The tensors in the content of a safetensors file, not copied; `path` is for errors. Raises RewriteError as `read` does."""
+    length = int.from_bytes(data[:8], "little")
+    if len(data) < 8 or length > len(data) - 8:
+        raise RewriteError(f"{path}: not a safetensors file, or a truncated one; build the plan again")
+    start, found = 8 + length, {}
+    try:
+        header = json.loads(data[8:start])
+        header.pop("__metadata__", None)
+        for name, entry in header.items():
+            dtype, shape, (begin, end) = TYPES[entry["dtype"]], tuple(entry["shape"]), entry["data_offsets"]
+            count = math.prod(shape)
+            if begin < 0 or any(n < 0 for n in shape) or end - begin != count * dtype.itemsize:
+                raise ValueError(f"tensor '{name[:100]}' has another size than its shape says")
+            if end > len(data) - start:
+                raise RewriteError(f"{path}: the file ends before its tensors do; build the plan again")
+            found[name] = (np.frombuffer(data, dtype, count, start + begin) if count else np.zeros(0, dtype)).reshape(shape)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise RewriteError(f"{path}: not a safetensors file ({error}); build the plan again") from error
+    return found

@@ -76,7 +76,7 @@ def views_of(plan, sizes):
     shapes = {n: tuple(sizes.get(d, d) for d in v.shape) for n, v in {**manifest.inputs, **manifest.values}.items()}
     shapes |= {n: a.shape for n, a in plan.weights.items()}
     plugins = library().plugins
-    segments = {s.name: onnx.load(plan.segment_file(s.name)) for s in manifest.steps if s.kind == "segment"}
+    segments = {s.name: onnx.load_model_from_string(plan.segment(s.name)) for s in manifest.steps if s.kind == "segment"}
     fixed = {*manifest.inputs, *manifest.outputs.values(), *plan.weights}
     return layout.Views(manifest.steps, segments.get, shapes, lambda s: s.kind == "plugin" and plugins[s.name].strided, fixed)
 
@@ -91,7 +91,7 @@ def test_the_transposes_around_attention_cost_nothing(tmp_path):
         assert {*step.inputs[:3], *step.outputs} <= set(views.of)
         assert not {*step.inputs[:3], *step.outputs} & {views.root(n) for n in views.of}
     left = [s for i, s in enumerate(steps) if s.kind == "segment" and i not in views.skipped]
-    assert all({n.op_type for n in onnx.load(plan.segment_file(s.name)).graph.node} - layout.OPERATORS for s in left)
+    assert all({n.op_type for n in onnx.load_model_from_string(plan.segment(s.name)).graph.node} - layout.OPERATORS for s in left)
 
 
 def test_values_that_engines_read_stay_packed(tmp_path):

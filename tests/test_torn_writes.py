@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import builtins
 import errno
+import hashlib
 import io
 import json
 import os
@@ -123,11 +124,17 @@ def make(folder, seed):
 
 
 def content(path):
-    """A file's bytes, or those of a folder; what differs from run to run (the date of a plan) left out."""
+    """A file's bytes, or those of a folder; what differs from run to run left out: the date of a plan, for whose seal stands whether it holds."""
     if path.is_dir():
         names = sorted(p for p in path.rglob("*") if p.is_file())
-        return {p.relative_to(path).as_posix(): (json.loads(p.read_text()) | {"created": ""} if p.name.endswith(".json") else p.read_bytes()) for p in names}
+        return {p.relative_to(path).as_posix(): _lasting(p) for p in names}
     return path.read_bytes() if path.exists() else None
+
+
+def _lasting(path):
+    if path.suffix == ".sha256":
+        return path.read_text() == f"{hashlib.sha256(path.with_suffix('.json').read_bytes()).hexdigest()}  manifest.json\n"
+    return json.loads(path.read_text()) | {"created": ""} if path.suffix == ".json" else path.read_bytes()
 
 
 def prepare(tmp_path, name, action, old):

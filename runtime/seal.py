@@ -1,0 +1,174 @@
+"""What keeps a plan from being changed unseen: the SHA-256 of every file, and a seal on the manifest that lists them.
+
+    manifest.sha256   what `sha256sum -c` reads: the SHA-256 of manifest.json, and of manifest.hmac if there is one
+    manifest.hmac     of a signed plan: the HMAC-SHA256 of manifest.json under the key
+
+The seal finds damage. Who can change a plan can seal it again; only the HMAC tells that it comes from a holder of the key.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import mmap
+import os
+import re
+import stat
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import BinaryIO
+
+from rewrite.errors import RewriteError
+
+MANIFEST, SEAL, SIGNATURE = "manifest.json", "manifest.sha256", "manifest.hmac"
+PIECE = 64 << 20  # bytes that have a SHA-256 of their own, so that large files are hashed by several threads
+KEY_VARIABLE = "REWRITE_PLAN_KEY"
+KEY_BYTES = 16, 4096  # smallest and largest size of a key file
+MOST_TEXT = 1 << 28  # bytes of a manifest
+AGAIN = "build the plan again"
+NAME = re.compile(r"(?:\w[\w.-]*/)?\w[\w.-]*", re.ASCII)  # of a file in a plan: in the folder itself or one below
+
+
+def read_key(path: str | os.PathLike[str] | None) -> bytes | None:
+    """The key in file `path`, or in that which the environment's REWRITE_PLAN_KEY names; None if neither is given.
+
+    Raises RewriteError if the file cannot be read, or is too short to be a secret.
+    """
+    path = path or os.environ.get(KEY_VARIABLE)
+    if not path:
+        return None
+    try:
+        with open(path, "rb") as file:
+            key = file.read(KEY_BYTES[1] + 1)
+    except OSError as error:
+        raise RewriteError(f"key file {os.fspath(path)}: cannot be read: {error.strerror or error}; make one with `head -c 32 /dev/urandom > FILE`") from error
+    if not KEY_BYTES[0] <= len(key) <= KEY_BYTES[1]:
+        size = "more" if len(key) > KEY_BYTES[1] else len(key)
+        raise RewriteError(f"key file {os.fspath(path)}: it has {size} bytes, a key has {KEY_BYTES[0]} to {KEY_BYTES[1]}; make one with `head -c 32 /dev/urandom > FILE`")
+    return key
+
+
+def digests(data: bytes | mmap.mmap) -> list[str]:
+    """The SHA-256 of each 64 MiB of `data`, in order, computed in as many threads as there are processors; of nothing, one."""
+    view = memoryview(data)
+    pieces = [view[start : start + PIECE] for start in range(0, max(len(view), 1), PIECE)]
+    if len(pieces) == 1:
+        return [hashlib.sha256(view).hexdigest()]
+    with ThreadPoolExecutor(min(len(pieces), os.cpu_count() or 1)) as pool:
+        return list(pool.map(lambda piece: hashlib.sha256(piece).hexdigest(), pieces))
+
+
+class Writer:
+    """A file whose digests a thread of its own computes while it is written: a large file is not read again for them."""
+
+    def __init__(self, file: BinaryIO):
+        self.file, self.size = file, 0
+        self.pieces = [hashlib.sha256()]
+        self.thread = ThreadPoolExecutor(1)
+
+    def write(self, data: bytes | memoryview) -> None:
+        rest = memoryview(data)
+        while len(rest):
+            room = PIECE - self.size % PIECE
+            if room == PIECE and self.size:
+                self.pieces.append(hashlib.sha256())
+            part, rest = rest[:room], rest[room:]
+            pending = self.thread.submit(self.pieces[-1].update, part)
+            self.file.write(part)
+            pending.result()
+            self.size += len(part)
+
+    def digests(self) -> list[str]:
+        """As the function of this name gives them."""
+        self.thread.shutdown()
+        return [piece.hexdigest() for piece in self.pieces]
+
+
+def open_inside(folder: Path, name: str) -> BinaryIO:
+    """Open a plan's file for reading. Raises RewriteError if `name` leads out of the folder, or to no regular file: links are not followed."""
+    if not NAME.fullmatch(name):
+        raise RewriteError(f"{folder}: its manifest names a file {name!r}, which is not one inside the plan; {AGAIN}")
+    place = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        for part in name.split("/")[:-1]:
+            below = os.open(part, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=place)
+            os.close(place)
+            place = below
+        opened = os.open(name.split("/")[-1], os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=place)
+    except FileNotFoundError as error:
+        raise RewriteError(f"{folder / name}: is missing; {AGAIN}") from error
+    except OSError as error:
+        raise RewriteError(f"{folder / name}: cannot be read, or is a link: {error.strerror or error}; {AGAIN}") from error
+    finally:
+        os.close(place)
+    if not stat.S_ISREG(os.fstat(opened).st_mode):
+        os.close(opened)
+        raise RewriteError(f"{folder / name}: is not a regular file; {AGAIN}")
+    return os.fdopen(opened, "rb")
+
+
+def read_checked(folder: Path, name: str, size: int, expected: list[str]) -> bytes:
+    """The content of a plan's file. Raises RewriteError unless it has this size and these digests."""
+    with open_inside(folder, name) as file:
+        check_size(folder / name, file, size)
+        data = file.read(size + 1)
+    check_digests(folder / name, data, expected)
+    return data
+
+
+def map_checked(folder: Path, name: str, size: int, expected: list[str]) -> bytes | mmap.mmap:
+    """The same for a large file, which is mapped: its pages are read once, for the digests and for their use."""
+    with open_inside(folder, name) as file:
+        check_size(folder / name, file, size)
+        data = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) if size else b""
+    check_digests(folder / name, data, expected)
+    return data
+
+
+def check_size(path: Path, file: BinaryIO, size: int) -> None:
+    found = os.fstat(file.fileno()).st_size
+    if found != size:
+        raise RewriteError(f"{path}: has {found} bytes, another size than the {size} that the manifest says; {AGAIN}")
+
+
+def check_digests(path: Path, data: bytes | mmap.mmap, expected: list[str]) -> None:
+    if digests(data) != expected:
+        raise RewriteError(f"{path}: its content is not what was built (SHA-256 differs); {AGAIN}")
+
+
+def seal(folder: Path, key: bytes | None) -> None:
+    """Seal the manifest in `folder`; with a key, sign it."""
+    manifest = (folder / MANIFEST).read_bytes()
+    sealed = {MANIFEST: manifest}
+    if key is not None:
+        sealed[SIGNATURE] = hmac.digest(key, manifest, "sha256").hex().encode() + b"\n"
+        (folder / SIGNATURE).write_bytes(sealed[SIGNATURE])
+    (folder / SEAL).write_text(_seal_of(sealed))
+
+
+def _seal_of(files: dict[str, bytes]) -> str:
+    return "".join(f"{hashlib.sha256(data).hexdigest()}  {name}\n" for name, data in files.items())
+
+
+def read_manifest(folder: Path, key: bytes | None) -> str:
+    """The manifest's text, if its seal holds. Raises RewriteError if there is none, it was changed, or `key` did not sign it."""
+    if not os.path.lexists(folder / MANIFEST):
+        raise RewriteError(f"{folder}: not a plan: it has no {MANIFEST}; make one with `rewrite build`")
+    names = [MANIFEST, SEAL] + ([SIGNATURE] if os.path.lexists(folder / SIGNATURE) else [])
+    found = {}
+    for name in names:
+        with open_inside(folder, name) as file:
+            found[name] = file.read(MOST_TEXT + 1)
+        if len(found[name]) > MOST_TEXT:
+            raise RewriteError(f"{folder / name}: is too large; {AGAIN}")
+    written = found.pop(SEAL)
+    if key is not None and SIGNATURE not in found:
+        raise RewriteError(f"{folder}: a key is given, but the plan is not signed; build it with --sign-key, or load it without a key")
+    if key is not None and not hmac.compare_digest(found[SIGNATURE], hmac.digest(key, found[MANIFEST], "sha256").hex().encode() + b"\n"):
+        raise RewriteError(f"{folder}: the plan is not signed with this key, or was changed afterwards; {AGAIN} with --sign-key")
+    if written != _seal_of(found).encode():
+        raise RewriteError(f"{folder / SEAL}: does not fit {' and '.join(found)}: one was changed, or is of an older version; {AGAIN}")
+    try:
+        return found[MANIFEST].decode()
+    except UnicodeDecodeError as error:
+        raise RewriteError(f"{folder / MANIFEST}: not a manifest of this version ({error}); {AGAIN}") from error
