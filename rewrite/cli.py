@@ -438,12 +438,13 @@ def progress() -> Iterator[Callable[[str], None]]:
 @click.option("-o", "--output", required=True, metavar="DIR", help="Directory of the plan; an older plan there is replaced.")
 @click.option("--profile", multiple=True, metavar="SIZES", help="Sizes of the named dimensions: batch=1:8:32,seq=1:128:512 (smallest, best, largest; repeatable).")
 @click.option("--engines/--no-engines", default=True, show_default=True, help="Compile with TensorRT; without, the plan runs on the CPU alone.")
+@click.option("--tune", is_flag=True, help="Time the kernels for each step on this machine's GPU and keep the fastest.")
 @click.option("--verify/--no-verify", default=True, show_default=True, help="Run the plan on the CPU and compare it with MODEL.")
 @click.option("--tolerance", default=1e-4, show_default=True, help="Largest relative difference of the plan's outputs.")
 @click.option("--sign-key", metavar="FILE", help="Sign the plan with this key (else with that of $REWRITE_PLAN_KEY, if set).")
 @rules_option
 @json_option
-def build(model: str, output: str, profile: tuple[str, ...], engines: bool, verify: bool, tolerance: float, sign_key: str | None, files: tuple[str, ...], as_json: bool) -> None:
+def build(model: str, output: str, profile: tuple[str, ...], engines: bool, tune: bool, verify: bool, tolerance: float, sign_key: str | None, files: tuple[str, ...], as_json: bool) -> None:
     """Compile MODEL (rewritten or not) into a plan: TensorRT engines between plugin nodes, weights, a manifest."""
     import time
 
@@ -454,7 +455,7 @@ def build(model: str, output: str, profile: tuple[str, ...], engines: bool, veri
     library(list(files))
     started = time.perf_counter()
     with progress() as say:
-        plan = run(model, output, profile=",".join(profile) or None, engines=engines, verify=verify, tolerance=tolerance, sign_key=sign_key, progress=say)
+        plan = run(model, output, profile=",".join(profile) or None, engines=engines, verify=verify, tolerance=tolerance, tune=tune, sign_key=sign_key, progress=say)
     if as_json:
         click.echo(plan.manifest.to_json(), nl=False)
         return
@@ -484,6 +485,13 @@ def print_plan(plan: Plan, steps: bool) -> None:
     if calls:
         click.echo()
         table("", ["plugin", "attributes", "calls"], [[name, attributes, str(n)] for (name, attributes), n in calls.items()])
+    if manifest.tuning:
+        click.echo()
+        rows = []
+        for call, times in manifest.tuning.items():
+            first, *others = sorted(times, key=times.__getitem__)
+            rows.append([call, first, f"{times[first]:.1f}", ", ".join(f"{n} {times[n]:.1f}" for n in others)])
+        table(f"kernels, timed on {manifest.versions.get('tuned on', '?')}", ["call", "fastest", "µs", "others, µs"], rows)
     if steps:
         click.echo()
         best = {n: r[1] for n, r in manifest.profile.ranges.items()}

@@ -20,7 +20,7 @@ from rewrite.files import swap_directory
 from rewrite.model import Model, load
 from rewrite.registry import library
 from rewrite.runtime import engine, seal, weights
-from rewrite.runtime.machine import CAPABILITY, fingerprint
+from rewrite.runtime.machine import CAPABILITY, TUNED_ON, fingerprint
 from rewrite.runtime.partition import Partition, partition
 from rewrite.runtime.plan import MANIFEST, WEIGHTS, Manifest, Plan
 from rewrite.runtime.profile import Profile
@@ -38,6 +38,7 @@ def build(
     engines: bool = True,
     verify: bool = True,
     tolerance: float = 1e-4,
+    tune: bool = False,
     sign_key: str | os.PathLike[str] | None = None,
     progress: Progress | None = None,
 ) -> Plan:
@@ -50,6 +51,8 @@ def build(
         engines: compile the segments with TensorRT; without, the plan runs on the CPU alone.
         verify: run the plan on the CPU and compare its outputs with the model's in ONNX Runtime.
         tolerance: largest difference allowed, relative to each output's largest value.
+        tune: on the GPU at hand, time the kernels that could do each step at the profile's smallest, best and largest sizes; the
+            plan keeps the figures, and on a GPU of this name the fastest are used.
         sign_key: name of a key file; the plan is signed with it, so that it can be loaded with `key` (by default that of the
             environment's REWRITE_PLAN_KEY, if there is one).
         progress: called with a line on each step that takes time.
@@ -64,6 +67,8 @@ def build(
         raise RewriteError(f"{target}: exists and is not a plan; name another directory")
     if not target.parent.is_dir():
         raise RewriteError(f"{target}: the folder {target.parent} does not exist; make it first")
+    if tune:
+        engine.gpu_model()  # there is one
     key = seal.read_key(sign_key)
     say("cutting the model at its plugin nodes")
     cut = partition(source, library().plugins)
@@ -79,6 +84,10 @@ def build(
         if verify:
             say("comparing the plan's outputs with the model's")
             check_plan(Plan(work, key=sign_key), source, tolerance)
+        if tune:
+            _tune(work, source, sign_key, key, say)
+            if verify:
+                check_plan(Plan(work, device="cuda", key=sign_key), source, tolerance)
         swap_directory(work, target)  # an older plan stays until the new one stands
     except OSError as error:
         raise RewriteError(f"{target}: cannot be written: {error.strerror or error}; nothing was changed") from error
@@ -125,6 +134,19 @@ def _write(work: Path, source: Model, cut: Partition, profile: Profile, engines:
         name = path.relative_to(work).as_posix()
         manifest.files[name] = (path.stat().st_size, writer.digests() if name == WEIGHTS else seal.digests(path.read_bytes()))
     (work / MANIFEST).write_text(manifest.to_json())
+
+
+def _tune(work: Path, source: Model, sign_key: str | os.PathLike[str] | None, key: bytes | None, say: Progress) -> None:
+    """Time the kernels for the plan in `work` and enter the figures in its manifest."""
+    plan = Plan(work, device="cuda", key=sign_key)
+    ranges = plan.manifest.profile.ranges
+    for index, name in enumerate(("smallest", "best", "largest")):
+        say(f"timing kernels at the profile's {name} sizes")
+        plan.tune(model_inputs(source.proto, index, {n: r[index] for n, r in ranges.items()}))
+    plan.manifest.tuning = plan.executor.times  # type: ignore[attr-defined]
+    plan.manifest.versions[TUNED_ON] = engine.gpu_model()
+    (work / MANIFEST).write_text(plan.manifest.to_json())
+    seal.seal(work, key)
 
 
 def _umask() -> int:

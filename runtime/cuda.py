@@ -20,6 +20,7 @@ from rewrite.plugins import tuning
 from rewrite.registry import Plugin, library
 from rewrite.runtime import engine
 from rewrite.runtime.layout import Views, apply
+from rewrite.runtime.machine import TUNED_ON
 from rewrite.runtime.partition import Step, ValueType
 from rewrite.verify import resolve
 
@@ -87,7 +88,8 @@ class CudaExecutor:
             self.weights = {name: self.cupy.asarray(array) for name, array in plan.weights.items()}
             self.turned = self._turn_weights()
         self.frames: OrderedDict[tuple[int, ...], Frame] = OrderedDict()
-        self.times: tuning.Times = {}
+        measured = plan.manifest.versions.get(TUNED_ON) == engine.gpu_model()
+        self.times: tuning.Times = {key: dict(times) for key, times in plan.manifest.tuning.items()} if measured else {}
 
     def run(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """The outputs, as NumPy arrays if all inputs are NumPy's, else as CuPy arrays on the device."""

@@ -153,13 +153,19 @@ def capability() -> str:
     return f"{digits[:-1]}.{digits[-1]}"
 
 
+def gpu_model() -> str:
+    """The name of the present GPU. Raises RewriteError if there is none."""
+    from rewrite.runtime.cuda import device
+
+    runtime = device().cuda.runtime
+    return str(runtime.getDeviceProperties(runtime.getDevice())["name"].decode())
+
+
 def gpu() -> str:
     """The present GPU: its model, compute capability and driver, all that kernels compiled for it depend on."""
     from rewrite.runtime.cuda import device
 
-    runtime = device().cuda.runtime
-    name = runtime.getDeviceProperties(runtime.getDevice())["name"].decode()
-    return f"{name}, {capability()}, driver {runtime.driverGetVersion()}"
+    return f"{gpu_model()}, {capability()}, driver {device().cuda.runtime.driverGetVersion()}"
 
 
 def execution_context(loaded: Any, kernels: KernelCache | None = None) -> Any:

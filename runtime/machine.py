@@ -13,7 +13,8 @@ from rewrite.errors import RewriteError
 from rewrite.registry import Plugin
 from rewrite.runtime.plan import Manifest
 
-CAPABILITY = "compute capability"  # of the GPU that engines were built on, among the manifest's versions; absent if they run on others
+# Among the manifest's versions: of the GPU that engines were built on, absent if they run on others; the GPU on which kernels were timed.
+CAPABILITY, TUNED_ON = "compute capability", "tuned on"
 
 
 def fingerprint(plugin: Plugin) -> str:

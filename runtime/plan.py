@@ -40,7 +40,7 @@ MANIFEST, WEIGHTS = seal.MANIFEST, "weights.safetensors"
 @dataclass
 class Manifest:
     """What a plan consists of. `files` gives the size and the SHA-256 (of each 64 MiB) of each file, `versions` what built
-    it, `plugins` the fingerprint of each plugin it calls."""
+    it, `plugins` the fingerprint of each plugin it calls, `tuning` the microseconds of each kernel that was tried for a call."""
 
     model: str
     opset: int
@@ -52,6 +52,7 @@ class Manifest:
     versions: dict[str, str]
     created: str
     plugins: dict[str, str] = field(default_factory=dict)
+    tuning: dict[str, dict[str, float]] = field(default_factory=dict)
     files: dict[str, tuple[int, list[str]]] = field(default_factory=dict)
 
     def to_json(self) -> str:
@@ -176,6 +177,16 @@ class Plan:
         from rewrite.runtime.executor import make_executor
 
         return make_executor(self)
+
+    def tune(self, inputs: Mapping[str, Array]) -> dict[str, dict[str, float]]:
+        """Time the kernels that could do each step on these inputs, on the GPU, and use the fastest from now on in this process.
+
+        Returns microseconds by call and kernel. `rewrite.build(..., tune=True)` does it when the plan is built and keeps them in it.
+        Raises RewriteError for a plan on the CPU, which has no kernels to choose from.
+        """
+        if self.device != "cuda":
+            raise RewriteError(f"{self.directory}: there is nothing to tune on the CPU; load the plan with device='cuda'")
+        return self.executor.tune(inputs)  # type: ignore[attr-defined, no-any-return]
 
     def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         """Compute the outputs, by name, from arrays of the declared dtypes and shapes.

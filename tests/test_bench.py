@@ -189,7 +189,9 @@ def pretended(built, monkeypatch):
 
     steps = cpu.manifest.steps
     graph = types.SimpleNamespace(launch=takes(5))
-    frame = types.SimpleNamespace(steps=steps, launches=[takes(2 if s.kind == "plugin" else 1) for s in steps], values=values, graph=graph, pool=types.SimpleNamespace(malloc=None))
+    launches, pool = [takes(2 if s.kind == "plugin" else 1) for s in steps], types.SimpleNamespace(malloc=None)
+    work, attributes = [([i], launch) for i, launch in enumerate(launches)], lambda i: steps[i].attributes
+    frame = types.SimpleNamespace(work=work, attributes=attributes, launches=launches, values=values, graph=graph, pool=pool)
     runtime = types.SimpleNamespace(memGetInfo=lambda: (1 << 30, 1 << 31))
     cuda = types.SimpleNamespace(Event=Event, get_elapsed_time=lambda a, b: b.at - a.at, using_allocator=lambda _: contextlib.nullcontext(), runtime=runtime)
 
@@ -202,7 +204,7 @@ def pretended(built, monkeypatch):
     normal = types.SimpleNamespace(standard_normal=lambda shape, dtype: np.zeros(shape, dtype))
     spun = []
     cupy = types.SimpleNamespace(cuda=cuda, ones=made, empty=made, random=normal, empty_like=np.empty_like, RawKernel=lambda *_: lambda *a: spun.append(a[2][0]))
-    executor = types.SimpleNamespace(cupy=cupy, stream=Stream(), frame=lambda _: frame, segment=lambda key: onnx.load_model_from_string(cpu.segment(key)), run=run)
+    executor = types.SimpleNamespace(plan=cpu, cupy=cupy, stream=Stream(), frame=lambda _: frame, segment=lambda key: onnx.load_model_from_string(cpu.segment(key)), run=run)
     from rewrite.plugins import cublaslt
 
     monkeypatch.setattr(cublaslt, "product", lambda y, x, w: takes(8))
@@ -225,14 +227,14 @@ def test_a_report_on_a_gpu(pretended):
     assert report["ceilings"]["dtype"] == "float32"
     assert report["enqueue_us"] is not None
     assert report["device"] == "a pretended GPU"
-    assert spun == [len(frame.steps) * bench.SPIN_US * bench.CLOCK_MHZ] * 6
+    assert spun == [len(frame.launches) * bench.SPIN_US * bench.CLOCK_MHZ] * 6
 
 
 def test_a_plan_that_cannot_be_captured_is_launched_step_by_step(pretended):
     plan, frame, _ = pretended
     frame.graph = None
     report = bench.bench(plan, {"batch": 2, "seq": 8}, warmup=1, iterations=3)
-    assert report["latency_us"]["p50"] == pytest.approx(1000 * sum(2 if s.kind == "plugin" else 1 for s in frame.steps))
+    assert report["latency_us"]["p50"] == pytest.approx(1000 * sum(2 if s.kind == "plugin" else 1 for s in plan.manifest.steps))
 
 
 def test_every_plugin_that_counts_takes_its_own_attributes():
