@@ -11,6 +11,7 @@ import onnx_graphsurgeon as gs
 from rewrite.errors import RewriteError
 from rewrite.graph import DOMAIN, Graph
 from rewrite.matcher import BoundValue
+from rewrite.nodes import Constant, Node, Variable
 from rewrite.registry import Plugin
 from rewrite.shapes import infer
 
@@ -19,9 +20,9 @@ class GraphBuilder:
     """`op.Name(inputs..., attribute=value)` makes a node. Operators of plugins newer than the graph's opset, or with
     no counterpart in ONNX, are made in the domain `rewrite`."""
 
-    def __init__(self, graph: Graph, plugins: dict[str, Plugin], anchor: gs.Node, domain: str = ""):
+    def __init__(self, graph: Graph, plugins: dict[str, Plugin], anchor: Node, domain: str = ""):
         self._graph, self._plugins, self._anchor, self._domain = graph, plugins, anchor, domain
-        self._made: list[gs.Node] = []
+        self._made: list[Node] = []
 
     def domain(self, name: str) -> GraphBuilder:
         other = GraphBuilder(self._graph, self._plugins, self._anchor, name)
@@ -31,7 +32,7 @@ class GraphBuilder:
     def constant(self, value: Any, dtype: Any = None) -> BoundValue:
         array = np.asarray(value, dtype)
         name = self._graph.fresh(f"{self._anchor.outputs[0].name}_const")
-        return BoundValue(self._graph, gs.Constant(name, np.ascontiguousarray(array).reshape(array.shape)))
+        return BoundValue(self._graph, Constant(name, np.ascontiguousarray(array).reshape(array.shape)))
 
     @property
     def opset(self) -> int:
@@ -52,7 +53,7 @@ class GraphBuilder:
         if isinstance(x, gs.Tensor):
             return x
         if x is None:
-            return gs.Variable.empty()
+            return Variable("")
         if isinstance(x, (list, tuple)) or (isinstance(x, int) and not isinstance(x, bool)):
             return self.constant(x, np.int64).tensor
         if isinstance(x, np.ndarray):
@@ -68,15 +69,9 @@ class GraphBuilder:
         while operands and operands[-1].is_empty():
             operands.pop()
         stem = self._anchor.outputs[0].name
-        results = [gs.Variable(self._graph.fresh(f"{stem}_{name}")) for _ in range(outputs)]
-        node = gs.Node(
-            op=name,
-            name=self._graph.fresh(f"{self._anchor.name or stem}_{name}"),
-            attrs={k: v for k, v in attributes.items() if v is not None},
-            inputs=operands,
-            outputs=results,
-            domain=domain,
-        )
+        results = [Variable(self._graph.fresh(f"{stem}_{name}")) for _ in range(outputs)]
+        given = {k: v for k, v in attributes.items() if v is not None}
+        node = Node(name, self._graph.fresh(f"{self._anchor.name or stem}_{name}"), given, operands, results, domain)
         self._graph.add(node, self._anchor)
         self._made.append(node)
         if domain is None:

@@ -25,6 +25,7 @@ from rewrite.errors import RewriteError, blame
 from rewrite.functions import Body, CaptureError, FunctionTable, capture, fingerprint
 from rewrite.graph import DOMAIN, Graph, canonical, describe, dtype_name, reads
 from rewrite.matcher import BoundValue, Match, Matcher, Trace, interior_use
+from rewrite.nodes import Node, Variable
 from rewrite.outlook import Outlook
 from rewrite.registry import Library, Rule
 from rewrite.report import NearMiss, Report, Site, common_scope
@@ -44,17 +45,17 @@ class Driver:
         self.metadata: dict[int, dict[str, str]] = {}
         self.scopes: dict[int, str] = {}  # the PyTorch module each node came from, where the exporter tells
         self.verdicts: dict[str, Verdict] = {}
-        self._made: dict[tuple[Any, ...], gs.Node] = {}  # plugin nodes by what they compute
+        self._made: dict[tuple[Any, ...], Node] = {}  # plugin nodes by what they compute
         self._seen: Counter[tuple[Any, ...]] = Counter()
         self._rejected = False  # the last attempt failed because the replacement does not compute the same
         self._blocked = False  # the last attempt failed only because a value inside the match has another reader
-        self.made: list[gs.Node] = []  # new nodes stay alive, so that their ids in `metadata` stay theirs
+        self.made: list[Node] = []  # new nodes stay alive, so that their ids in `metadata` stay theirs
 
     def run(self, graph: Graph, tier: str) -> None:
         """Apply the rules of one tier to one graph until none matches."""
         graph.functions = self.table.functions
         worklist = Worklist(graph, [r for r in self.library.rules if r.tier == tier])
-        changes, limit = 0, 10 * len(graph.live) + 1000
+        changes, limit = 0, 10 * len(graph.nodes) + 1000
         outlook = Outlook(graph)
         for node, rules in worklist:
             for rule in rules if self.explain else outlook.hopeful(rules, node):
@@ -72,10 +73,10 @@ class Driver:
                 break
 
     # --- one rule at one node ------------------------------------------------------------------------------------
-    def _try(self, graph: Graph, rule: Rule, node: gs.Node) -> list[gs.Node] | None:
+    def _try(self, graph: Graph, rule: Rule, node: Node) -> list[Node] | None:
         started = time.perf_counter()
         stats = self.report.rules[rule.name]
-        touched, covered = None, list[gs.Node]()
+        touched, covered = None, list[Node]()
         self._blocked = self._rejected = False
         matches, refusal = self._matches(graph, rule, node)
         for match in matches:
@@ -102,7 +103,7 @@ class Driver:
         stats.seconds += time.perf_counter() - started
         return touched
 
-    def _matches(self, graph: Graph, rule: Rule, node: gs.Node) -> tuple[Iterable[Match], str]:
+    def _matches(self, graph: Graph, rule: Rule, node: Node) -> tuple[Iterable[Match], str]:
         """The ways in which the rule fits at a node, or none and the reason that the rule itself gives."""
         if rule.find is None:
             return Matcher(graph, rule.pattern).at(node), ""
@@ -124,31 +125,31 @@ class Driver:
                 raise RewriteError(f"rule '{rule.name}' ({rule.source}): its check returned {reason!r}; return None to accept a match, or the reason to refuse it")
         return reason or ""
 
-    def _apply(self, graph: Graph, rule: Rule, match: Match, anchor: gs.Node) -> list[gs.Node] | str:
+    def _apply(self, graph: Graph, rule: Rule, match: Match, anchor: Node) -> list[Node] | str:
         """Replace the match; returns the nodes to visit again, or the reason why the replacement was rejected."""
         op = GraphBuilder(graph, self.library.plugins, anchor)
         try:
             result = rule.call(rule.replace, _bound(match), op)
         except RewriteError as error:
-            self._discard(graph, op._made)
+            graph.discard(op._made)
             raise RewriteError(f"rule '{rule.name}' ({rule.source}): {error}") from error
         except Exception as error:
-            self._discard(graph, op._made)
+            graph.discard(op._made)
             raise RewriteError(f"rule '{rule.name}' ({rule.source}): its replacement fails at {describe(anchor)}: {blame(error)}") from error
         made, returned = op._made, result if isinstance(result, tuple) else (result,)
         if not all(isinstance(r, BoundValue) for r in returned):
-            self._discard(graph, made)
+            graph.discard(made)
             raise RewriteError(f"rule '{rule.name}' ({rule.source}): its replacement returned {result!r} at {describe(anchor)}; return the value of op.Name(...), or a tuple of such values")
         results = [r.tensor for r in returned]
         try:
             site = self._site(graph, rule, match, made, results)
         except CaptureError as error:
-            self._discard(graph, made)
+            graph.discard(made)
             return str(error)
         except RewriteError as error:
             site = f"cannot be verified: {error}"
         if isinstance(site, str):
-            self._discard(graph, made)
+            graph.discard(made)
             self._rejected = True
             return site
         self._stop_loop(graph, rule, match, anchor)
@@ -156,7 +157,7 @@ class Driver:
         self.report.add(site)
         return self._commit(graph, match, made, results, rule)
 
-    def _stop_loop(self, graph: Graph, rule: Rule, match: Match, anchor: gs.Node) -> None:
+    def _stop_loop(self, graph: Graph, rule: Rule, match: Match, anchor: Node) -> None:
         """A rule that finds for the third time what it replaced before, on the same values, will find it for ever."""
         values = [_identity(graph, v) for v in match.bindings.values()]
         nodes = [(canonical(n), [(k, repr(v)) for k, v in n.attrs.items() if not isinstance(v, (gs.Tensor, gs.Graph))]) for n in match.nodes]
@@ -165,25 +166,20 @@ class Driver:
         if self._seen[key] > 2:
             raise RewriteError(_loop(rule, anchor))
 
-    def _discard(self, graph: Graph, made: list[gs.Node]) -> None:
-        for node in made:
-            graph.remove(node)
-            node.inputs.clear()
-
-    def _share(self, graph: Graph, made: list[gs.Node], results: list[gs.Tensor]) -> tuple[list[gs.Node], list[gs.Tensor]]:
+    def _share(self, graph: Graph, made: list[Node], results: list[gs.Tensor]) -> tuple[list[Node], list[gs.Tensor]]:
         """An equal plugin node that exists already stands for the new one: exporters compute a mask anew for each layer."""
         if len(made) != 1 or made[0].domain != DOMAIN:
             return made, results
         node = made[0]
         key = (id(graph), canonical(node), tuple(id(t) for t in node.inputs if not t.is_empty()), tuple(t.is_empty() for t in node.inputs), repr(sorted(node.attrs.items())))
         old = self._made.setdefault(key, node)
-        if old is node or id(old) not in graph.live:
+        if old is node or old.dead:
             self._made[key] = node
             return made, results
-        self._discard(graph, made)
+        graph.discard(made)
         return [], list(old.outputs)
 
-    def _site(self, graph: Graph, rule: Rule, match: Match, made: list[gs.Node], results: list[gs.Tensor]) -> Site | str:
+    def _site(self, graph: Graph, rule: Rule, match: Match, made: list[Node], results: list[gs.Tensor]) -> Site | str:
         """Check the replacement; on success the new plugin node calls its function."""
         if len(results) != len(match.outputs):
             return f"the pattern has {len(match.outputs)} outputs, the replacement {len(results)}"
@@ -199,7 +195,7 @@ class Driver:
             reason = self._plain_site(graph, match, made, results, site)
         return reason or site
 
-    def _plugin_site(self, graph: Graph, rule: Rule, match: Match, made: list[gs.Node], results: list[gs.Tensor], site: Site) -> str:
+    def _plugin_site(self, graph: Graph, rule: Rule, match: Match, made: list[Node], results: list[gs.Tensor], site: Site) -> str:
         node = made[0]
         if len(made) != 1 or [id(t) for t in node.outputs] != [id(t) for t in results]:
             raise RewriteError(f"rule '{rule.name}': a replacement is either one plugin node or standard nodes only, its results in order")
@@ -226,7 +222,7 @@ class Driver:
         node.op = self.table.add(body.function, body.digest)
         return ""
 
-    def _plain_site(self, graph: Graph, match: Match, made: list[gs.Node], results: list[gs.Tensor], site: Site) -> str:
+    def _plain_site(self, graph: Graph, match: Match, made: list[Node], results: list[gs.Tensor], site: Site) -> str:
         bound = [t for v in match.bindings.values() for t in (v if isinstance(v, list) else [v])]
         leaves = [t for t in bound if isinstance(t, gs.Tensor) and not t.is_empty() and graph.constant(t) is None]
         inputs = {f"i{n}": t for n, t in enumerate({id(t): t for t in leaves}.values())}
@@ -266,8 +262,8 @@ class Driver:
             self.report.verify_seconds += time.perf_counter() - started
         return self.verdicts[key]
 
-    def _commit(self, graph: Graph, match: Match, made: list[gs.Node], results: list[gs.Tensor], rule: Rule) -> list[gs.Node]:
-        touched: dict[int, gs.Node] = {id(n): n for n in made}
+    def _commit(self, graph: Graph, match: Match, made: list[Node], results: list[gs.Tensor], rule: Rule) -> list[Node]:
+        touched: dict[int, Node] = {id(n): n for n in made}
         scope = common_scope([self.scopes.get(id(n), "") for n in match.nodes])
         for node in made:
             self.scopes[id(node)] = scope
@@ -287,33 +283,33 @@ class Driver:
         graph.remove_dead(match.nodes)
         return list(touched.values())
 
-    def _take_over(self, graph: Graph, old: gs.Tensor, node: gs.Node, index: int) -> None:
+    def _take_over(self, graph: Graph, old: gs.Tensor, node: Node, index: int) -> None:
         """The new node computes the old value under its old name."""
         producer = graph.producer(old)
         assert producer is not None
         slot = next(i for i, t in enumerate(producer.outputs) if t is old)
-        producer.outputs[slot] = gs.Variable(graph.fresh(f"{old.name}_replaced"), old.dtype, old.shape)
+        graph.compute(Variable(graph.fresh(f"{old.name}_replaced"), old.dtype, old.shape), producer, slot)
         stale = node.outputs[index]
-        node.outputs[index] = old
+        graph.compute(old, node, index)
         for user in list(stale.outputs):
-            if id(user) in graph.live:
+            if user.graph is graph:
                 graph.replace_uses(stale, old)
 
-    def _alias(self, graph: Graph, old: gs.Tensor, new: gs.Tensor, rule: Rule, touched: dict[int, gs.Node]) -> None:
+    def _alias(self, graph: Graph, old: gs.Tensor, new: gs.Tensor, rule: Rule, touched: dict[int, Node]) -> None:
         """The old value is another existing value: its readers read that one."""
         for user in graph.replace_uses(old, new):
             touched[id(user)] = user
         if id(old) in graph.outputs or id(old) in graph.captured:
             producer = graph.producer(old)
             assert producer is not None
-            node = gs.Node("Identity", graph.fresh(f"{old.name}_identity"), inputs=[new], outputs=[gs.Variable(graph.fresh(f"{old.name}_tmp"))])
+            node = Node("Identity", graph.fresh(f"{old.name}_identity"), {}, [new], [Variable(graph.fresh(f"{old.name}_tmp"))])
             graph.add(node, producer)
             self.metadata[id(node)] = {"rewrite.rule": rule.name}
             self.made.append(node)
             self._take_over(graph, old, node, 0)
 
 
-def _nearest(graph: Graph, rule: Rule, node: gs.Node) -> Trace:
+def _nearest(graph: Graph, rule: Rule, node: Node) -> Trace:
     """How near the rule comes at a node at which it does not match."""
     trace = Trace()
     for _ in Matcher(graph, rule.pattern, trace).at(node):
@@ -321,7 +317,7 @@ def _nearest(graph: Graph, rule: Rule, node: gs.Node) -> Trace:
     return trace
 
 
-def _loop(rule: Rule, node: gs.Node) -> str:
+def _loop(rule: Rule, node: Node) -> str:
     return f"rule '{rule.name}' ({rule.source}) keeps changing the graph at {describe(node)}: a pattern matches again what replaced it; add a check that refuses it"
 
 
@@ -341,14 +337,14 @@ def _runs_back(match: Match) -> str | None:
     graph, inside = match.graph, {id(n) for n in match.nodes}
     leaves = [t for v in match.bindings.values() for t in (v if isinstance(v, list) else [v]) if isinstance(t, gs.Tensor)]
     outputs = {id(t) for t in match.outputs}
-    first = -1.0 if graph.shuffled else min(graph.position[i] for i in inside)
+    first = -1.0 if graph.shuffled else min(n.position for n in match.nodes)
     stack, seen = list(leaves), set(map(id, leaves))
     while stack:
         tensor = stack.pop()
         if id(tensor) in outputs:
             return f"its output '{tensor.name}' is needed to compute one of its inputs"
         node = graph.producer(tensor)
-        if node is None or id(node) in inside or graph.position[id(node)] < first:
+        if node is None or id(node) in inside or node.position < first:
             continue
         above = [t for t in reads(node) if id(t) not in seen]
         seen.update(map(id, above))

@@ -7,6 +7,7 @@ source: a node that no rule touched is written back as it came, and only new nod
 from __future__ import annotations
 
 import ast
+import math
 import os
 from collections.abc import Collection
 from dataclasses import dataclass, field
@@ -18,12 +19,15 @@ import onnx_graphsurgeon as gs
 from google.protobuf.unknown_fields import UnknownFieldSet  # type: ignore[import-untyped]
 from onnx.external_data_helper import ExternalDataInfo
 from onnx_graphsurgeon.exporters.onnx_exporter import OnnxExporter
+from onnx_graphsurgeon.importers.onnx_importer import OnnxImporter
 from onnx_graphsurgeon.logger import G_LOGGER
 
 from rewrite import sandbox
 from rewrite.errors import RewriteError
 from rewrite.files import check_target, write_atomically
 from rewrite.graph import DOMAIN
+from rewrite.nodes import Node
+from rewrite.opening import Opening
 from rewrite.validity import all_nodes, byte_size, check_validity, subgraphs, tensors
 from rewrite.weights import embedded, place, relocated
 
@@ -31,6 +35,8 @@ G_LOGGER.severity = G_LOGGER.CRITICAL + 1  # what it says it raises, too, and we
 KEYS = ("location", "offset", "length", "checksum")  # of a reference to external data
 PYTORCH = (b"PK\x03\x04", b"\x80")  # how zip files and pickles begin
 SCOPES = 10_000  # characters of a hint that are read
+WEIGHTS = {getattr(onnx.TensorProto, k) for k in ("FLOAT", "FLOAT16", "BFLOAT16", "DOUBLE", "INT8", "UINT8")}  # what inference has no use for
+SCALES = 1024  # elements: no list of floats that tells a shape is longer
 INLINE = 16384  # bytes: external tensors up to this size are read at once, so that rules can see their values
 
 
@@ -231,17 +237,16 @@ def external_file(folder: Path, location: str, where: str) -> Path:
 # --- between the protobuf and the graph the rules edit ------------------------------------------------------------
 @dataclass
 class Imported:
-    """A model opened for rewriting: the graph, and which protobuf node each graph node came from."""
+    """A model opened for rewriting: the graph, its nodes and those of graphs inside it, and which protobuf each graph came from."""
 
     model: Model
     graph: gs.Graph
-    sources: dict[int, onnx.NodeProto]
     graphs: dict[int, onnx.GraphProto]
-    kept: list[gs.Node]  # holds the nodes, so that ids in `sources` stay theirs
+    nodes: list[Node]
 
-    def release(self, made: list[gs.Node]) -> None:
+    def release(self, made: list[Node]) -> None:
         """Take the graph apart, nodes `made` by rules included: all name one another, which Python's cycle collector takes long to find out."""
-        for node in (*self.kept, *made):
+        for node in (*self.nodes, *made):
             for tensor in (*node.inputs, *node.outputs):
                 tensor.__dict__["inputs"] = tensor.__dict__["outputs"] = ()  # a rule may have kept its name and shape
             node.__dict__.clear()
@@ -249,25 +254,36 @@ class Imported:
 
 def open_graph(model: Model) -> Imported:
     """Infer shapes and import the graph. Raises RewriteError if ONNX finds the model inconsistent."""
-    bare = infer(model)
-    del bare.functions[:]
+    inferred, opening = infer(model), Opening()
     try:
-        graph = gs.import_onnx(bare)
+        opset = OnnxImporter.get_opset(inferred), OnnxImporter.get_import_domains(inferred)
+        graph = opening.graph(model.proto.graph, inferred.graph, {}, opset)
     except Exception as error:
         raise RewriteError(f"{model.name}: the graph cannot be imported: {type(error).__name__}: {_line(error)}; `onnx.checker.check_model` may tell more") from error
-    imported = Imported(model, graph, {}, {}, [])
-    _pair(graph, model.proto.graph, imported)
-    return imported
+    return Imported(model, graph, opening.graphs, opening.nodes)
 
 
 def infer(model: Model) -> onnx.ModelProto:
-    """The model with all types and shapes that ONNX can tell. Raises RewriteError if it finds the model inconsistent."""
+    """The model, without its weights, with all types and shapes that ONNX can tell. Raises RewriteError if it finds it inconsistent."""
     try:
-        return onnx.shape_inference.infer_shapes(model.proto, data_prop=True)
+        return onnx.shape_inference.infer_shapes(_without_weights(model.proto), data_prop=True)
     except MemoryError:
         raise
     except Exception as error:
         raise RewriteError(f"{model.name}: shape inference fails: {_line(error)}") from error
+
+
+def _without_weights(proto: onnx.ModelProto) -> onnx.ModelProto:
+    """The model with weights as if they lay in another file: inference reads integers and scales, and would copy the rest four times."""
+    light = onnx.ModelProto()
+    _copy(proto, light, without={"graph"})
+    _copy(proto.graph, light.graph, without={"initializer"})
+    for tensor in proto.graph.initializer:
+        if tensor.data_type in WEIGHTS and math.prod(tensor.dims) > SCALES:
+            light.graph.initializer.add(name=tensor.name, data_type=tensor.data_type, dims=tensor.dims, data_location=onnx.TensorProto.EXTERNAL)
+        else:
+            light.graph.initializer.append(tensor)
+    return light
 
 
 def names_in(proto: onnx.ModelProto) -> set[str]:
@@ -289,16 +305,6 @@ def overridable(proto: onnx.ModelProto) -> frozenset[str]:
     if proto.ir_version < 4:
         return frozenset()
     return frozenset({i.name for i in proto.graph.input} & {i.name for i in proto.graph.initializer})
-
-
-def _pair(graph: gs.Graph, proto: onnx.GraphProto, imported: Imported) -> None:
-    imported.graphs[id(graph)] = proto
-    for node, source in zip(graph.nodes, proto.node, strict=True):
-        imported.sources[id(node)] = source
-        imported.kept.append(node)
-        for attribute in source.attribute:
-            if attribute.type == onnx.AttributeProto.GRAPH:
-                _pair(node.attrs[attribute.name], attribute.g, imported)
 
 
 def module_scope(node: onnx.NodeProto) -> str:
@@ -424,8 +430,8 @@ def _export_types(result: onnx.GraphProto, source: onnx.GraphProto, graph: gs.Gr
     result.value_info.extend(kept)
 
 
-def _export_node(node: gs.Node, result: onnx.NodeProto, imported: Imported, metadata: dict[int, dict[str, str]]) -> None:
-    source = imported.sources.get(id(node))
+def _export_node(node: Node, result: onnx.NodeProto, imported: Imported, metadata: dict[int, dict[str, str]]) -> None:
+    source = node.source
     if source is None:
         result.CopyFrom(OnnxExporter.export_node(node))
         for key, value in metadata.get(id(node), {}).items():

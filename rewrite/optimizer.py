@@ -126,7 +126,7 @@ def _apply_rules(source: Model, rules: Library, verify: bool, explain: bool, bit
     imported = open_graph(source)
     table = FunctionTable(list(source.proto.functions))
     driver = Driver(rules, table, report, verify, explain, bitwise)
-    driver.scopes = {key: module_scope(node) for key, node in imported.sources.items()}
+    driver.scopes = {id(n): module_scope(n.source) for n in imported.nodes}
     names, inputs_too = names_in(source.proto), overridable(source.proto)
     graphs = [Graph(g, source.opset, names, inputs_too) for g in all_graphs(imported.graph)]
     for graph in reversed(graphs):  # outer graphs first: inner ones read their values

@@ -195,11 +195,11 @@ class SymbolicShapes:
         self.floats: dict[int, np.ndarray] = {}
 
     def run(self) -> None:
-        for tensor in (*self.graph.gs.inputs, *(t for n in self.graph.live.values() for t in n.outputs)):
+        for tensor in (*self.graph.gs.inputs, *(t for n in self.graph.nodes for t in n.outputs)):
             if tensor.shape is not None:
                 tensor.shape = [ordered(d) for d in tensor.shape]
         declared = self._forget_output_names()
-        for tensor in (t for n in self.graph.live.values() for t in n.outputs if t.shape is not None and id(t) not in self.graph.outputs):
+        for tensor in (t for n in self.graph.nodes for t in n.outputs if t.shape is not None and id(t) not in self.graph.outputs):
             if any(isinstance(d, str) and "//" in d for d in tensor.shape):
                 tensor.shape = [settle(d) for d in tensor.shape]
         for node in self.graph:
@@ -229,7 +229,7 @@ class SymbolicShapes:
                 tensor.shape = [None if isinstance(d, str) and d not in names else d for d in tensor.shape]
         invented = {d for _, dims in declared for d in dims if isinstance(d, str) and d not in names and re.fullmatch(r".*_dim_\d+", d)}
         if invented:  # ONNX's inference carried them on to the readers of outputs (of cached keys, say)
-            for tensor in (t for n in self.graph.live.values() for t in n.outputs if t.shape is not None):
+            for tensor in (t for n in self.graph.nodes for t in n.outputs if t.shape is not None):
                 tensor.shape = [None if d in invented else d for d in tensor.shape]
         return declared
 

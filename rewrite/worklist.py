@@ -9,10 +9,9 @@ from __future__ import annotations
 import heapq
 from collections.abc import Iterable, Iterator
 
-import onnx_graphsurgeon as gs
-
 from rewrite import pattern as P
 from rewrite.graph import Graph, canonical
+from rewrite.nodes import Node
 from rewrite.registry import Rule
 
 SLACK = 2  # nodes that change nothing, which a match may look through between two operators of its pattern
@@ -34,34 +33,34 @@ class Worklist:
                 self._mentions.setdefault(op, []).append((height + SLACK, -rule.priority, rule.roots))
         for level, op in self._groups:
             self._levels.setdefault(op, []).append(level)
-        self._queue: list[tuple[int, float, int, gs.Node]] = []
+        self._queue: list[tuple[int, float, int, Node]] = []
         self._waiting: set[tuple[int, int]] = set()
         self._ticket = 0
-        self._blocked: list[gs.Node] = []
+        self._blocked: list[Node] = []
         self._changed = False
         for node in graph:
             self.push(node)
 
-    def push(self, node: gs.Node) -> None:
+    def push(self, node: Node) -> None:
         """Try all rules at a node (again)."""
         for level in self._levels.get(canonical(node), ()):
             self._enter(level, node)
 
-    def _enter(self, level: int, node: gs.Node) -> None:
-        if (level, id(node)) in self._waiting or self.graph.live.get(id(node)) is not node:
+    def _enter(self, level: int, node: Node) -> None:
+        if (level, id(node)) in self._waiting or node.graph is not self.graph:
             return
         self._waiting.add((level, id(node)))
         self._ticket += 1
-        heapq.heappush(self._queue, (level, self.graph.position[id(node)], self._ticket, node))
+        heapq.heappush(self._queue, (level, node.position, self._ticket, node))
 
-    def __iter__(self) -> Iterator[tuple[gs.Node, list[Rule]]]:
+    def __iter__(self) -> Iterator[tuple[Node, list[Rule]]]:
         while self._queue or self._unblock():
             level, _, _, node = heapq.heappop(self._queue)
             self._waiting.discard((level, id(node)))
-            if self.graph.live.get(id(node)) is node:
+            if node.graph is self.graph:
                 yield node, self._groups.get((level, canonical(node)), [])
 
-    def block(self, node: gs.Node) -> None:
+    def block(self, node: Node) -> None:
         """A rule fits at `node` but for another reader of a value inside: worth a second look once readers are gone."""
         self._blocked.append(node)
 
@@ -74,7 +73,7 @@ class Worklist:
             self.push(node)
         return bool(self._queue)
 
-    def revisit(self, touched: list[gs.Node], changed: list[gs.Node]) -> None:
+    def revisit(self, touched: list[Node], changed: list[Node]) -> None:
         """`touched` nodes read something new; `changed` ones are new, or compute what a pattern may now find below."""
         self._changed = True
         for node in touched:
@@ -82,7 +81,7 @@ class Worklist:
         for node in changed:
             self._climb(node)
 
-    def _climb(self, start: gs.Node) -> None:
+    def _climb(self, start: Node) -> None:
         rules = self._mentions.get(canonical(start), ())
         front, seen = [start], {id(start)}
         for distance in range(1, max((height for height, _, _ in rules), default=0)):

@@ -1,0 +1,76 @@
+"""Nodes and values of the graph that rules edit: onnx-graphsurgeon's own, quicker to make, with room for what the engine notes on them.
+
+onnx-graphsurgeon keeps both ends of every edge in lists that update one another. Here they are plain lists, because only
+`Graph` edits them; and what was asked for by the identity of a node in a dictionary is read from the node itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_graphsurgeon as gs
+from onnx_graphsurgeon.ir.tensor import LazyValues
+
+DOMAIN = "rewrite"  # of plugin nodes, whose operators are named `Plugin`, `Plugin_2`, ...
+
+
+class Node(gs.Node):
+    """A node; `graph` is the `rewrite.graph.Graph` that it lives in, None before it entered one and after it was removed."""
+
+    graph: Any = None
+    dead = False  # it was removed
+    position = 0.0  # its place in the graph; nodes of one place are in the order in which they entered
+    canonical: str  # the operator's name as patterns write it: `Gelu` for ONNX's and for ours, `domain::Op` for others
+    source: onnx.NodeProto | None = None  # what it was read from
+    rewired = False  # its inputs or outputs are no longer those of `source`
+    metadata: dict[str, str] | None = None  # of one that a rule made
+    print: int | None = None  # the same for nodes of equal operators and attributes
+
+    def __init__(self, op: str, name: str, attrs: dict[str, Any], inputs: Sequence[gs.Tensor], outputs: Sequence[gs.Tensor], domain: str | None = None):
+        self.op, self.name, self.attrs, self.domain = op, name, attrs, domain
+        self.canonical = op if not domain or domain == "ai.onnx" else op.split("_", 1)[0] if domain == DOMAIN else f"{domain}::{op}"
+        self.inputs, self.outputs = list(inputs), list(outputs)
+        for tensor in inputs:  # list's own append: a tensor of onnx-graphsurgeon's making has lists that update one another
+            list.append(tensor.outputs, self)
+        for tensor in outputs:
+            list.append(tensor.inputs, self)
+
+    __setattr__ = object.__setattr__
+
+
+class Variable(gs.Variable):
+    """A value that is computed, or an input of the graph."""
+
+    def __init__(self, name: str, dtype: Any = None, shape: Any = None, type: str | None = "tensor_type"):
+        self.name, self.dtype, self.shape, self.type = name, dtype, shape, type
+        self.inputs: list[gs.Node] = []
+        self.outputs: list[gs.Node] = []
+
+    __setattr__ = object.__setattr__
+
+
+class Constant(gs.Constant):
+    """A value that is known; that of an initializer stays in the model's protobuf until a rule asks for it."""
+
+    dtype: Any = None
+    shape: Any = None
+    array: np.ndarray[Any, Any] | None = None  # the values, once read
+    print: int | None = None  # the same for constants of equal values
+
+    def __init__(self, name: str, values: LazyValues | np.ndarray[Any, Any], location: int | None = None):
+        self.name, self._values, self.data_location, self._export_dtype = name, values, location, None
+        self.dtype, self.shape = values.dtype, values.shape
+        self.inputs: list[gs.Node] = []
+        self.outputs: list[gs.Node] = []
+
+    __setattr__ = object.__setattr__
+
+
+class Stored(LazyValues):  # type: ignore[misc]
+    """The values of a tensor of the model, as they are stored in its protobuf."""
+
+    def __init__(self, tensor: onnx.TensorProto, dtype: Any):
+        self.tensor, self.dtype, self.shape = tensor, dtype, list(tensor.dims)
