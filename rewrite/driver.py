@@ -24,9 +24,9 @@ from rewrite.builder import GraphBuilder
 from rewrite.errors import RewriteError, blame
 from rewrite.functions import Body, CaptureError, FunctionTable, capture, fingerprint
 from rewrite.graph import DOMAIN, Graph, canonical, describe, dtype_name, reads
-from rewrite.matcher import BoundValue, Match, Matcher, Trace, interior_use
+from rewrite.match import BoundValue, Match, interior_use
+from rewrite.matcher import Matcher, Trace
 from rewrite.nodes import Node, Variable
-from rewrite.outlook import Outlook
 from rewrite.registry import Library, Rule
 from rewrite.report import NearMiss, Report, Site, common_scope
 from rewrite.shapes import is_named
@@ -54,11 +54,10 @@ class Driver:
     def run(self, graph: Graph, tier: str) -> None:
         """Apply the rules of one tier to one graph until none matches."""
         graph.functions = self.table.functions
-        worklist = Worklist(graph, [r for r in self.library.rules if r.tier == tier])
+        worklist = Worklist(graph, [r for r in self.library.rules if r.tier == tier], everything=self.explain)
         changes, limit = 0, 10 * len(graph.nodes) + 1000
-        outlook = Outlook(graph)
         for node, rules in worklist:
-            for rule in rules if self.explain else outlook.hopeful(rules, node):
+            for rule in rules:
                 if not self.explain and not all(map(graph.counts.get, rule.required)):
                     continue
                 touched = self._try(graph, rule, node)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from functools import cache
 from typing import Any
 
@@ -113,16 +113,23 @@ class Graph:
             users[:] = [n for n in users if not n.dead]
         return alive
 
-    def is_used_outside(self, tensor: gs.Tensor, nodes: set[int]) -> str | None:
+    def is_read_beside(self, tensor: gs.Tensor, nodes: Container[Node]) -> bool:
+        """Whether anything but `nodes` reads `tensor`."""
+        if id(tensor) in self.outputs or id(tensor) in self.captured:
+            return True
+        for user in reversed(tensor.outputs):  # the newest first: of a value that thousands of replaced nodes read, these are alive
+            if user.graph is self and user not in nodes:
+                return True
+        return False
+
+    def is_used_outside(self, tensor: gs.Tensor, nodes: Container[Node]) -> str | None:
         """Who else reads `tensor`: a description of the first user not in `nodes`, or None."""
         if id(tensor) in self.outputs:
             return "it is an output of the graph"
         if id(tensor) in self.captured:
             return "an inner graph (If, Loop or Scan) reads it"
-        for user in reversed(tensor.outputs):  # the newest first: of a value that thousands of replaced nodes read, these are alive
-            if user.graph is self and id(user) not in nodes:
-                return f"{describe(user)} reads it too"
-        return None
+        user = next((u for u in reversed(tensor.outputs) if u.graph is self and u not in nodes), None)
+        return None if user is None else f"{describe(user)} reads it too"
 
     def attribute(self, node: gs.Node, name: str) -> object:
         """The value of an attribute, or its default by the ONNX specification, or None."""
@@ -194,15 +201,10 @@ class Graph:
         stack = [*candidates][::-1]  # of a match the first reads the others: once it is gone, they go at the first look
         while stack:
             node = stack.pop()
-            if node.graph is not self or any(map(self._is_used, node.outputs)):
+            if node.graph is not self or any(self.is_read_beside(t, ()) for t in node.outputs):
                 continue
             self.remove(node)
             stack += [p for t in node.inputs for p in t.inputs if p.graph is self]
-
-    def _is_used(self, tensor: gs.Tensor) -> bool:
-        if id(tensor) in self.outputs or id(tensor) in self.captured:
-            return True
-        return any(n.graph is self for n in reversed(tensor.outputs))  # the newest first, see `is_used_outside`
 
     def replace_uses(self, old: gs.Tensor, new: gs.Tensor) -> list[Node]:
         """Let every reader of `old` read `new`; returns the readers."""

@@ -39,6 +39,8 @@ class Node(gs.Node):
             list.append(tensor.inputs, self)
 
     __setattr__ = object.__setattr__
+    __eq__ = object.__eq__
+    __hash__ = object.__hash__
 
 
 class Variable(gs.Variable):
