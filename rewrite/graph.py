@@ -57,8 +57,11 @@ def dtype_name(dtype: object) -> str:
 class Graph:
     """One graph being rewritten: its live nodes, an index from operator to nodes, and the opset it is written in."""
 
-    def __init__(self, graph: gs.Graph, opset: int, names: set[str] | None = None, overridable: frozenset[str] = frozenset()):
-        """`names` are taken in the whole model; initializers called as in `overridable` are inputs, too: no constants."""
+    def __init__(self, graph: gs.Graph, opset: int, names: set[str] | None = None, overridable: frozenset[str] = frozenset(), kinds: dict[Any, int] | None = None):
+        """`names` are taken in the whole model; initializers called as in `overridable` are inputs, too: no constants.
+
+        Graphs of one model number their `kinds` of nodes and constants together, for they share constants.
+        """
         self.gs = graph
         self.opset = opset
         self.shuffled = False  # some node was put where it computes what nodes before it read
@@ -74,6 +77,7 @@ class Graph:
         # All integers that shapes determine, by tensor: the value of `Shape(x)[1]` is ["seq"]. `known` are those without names.
         self.symbolic: dict[int, list[Dim]] = {}
         self.functions: Mapping[str, onnx.FunctionProto] = {}  # that plugin nodes call
+        self.kinds = {} if kinds is None else kinds
         self.bodies: dict[Any, Any] = {}  # subgraphs captured before, as functions, by what they are made of
         self.scalars: set[int] = set()  # those of them that have no dimensions
         for index, node in enumerate(graph.nodes):
@@ -94,7 +98,7 @@ class Graph:
 
     def release(self) -> None:
         """Forget everything: nothing asks any more, but closures that name one another still hold this."""
-        for found in (self.nodes, self.known, self.symbolic, self.bodies, self.names):
+        for found in (self.nodes, self.known, self.symbolic, self.kinds, self.bodies, self.names):
             found.clear()
         self.gs = gs.Graph()
 

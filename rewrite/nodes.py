@@ -27,7 +27,8 @@ class Node(gs.Node):
     source: onnx.NodeProto | None = None  # what it was read from
     rewired = False  # its inputs or outputs are no longer those of `source`
     metadata: dict[str, str] | None = None  # of one that a rule made
-    print: int | None = None  # the same for nodes of equal operators and attributes
+    scope: str | None = None  # the PyTorch module it came from, once asked for; "" if the exporter does not tell
+    kind: int | None = None  # the same for nodes of equal operators and attributes, once asked for
 
     def __init__(self, op: str, name: str, attrs: dict[str, Any], inputs: Sequence[gs.Tensor], outputs: Sequence[gs.Tensor], domain: str | None = None):
         self.op, self.name, self.attrs, self.domain = op, name, attrs, domain
@@ -60,7 +61,7 @@ class Constant(gs.Constant):
     dtype: Any = None
     shape: Any = None
     array: np.ndarray[Any, Any] | None = None  # the values, once read
-    print: int | None = None  # the same for constants of equal values
+    kind: int | None = None  # the same for constants of equal values, once asked for
 
     def __init__(self, name: str, values: LazyValues | np.ndarray[Any, Any], location: int | None = None):
         self.name, self._values, self.data_location, self._export_dtype = name, values, location, None

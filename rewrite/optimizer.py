@@ -128,7 +128,8 @@ def _apply_rules(source: Model, rules: Library, verify: bool, explain: bool, bit
     driver = Driver(rules, table, report, verify, explain, bitwise)
     driver.scopes = {id(n): module_scope(n.source) for n in imported.nodes}
     names, inputs_too = names_in(source.proto), overridable(source.proto)
-    graphs = [Graph(g, source.opset, names, inputs_too) for g in all_graphs(imported.graph)]
+    kinds: dict[Any, int] = {}
+    graphs = [Graph(g, source.opset, names, inputs_too, kinds) for g in all_graphs(imported.graph)]
     for graph in reversed(graphs):  # outer graphs first: inner ones read their values
         SymbolicShapes(graph).run()
     for tier in TIERS:
