@@ -69,7 +69,7 @@ def _rewrite_five() -> tuple[Callable[..., Any], ...]:
                 graph.sort()
         return imported, table, driver
 
-    return opened, run, lambda s, path: close_graph(s[0], s[1].functions, s[2].metadata).save(path)
+    return opened, run, lambda s, path: close_graph(s[0], s[1].functions).save(path)
 
 
 def _onnxscript_five() -> tuple[Callable[..., Any], ...]:

@@ -50,6 +50,8 @@ class GraphBuilder:
     def _tensor(self, x: Any) -> gs.Tensor:
         if isinstance(x, BoundValue):
             return x.tensor
+        if isinstance(x, gs.Constant) and not isinstance(x, Constant):
+            return Constant(x.name, x.values)
         if isinstance(x, gs.Tensor):
             return x
         if x is None:

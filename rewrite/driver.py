@@ -9,6 +9,7 @@ stopped with an error that names it.
 from __future__ import annotations
 
 import hashlib
+import operator
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -26,6 +27,7 @@ from rewrite.functions import Body, CaptureError, FunctionTable, capture, finger
 from rewrite.graph import DOMAIN, Graph, canonical, describe, dtype_name, reads
 from rewrite.match import BoundValue, Match, interior_use
 from rewrite.matcher import Matcher, Trace
+from rewrite.model import module_scope
 from rewrite.nodes import Node, Variable
 from rewrite.registry import Library, Rule
 from rewrite.report import NearMiss, Report, Site, common_scope
@@ -42,14 +44,12 @@ class Driver:
     def __init__(self, library: Library, table: FunctionTable, report: Report, verify: bool, explain: bool, bitwise: bool = False):
         self.library, self.table, self.report = library, table, report
         self.verify, self.explain, self.bitwise = verify, explain, bitwise
-        self.metadata: dict[int, dict[str, str]] = {}
-        self.scopes: dict[int, str] = {}  # the PyTorch module each node came from, where the exporter tells
         self.verdicts: dict[str, Verdict] = {}
-        self._made: dict[tuple[Any, ...], Node] = {}  # plugin nodes by what they compute
-        self._seen: Counter[tuple[Any, ...]] = Counter()
+        self.made: list[Node] = []  # every new node
+        self._plugin_nodes: dict[tuple[Any, ...], list[Node]] = {}  # new ones, by operator and inputs
+        self._fired: Counter[tuple[Any, ...]] = Counter()
         self._rejected = False  # the last attempt failed because the replacement does not compute the same
         self._blocked = False  # the last attempt failed only because a value inside the match has another reader
-        self.made: list[Node] = []  # new nodes stay alive, so that their ids in `metadata` stay theirs
 
     def run(self, graph: Graph, tier: str) -> None:
         """Apply the rules of one tier to one graph until none matches."""
@@ -68,7 +68,7 @@ class Driver:
                 changes += 1
                 if changes > limit:
                     raise RewriteError(_loop(rule, node))
-                worklist.revisit(touched, [n for n in touched if id(n) in self.metadata] or touched)
+                worklist.revisit(touched, [n for n in touched if n.metadata is not None] or touched)
                 break
 
     # --- one rule at one node ------------------------------------------------------------------------------------
@@ -79,11 +79,12 @@ class Driver:
         self._blocked = self._rejected = False
         matches, refusal = self._matches(graph, rule, node)
         for match in matches:
-            reason = self._refusal(rule, match)
+            bound = _bound(match)
+            reason = self._refusal(rule, match, bound)
             covered = match.nodes
             if not reason:
                 stats.matches += 1
-                outcome = self._apply(graph, rule, match, node)
+                outcome = self._apply(graph, rule, match, bound, node)
                 if isinstance(outcome, list):
                     touched = outcome
                     break
@@ -112,23 +113,23 @@ class Driver:
             raise RewriteError(f"rule '{rule.name}' ({rule.source}): its find fails at {describe(node)}: {blame(error)}") from error
         return ([found], "") if isinstance(found, Match) else ([], found or "")
 
-    def _refusal(self, rule: Rule, match: Match) -> str:
+    def _refusal(self, rule: Rule, match: Match, bound: dict[str, Any]) -> str:
         reason = interior_use(match) or _runs_back(match)
         self._blocked = self._blocked or reason is not None
         if reason is None and rule.check is not None:
             try:
-                reason = rule.call(rule.check, _bound(match))
+                reason = rule.call(rule.check, bound)
             except Exception as error:
                 raise RewriteError(f"rule '{rule.name}' ({rule.source}): its check fails at {describe(match.nodes[0])}: {blame(error)}") from error
             if reason is not None and not isinstance(reason, str):
                 raise RewriteError(f"rule '{rule.name}' ({rule.source}): its check returned {reason!r}; return None to accept a match, or the reason to refuse it")
         return reason or ""
 
-    def _apply(self, graph: Graph, rule: Rule, match: Match, anchor: Node) -> list[Node] | str:
+    def _apply(self, graph: Graph, rule: Rule, match: Match, bound: dict[str, Any], anchor: Node) -> list[Node] | str:
         """Replace the match; returns the nodes to visit again, or the reason why the replacement was rejected."""
         op = GraphBuilder(graph, self.library.plugins, anchor)
         try:
-            result = rule.call(rule.replace, _bound(match), op)
+            result = rule.call(rule.replace, bound, op)
         except RewriteError as error:
             graph.discard(op._made)
             raise RewriteError(f"rule '{rule.name}' ({rule.source}): {error}") from error
@@ -136,7 +137,7 @@ class Driver:
             graph.discard(op._made)
             raise RewriteError(f"rule '{rule.name}' ({rule.source}): its replacement fails at {describe(anchor)}: {blame(error)}") from error
         made, returned = op._made, result if isinstance(result, tuple) else (result,)
-        if not all(isinstance(r, BoundValue) for r in returned):
+        if not all([isinstance(r, BoundValue) for r in returned]):
             graph.discard(made)
             raise RewriteError(f"rule '{rule.name}' ({rule.source}): its replacement returned {result!r} at {describe(anchor)}; return the value of op.Name(...), or a tuple of such values")
         results = [r.tensor for r in returned]
@@ -154,15 +155,19 @@ class Driver:
         self._stop_loop(graph, rule, match, anchor)
         made, results = self._share(graph, made, results)
         self.report.add(site)
-        return self._commit(graph, match, made, results, rule)
+        return self._commit(graph, match, made, results, rule, site.where)
 
     def _stop_loop(self, graph: Graph, rule: Rule, match: Match, anchor: Node) -> None:
-        """A rule that finds for the third time what it replaced before, on the same values, will find it for ever."""
+        """A rule that finds again and again what it replaced before, on the same values, will find it for ever."""
+        key: tuple[Any, ...] = (rule.name, *(t.name for t in match.outputs))
+        self._fired[key] += 1
+        if self._fired[key] < 2:
+            return
         values = [_identity(graph, v) for v in match.bindings.values()]
-        nodes = [(canonical(n), [(k, repr(v)) for k, v in n.attrs.items() if not isinstance(v, (gs.Tensor, gs.Graph))]) for n in match.nodes]
-        key = (rule.name, tuple(t.name for t in match.outputs), repr(values), repr(nodes))
-        self._seen[key] += 1
-        if self._seen[key] > 2:
+        nodes = [(n.canonical, [(k, repr(v)) for k, v in n.attrs.items() if not isinstance(v, (gs.Tensor, gs.Graph))]) for n in match.nodes]
+        key = (*key, repr(values), repr(nodes))
+        self._fired[key] += 1
+        if self._fired[key] > 2:
             raise RewriteError(_loop(rule, anchor))
 
     def _share(self, graph: Graph, made: list[Node], results: list[gs.Tensor]) -> tuple[list[Node], list[gs.Tensor]]:
@@ -170,10 +175,11 @@ class Driver:
         if len(made) != 1 or made[0].domain != DOMAIN:
             return made, results
         node = made[0]
-        key = (id(graph), canonical(node), tuple(id(t) for t in node.inputs if not t.is_empty()), tuple(t.is_empty() for t in node.inputs), repr(sorted(node.attrs.items())))
-        old = self._made.setdefault(key, node)
-        if old is node or old.dead:
-            self._made[key] = node
+        key = (graph, node.canonical, *[t.name and id(t) for t in node.inputs])
+        alike = self._plugin_nodes.setdefault(key, [])
+        old = next((n for n in alike if not n.dead and repr(sorted(n.attrs.items())) == repr(sorted(node.attrs.items()))), None)
+        if old is None:
+            alike.append(node)
             return made, results
         graph.discard(made)
         return [], list(old.outputs)
@@ -185,39 +191,35 @@ class Driver:
         changed = next(filter(None, map(_type_change, match.outputs, results)), "")
         if changed:
             return changed
-        own = [n for n in made if n.domain == DOMAIN]
-        site = Site(rule.name, own[0].op if own else "", [t.name for t in match.outputs], [describe(n) for n in match.nodes])
-        site.where = common_scope([self.scopes.get(id(n), "") for n in match.nodes])
-        if own:
-            reason = self._plugin_site(graph, rule, match, made, results, site)
-        else:
-            reason = self._plain_site(graph, match, made, results, site)
+        own = next((n.op for n in made if n.domain == DOMAIN), "")
+        site = Site(rule.name, own, [t.name for t in match.outputs], list(map(describe, match.nodes)))
+        site.where = common_scope(list(map(_scope, match.nodes)))
+        reason = self._plugin_site(graph, rule, match, made, results, site) if own else self._plain_site(graph, match, made, results, site)
         return reason or site
 
     def _plugin_site(self, graph: Graph, rule: Rule, match: Match, made: list[Node], results: list[gs.Tensor], site: Site) -> str:
         node = made[0]
-        if len(made) != 1 or [id(t) for t in node.outputs] != [id(t) for t in results]:
+        if len(made) != 1 or not all(map(operator.is_, node.outputs, results)) or len(node.outputs) != len(results):
             raise RewriteError(f"rule '{rule.name}': a replacement is either one plugin node or standard nodes only, its results in order")
         plugin = self.library.plugins[node.op]
-        inputs = {n.rstrip("?"): t for n, t in zip(plugin.inputs, node.inputs, strict=False) if not t.is_empty()}
-        first = {id(t): n for n, t in reversed(inputs.items())}  # keys that are the values, too, are one tensor
-        read = {n: first[id(t)] for n, t in inputs.items()}
-        inputs = {n: t for n, t in inputs.items() if read[n] == n}
-        unknown = set(node.attrs) - set(plugin.attributes)
-        if unknown or len(node.inputs) > len(plugin.inputs):
-            raise RewriteError(f"rule '{rule.name}': plugin {plugin.name} takes {list(plugin.inputs)} and attributes {list(plugin.attributes)}, not {sorted(unknown) or len(node.inputs)}")
-        outputs = dict(zip(plugin.outputs, match.outputs, strict=False))
-        attributes = sorted(node.attrs)
+        if not node.attrs.keys() <= plugin.attributes.keys() or len(node.inputs) > len(plugin.inputs):
+            unknown = sorted(set(node.attrs) - set(plugin.attributes))
+            raise RewriteError(f"rule '{rule.name}': plugin {plugin.name} takes {list(plugin.inputs)} and attributes {list(plugin.attributes)}, not {unknown or len(node.inputs)}")
         # Inputs keep their places: one that this body does not read is still a parameter of the function.
-        names = [n.rstrip("?") for n in plugin.inputs[: len(node.inputs)]]
-        body = capture(graph, match.nodes, inputs, outputs, plugin.name, attributes, match.dims, names)
-        values = dict(node.attrs)
-        key = f"{body.digest}|{values}|{[(n, str(t.dtype), t.shape) for n, t in inputs.items()]}" if self.verify else ""
-        run = reference_runner(plugin, values, [read.get(n, "") for n in names])
-        verdict = self._verdict(key, graph, body.function, inputs, run, plugin.tolerance, plugin.sample, match.shapes)
-        site.error, site.attributes, site.note = verdict.error, values, match.note
-        if not verdict.ok:
-            return f"plugin {plugin.name} differs from the subgraph it would replace: {verdict.reason}"
+        names = plugin.parameters[: len(node.inputs)]
+        first: dict[int, str] = {}
+        read = {n: first.setdefault(id(t), n) for n, t in zip(names, node.inputs, strict=True) if t.name}  # keys that are the values, too, are one tensor
+        inputs = {n: t for n, t in zip(names, node.inputs, strict=True) if read.get(n) == n}
+        outputs = dict(zip(plugin.outputs, match.outputs, strict=False))
+        body = capture(graph, match.nodes, inputs, outputs, plugin.name, sorted(node.attrs), match.dims, names)
+        site.attributes, site.note = dict(node.attrs), match.note
+        if self.verify:
+            key = f"{body.digest}|{site.attributes}|{[(n, str(t.dtype), t.shape) for n, t in inputs.items()]}"
+            run = reference_runner(plugin, site.attributes, [read.get(n, "") for n in names])
+            verdict = self._verdict(key, graph, body.function, inputs, run, plugin.tolerance, plugin.sample, match.shapes)
+            site.error = verdict.error
+            if not verdict.ok:
+                return f"plugin {plugin.name} differs from the subgraph it would replace: {verdict.reason}"
         node.op = self.table.add(body.function, body.digest)
         return ""
 
@@ -235,8 +237,10 @@ class Driver:
             after = Body(function, fingerprint(function))
         else:
             after = capture(graph, made, inputs, {f"o{n}": r for n, r in enumerate(results)}, "After", [])
+        if not self.verify:
+            return ""
         needed = self.table.needed_by(after.function)
-        key = f"{before.digest}|{after.digest}|{[(str(t.dtype), t.shape) for t in inputs.values()]}" if self.verify else ""
+        key = f"{before.digest}|{after.digest}|{[(str(t.dtype), t.shape) for t in inputs.values()]}"
 
         def run(arrays: dict[str, np.ndarray]) -> list[Any]:
             return run_function(after.function, needed, arrays)
@@ -248,8 +252,6 @@ class Driver:
     def _verdict(self, key: str, graph: Graph, body: onnx.FunctionProto, inputs: dict[str, gs.Tensor], run: Callable[..., list[Any]],
                  tolerance: Any, sample: Callable[..., Any] | None, shapes: dict[int, tuple[Any, ...]] | None = None,
                  contents: dict[int, tuple[Any, ...]] | None = None) -> Verdict:  # fmt: skip
-        if not self.verify:
-            return Verdict(True, 0.0)
         read = {n for node in body.node for n in node.input}
         brought = {n: graph.constant(t, BROUGHT) for n, t in inputs.items() if n not in read}
         key += "".join(f"|{n}:{hash(a.tobytes())}" for n, a in brought.items() if a is not None)
@@ -261,26 +263,22 @@ class Driver:
             self.report.verify_seconds += time.perf_counter() - started
         return self.verdicts[key]
 
-    def _commit(self, graph: Graph, match: Match, made: list[Node], results: list[gs.Tensor], rule: Rule) -> list[Node]:
-        touched: dict[int, Node] = {id(n): n for n in made}
-        scope = common_scope([self.scopes.get(id(n), "") for n in match.nodes])
+    def _commit(self, graph: Graph, match: Match, made: list[Node], results: list[gs.Tensor], rule: Rule, scope: str) -> list[Node]:
+        touched = dict.fromkeys(made)
+        origin = " ".join([n.name or n.outputs[0].name for n in match.nodes])
         for node in made:
-            self.scopes[id(node)] = scope
-            origin = " ".join(n.name or n.outputs[0].name for n in match.nodes)
-            self.metadata[id(node)] = {"rewrite.rule": rule.name, "rewrite.from": origin}
-            self.made.append(node)
+            node.scope, node.metadata = scope, {"rewrite.rule": rule.name, "rewrite.from": origin}
+        self.made += made
         own = {id(t): (n, i) for n in made for i, t in enumerate(n.outputs)}
         for old, new in zip(match.outputs, results, strict=True):
-            for user in graph.consumers(old):
-                touched[id(user)] = user
+            touched.update(dict.fromkeys(graph.consumers(old)))
             if id(new) in own and graph.producer(old) is not None:
-                node, index = own[id(new)]
-                self._take_over(graph, old, node, index)
+                self._take_over(graph, old, *own[id(new)])
             else:
                 self._alias(graph, old, new, rule, touched)
         graph.shuffled = graph.shuffled or len(match.outputs) > 1
         graph.remove_dead(match.nodes)
-        return list(touched.values())
+        return list(touched)
 
     def _take_over(self, graph: Graph, old: gs.Tensor, node: Node, index: int) -> None:
         """The new node computes the old value under its old name."""
@@ -290,20 +288,18 @@ class Driver:
         graph.compute(Variable(graph.fresh(f"{old.name}_replaced"), old.dtype, old.shape), producer, slot)
         stale = node.outputs[index]
         graph.compute(old, node, index)
-        for user in list(stale.outputs):
-            if user.graph is graph:
-                graph.replace_uses(stale, old)
+        if graph.consumers(stale):
+            graph.replace_uses(stale, old)
 
-    def _alias(self, graph: Graph, old: gs.Tensor, new: gs.Tensor, rule: Rule, touched: dict[int, Node]) -> None:
+    def _alias(self, graph: Graph, old: gs.Tensor, new: gs.Tensor, rule: Rule, touched: dict[Node, None]) -> None:
         """The old value is another existing value: its readers read that one."""
-        for user in graph.replace_uses(old, new):
-            touched[id(user)] = user
+        touched.update(dict.fromkeys(graph.replace_uses(old, new)))
         if id(old) in graph.outputs or id(old) in graph.captured:
             producer = graph.producer(old)
             assert producer is not None
             node = Node("Identity", graph.fresh(f"{old.name}_identity"), {}, [new], [Variable(graph.fresh(f"{old.name}_tmp"))])
             graph.add(node, producer)
-            self.metadata[id(node)] = {"rewrite.rule": rule.name}
+            node.scope, node.metadata = "", {"rewrite.rule": rule.name}
             self.made.append(node)
             self._take_over(graph, old, node, 0)
 
@@ -314,6 +310,12 @@ def _nearest(graph: Graph, rule: Rule, node: Node) -> Trace:
     for _ in Matcher(graph, rule.pattern, trace).at(node):
         pass
     return trace
+
+
+def _scope(node: Node) -> str:
+    if node.scope is None:
+        node.scope = "" if node.source is None else module_scope(node.source)
+    return node.scope
 
 
 def _loop(rule: Rule, node: Node) -> str:
@@ -333,7 +335,7 @@ def _runs_back(match: Match) -> str | None:
     """Why a match of several outputs may not become one node: one of its inputs is computed from an output."""
     if len(match.outputs) < 2:
         return None
-    graph, inside = match.graph, {id(n) for n in match.nodes}
+    graph, inside = match.graph, set(match.nodes)
     leaves = [t for v in match.bindings.values() for t in (v if isinstance(v, list) else [v]) if isinstance(t, gs.Tensor)]
     outputs = {id(t) for t in match.outputs}
     first = -1.0 if graph.shuffled else min(n.position for n in match.nodes)
@@ -343,7 +345,7 @@ def _runs_back(match: Match) -> str | None:
         if id(tensor) in outputs:
             return f"its output '{tensor.name}' is needed to compute one of its inputs"
         node = graph.producer(tensor)
-        if node is None or id(node) in inside or node.position < first:
+        if node is None or node in inside or node.position < first:
             continue
         above = [t for t in reads(node) if id(t) not in seen]
         seen.update(map(id, above))

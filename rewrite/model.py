@@ -328,12 +328,12 @@ def _list_of_names(text: str | bytes) -> list[str]:
     return found if all(isinstance(name, str) for name in found) else []
 
 
-def close_graph(imported: Imported, functions: dict[str, onnx.FunctionProto], metadata: dict[int, dict[str, str]]) -> Model:
+def close_graph(imported: Imported, functions: dict[str, onnx.FunctionProto]) -> Model:
     """The model with the edited graph and its functions. Untouched parts are those of the original, byte for byte."""
     source = imported.model
     proto = onnx.ModelProto()
     _copy(source.proto, proto, without={"graph", "functions"})
-    _export(imported.graph, source.proto.graph, proto.graph, imported, metadata)
+    _export(imported.graph, source.proto.graph, proto.graph, imported)
     kept = [f for f in source.proto.functions if f.domain != DOMAIN]
     proto.functions.extend(kept)
     bodies = (n for f in kept for n in f.node)
@@ -372,11 +372,11 @@ def _copy(source: Any, result: Any, without: Collection[str]) -> None:
             getattr(result, name).CopyFrom(value)
 
 
-def _export(graph: gs.Graph, source: onnx.GraphProto, result: onnx.GraphProto, imported: Imported, metadata: dict[int, dict[str, str]]) -> None:
+def _export(graph: gs.Graph, source: onnx.GraphProto, result: onnx.GraphProto, imported: Imported) -> None:
     _copy(source, result, without={"node", "initializer"})
     read: dict[str, gs.Tensor] = {}
     for node in graph.nodes:
-        _export_node(node, result.node.add(), imported, metadata)
+        _export_node(node, result.node.add(), imported)
         for tensor in node.inputs:
             read[tensor.name] = tensor
     gone = _unread(source, result) if not imported.model.proto.training_info else set()
@@ -430,11 +430,11 @@ def _export_types(result: onnx.GraphProto, source: onnx.GraphProto, graph: gs.Gr
     result.value_info.extend(kept)
 
 
-def _export_node(node: Node, result: onnx.NodeProto, imported: Imported, metadata: dict[int, dict[str, str]]) -> None:
+def _export_node(node: Node, result: onnx.NodeProto, imported: Imported) -> None:
     source = node.source
     if source is None:
         result.CopyFrom(OnnxExporter.export_node(node))
-        for key, value in metadata.get(id(node), {}).items():
+        for key, value in (node.metadata or {}).items():
             result.metadata_props.add(key=key, value=value)
         return
     result.CopyFrom(source)
@@ -444,4 +444,4 @@ def _export_node(node: Node, result: onnx.NodeProto, imported: Imported, metadat
         if attribute.type == onnx.AttributeProto.GRAPH:
             inner = node.attrs[attribute.name]
             attribute.g.Clear()
-            _export(inner, imported.graphs[id(inner)], attribute.g, imported, metadata)
+            _export(inner, imported.graphs[id(inner)], attribute.g, imported)

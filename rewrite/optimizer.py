@@ -20,7 +20,7 @@ from rewrite.driver import Driver, all_graphs
 from rewrite.errors import CheckFailed, RewriteError, blame
 from rewrite.functions import FunctionTable
 from rewrite.graph import Graph
-from rewrite.model import Model, close_graph, load, module_scope, names_in, open_graph, overridable
+from rewrite.model import Model, close_graph, load, names_in, open_graph, overridable
 from rewrite.registry import TIERS, Library, Rule, library
 from rewrite.report import Report
 from rewrite.shapes import SymbolicShapes
@@ -126,7 +126,6 @@ def _apply_rules(source: Model, rules: Library, verify: bool, explain: bool, bit
     imported = open_graph(source)
     table = FunctionTable(list(source.proto.functions))
     driver = Driver(rules, table, report, verify, explain, bitwise)
-    driver.scopes = {id(n): module_scope(n.source) for n in imported.nodes}
     names, inputs_too = names_in(source.proto), overridable(source.proto)
     kinds: dict[Any, int] = {}
     graphs = [Graph(g, source.opset, names, inputs_too, kinds) for g in all_graphs(imported.graph)]
@@ -137,7 +136,7 @@ def _apply_rules(source: Model, rules: Library, verify: bool, explain: bool, bit
             driver.run(graph, tier)
     for graph in graphs:
         graph.sort()
-    result = close_graph(imported, table.functions, driver.metadata) if report.sites else source
+    result = close_graph(imported, table.functions) if report.sites else source
     imported.release(driver.made)
     for graph in graphs:
         graph.release()
