@@ -42,7 +42,7 @@ def _rewrite_five() -> tuple[Callable[..., Any], ...]:
     from rewrite.driver import Driver, all_graphs
     from rewrite.functions import FunctionTable
     from rewrite.graph import Graph
-    from rewrite.model import close_graph, load, names_in, open_graph
+    from rewrite.model import close_graph, load, open_graph
     from rewrite.optimizer import without_collector
     from rewrite.registry import library
     from rewrite.report import Report
@@ -53,7 +53,7 @@ def _rewrite_five() -> tuple[Callable[..., Any], ...]:
     def opened(path: str) -> Any:
         model = load(path)
         imported = open_graph(model)
-        graphs = [Graph(g, model.opset, names_in(model.proto)) for g in all_graphs(imported.graph)]
+        graphs = [Graph(g, model.opset, imported.names) for g in all_graphs(imported.graph)]
         for graph in graphs:
             SymbolicShapes(graph).run()
         return imported, graphs

@@ -389,6 +389,6 @@ def _target_shapes(match: Match) -> dict[int, tuple[Any, ...]]:
 
 def all_graphs(graph: gs.Graph) -> Iterable[gs.Graph]:
     """The graph and those inside its If, Loop and Scan nodes, innermost first."""
-    for inner in graph.subgraphs():
+    for inner in (g for n in graph.nodes if n.holds_graphs for g in n.subgraphs()):
         yield from all_graphs(inner)
     yield graph

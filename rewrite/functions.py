@@ -100,10 +100,10 @@ class _Capture:
             return self.integers(tensor)
         if node.canonical not in REDERIVED and node not in self._inside:
             raise CaptureError(f"the match reads '{tensor.name}', which {describe(node)} outside of it computes")
+        if node in self._visiting or node.holds_graphs:
+            raise CaptureError(f"{describe(node)} cannot be part of a function")
         if node.kind is None:
             node.kind = _kind(self.graph, node.op, node.domain or "", node.attrs)
-        if node in self._visiting or node.kind < 0:
-            raise CaptureError(f"{describe(node)} cannot be part of a function")
         self._visiting.add(node)
         operands = tuple([self.value(t) for t in node.inputs])
         results = tuple([self.fresh(id(t)) if t.name else "" for t in node.outputs])
@@ -164,9 +164,7 @@ class _Capture:
 
 
 def _kind(graph: Graph, op: str, domain: str, attributes: Mapping[str, Any]) -> int:
-    """A number for what nodes of this operator with these attributes compute; negative if there are graphs among these."""
-    if any(isinstance(v, gs.Graph) for v in attributes.values()):
-        return -1
+    """A number for what nodes of this operator with these attributes compute."""
     key = (op, domain, *((k, _frozen(v)) for k, v in attributes.items()))
     return graph.kinds.setdefault(key, len(graph.kinds))
 

@@ -84,9 +84,10 @@ class Graph:
             self._enter(node, float(index))
             if names is None:
                 self.names.update(t.name for t in (*node.inputs, *node.outputs))
-        for inner in graph.subgraphs(recursive=True):
-            self.captured.update(id(t) for n in inner.nodes for t in n.inputs)
-            self.captured.update(id(t) for t in inner.outputs)
+        for holder in (n for n in graph.nodes if n.holds_graphs):
+            for inner in holder.subgraphs(recursive=True):
+                self.captured.update(id(t) for n in inner.nodes for t in n.inputs)
+                self.captured.update(id(t) for t in inner.outputs)
 
     def _enter(self, node: Node, position: float) -> None:
         node.graph, node.position = self, position
@@ -268,10 +269,10 @@ def _drop(nodes: list[Node], node: Node) -> None:
     nodes.pop(next(i for i in range(len(nodes) - 1, -1, -1) if nodes[i] is node))
 
 
-def reads(node: gs.Node) -> Iterator[gs.Tensor]:
+def reads(node: Node) -> Iterator[gs.Tensor]:
     """All values a node reads, those its inner graphs take from outside included."""
     yield from node.inputs
-    for value in node.attrs.values():
+    for value in node.attrs.values() if node.holds_graphs else ():
         if isinstance(value, gs.Graph):
             inner = {id(t) for n in value.nodes for t in n.outputs} | {id(t) for t in value.inputs}
             yield from (t for n in value.nodes for t in reads(n) if id(t) not in inner)

@@ -25,10 +25,10 @@ from onnx_graphsurgeon.logger import G_LOGGER
 from rewrite import sandbox
 from rewrite.errors import RewriteError
 from rewrite.files import check_target, write_atomically
-from rewrite.graph import DOMAIN
+from rewrite.graph import DOMAIN, reads
 from rewrite.nodes import Node
 from rewrite.opening import Opening
-from rewrite.validity import all_nodes, byte_size, check_validity, subgraphs, tensors
+from rewrite.validity import all_nodes, byte_size, check_validity, tensors
 from rewrite.weights import embedded, place, relocated
 
 G_LOGGER.severity = G_LOGGER.CRITICAL + 1  # what it says it raises, too, and we tell that in one line
@@ -243,6 +243,7 @@ class Imported:
     graph: gs.Graph
     graphs: dict[int, onnx.GraphProto]
     nodes: list[Node]
+    names: set[str]  # of all values and nodes: no new one may be equal to any
 
     def release(self, made: list[Node]) -> None:
         """Take the graph apart, nodes `made` by rules included: all name one another, which Python's cycle collector takes long to find out."""
@@ -260,7 +261,7 @@ def open_graph(model: Model) -> Imported:
         graph = opening.graph(model.proto.graph, inferred.graph, {}, opset)
     except Exception as error:
         raise RewriteError(f"{model.name}: the graph cannot be imported: {type(error).__name__}: {_line(error)}; `onnx.checker.check_model` may tell more") from error
-    return Imported(model, graph, opening.graphs, opening.nodes)
+    return Imported(model, graph, opening.graphs, opening.nodes, opening.names)
 
 
 def infer(model: Model) -> onnx.ModelProto:
@@ -284,20 +285,6 @@ def _without_weights(proto: onnx.ModelProto) -> onnx.ModelProto:
         else:
             light.graph.initializer.append(tensor)
     return light
-
-
-def names_in(proto: onnx.ModelProto) -> set[str]:
-    """Every name of a value or a node in the model: no new one may be equal to any."""
-    found: set[str] = set()
-    pending = [proto.graph]
-    while pending:
-        graph = pending.pop()
-        found.update(v.name for v in (*graph.input, *graph.output, *graph.value_info, *graph.initializer))
-        found.update(s.values.name for s in graph.sparse_initializer)
-        for node in graph.node:
-            found.update((node.name, *node.input, *node.output))
-            pending += subgraphs(node)
-    return found
 
 
 def overridable(proto: onnx.ModelProto) -> frozenset[str]:
@@ -374,34 +361,23 @@ def _copy(source: Any, result: Any, without: Collection[str]) -> None:
 
 def _export(graph: gs.Graph, source: onnx.GraphProto, result: onnx.GraphProto, imported: Imported) -> None:
     _copy(source, result, without={"node", "initializer"})
-    read: dict[str, gs.Tensor] = {}
-    for node in graph.nodes:
-        _export_node(node, result.node.add(), imported)
-        for tensor in node.inputs:
-            read[tensor.name] = tensor
-    gone = _unread(source, result) if not imported.model.proto.training_info else set()
+    result.node.extend([_exported(n, imported) for n in graph.nodes])
+    read = {t.name: t for n in graph.nodes for t in n.inputs}
+    gone = set() if imported.model.proto.training_info else _unread(graph, source, read, imported)
+    result.initializer.extend([i for i in source.initializer if i.name not in gone] if gone else source.initializer)
     old = {i.name for i in source.initializer}
-    result.initializer.extend(i for i in source.initializer if i.name not in gone)
     for name, tensor in read.items():
         if isinstance(tensor, gs.Constant) and name not in old and not tensor.inputs and not _is_outer(tensor):
             result.initializer.append(OnnxExporter.export_tensor_proto(tensor))
     _export_types(result, source, graph, gone)
 
 
-def _unread(before: onnx.GraphProto, after: onnx.GraphProto) -> set[str]:
+def _unread(graph: gs.Graph, source: onnx.GraphProto, read: Collection[str], imported: Imported) -> set[str]:
     """Initializers that only replaced nodes read. One that nothing read before, or that is an input, stays."""
-
-    def read(graph: onnx.GraphProto) -> set[str]:
-        names = {n for node in all_nodes(graph) for n in node.input}
-        pending = [graph]
-        while pending:
-            one = pending.pop()
-            names.update(o.name for o in one.output)
-            pending += [inner for node in one.node for inner in subgraphs(node)]
-        return names
-
-    quantization = {e.value for a in before.quantization_annotation for e in a.quant_parameter_tensor_names}
-    return read(before) - read(after) - {i.name for i in before.input} - quantization
+    lost = {name for n in imported.nodes if (n.dead or n.rewired) and n.source is not None for name in n.source.input}
+    lost -= {t.name for n in graph.nodes if n.holds_graphs for t in reads(n)}
+    quantization = {e.value for a in source.quantization_annotation for e in a.quant_parameter_tensor_names}
+    return lost - set(read) - {o.name for o in source.output} - {i.name for i in source.input} - quantization
 
 
 def _is_outer(tensor: gs.Tensor) -> bool:
@@ -430,13 +406,17 @@ def _export_types(result: onnx.GraphProto, source: onnx.GraphProto, graph: gs.Gr
     result.value_info.extend(kept)
 
 
-def _export_node(node: Node, result: onnx.NodeProto, imported: Imported) -> None:
+def _exported(node: Node, imported: Imported) -> onnx.NodeProto:
+    """The node as it was read, if nothing about it has changed."""
     source = node.source
+    if source is not None and not node.rewired and not node.holds_graphs:
+        return source
     if source is None:
-        result.CopyFrom(OnnxExporter.export_node(node))
+        made: onnx.NodeProto = OnnxExporter.export_node(node)
         for key, value in (node.metadata or {}).items():
-            result.metadata_props.add(key=key, value=value)
-        return
+            made.metadata_props.add(key=key, value=value)
+        return made
+    result = onnx.NodeProto()
     result.CopyFrom(source)
     result.input[:] = [t.name for t in node.inputs]
     result.output[:] = [t.name for t in node.outputs]
@@ -445,3 +425,4 @@ def _export_node(node: Node, result: onnx.NodeProto, imported: Imported) -> None
             inner = node.attrs[attribute.name]
             attribute.g.Clear()
             _export(inner, imported.graphs[id(inner)], attribute.g, imported)
+    return result

@@ -25,6 +25,7 @@ class Node(gs.Node):
     position = 0.0  # its place in the graph; nodes of one place are in the order in which they entered
     canonical: str  # the operator's name as patterns write it: `Gelu` for ONNX's and for ours, `domain::Op` for others
     source: onnx.NodeProto | None = None  # what it was read from
+    holds_graphs = False  # as If, Loop and Scan do
     rewired = False  # its inputs or outputs are no longer those of `source`
     metadata: dict[str, str] | None = None  # of one that a rule made
     scope: str | None = None  # the PyTorch module it came from, once asked for; "" if the exporter does not tell

@@ -27,6 +27,7 @@ class Opening:
     def __init__(self) -> None:
         self.nodes: list[Node] = []
         self.graphs: dict[int, onnx.GraphProto] = {}
+        self.names: set[str] = set()  # of all values and nodes
 
     def graph(self, source: onnx.GraphProto, inferred: onnx.GraphProto, outer: Mapping[str, gs.Tensor], opset: Any) -> gs.Graph:
         """The graph of `source`, with the types that `inferred`, a copy of it, has beside; `outer` are values of graphs around it.
@@ -47,6 +48,7 @@ class Opening:
         inputs = [self._given(v, own) for v in inferred.input if v.name not in names]
         outputs = [self._given(v, own) for v in inferred.output]
         nodes = [self._node(a, b, own, visible, opset) for a, b in zip(source.node, inferred.node, strict=True)]
+        self.names.update(own, (n.name for n in nodes))
         made = gs.Graph([], inputs, outputs, source.name, source.doc_string, opset[0], opset[1])
         made.nodes = nodes
         self.graphs[id(made)] = source
@@ -84,7 +86,7 @@ class Opening:
                     own[name] = tensor
             outputs.append(tensor)
         node = Node(inferred.op_type, inferred.name, attributes, inputs, outputs, inferred.domain if inferred.HasField("domain") else None)
-        node.source = source
+        node.source, node.holds_graphs = source, any(a.type == GRAPH for a in inferred.attribute) if attributes else False
         self.nodes.append(node)
         return node
 

@@ -20,7 +20,7 @@ from rewrite.driver import Driver, all_graphs
 from rewrite.errors import CheckFailed, RewriteError, blame
 from rewrite.functions import FunctionTable
 from rewrite.graph import Graph
-from rewrite.model import Model, close_graph, load, names_in, open_graph, overridable
+from rewrite.model import Model, close_graph, load, open_graph, overridable
 from rewrite.registry import TIERS, Library, Rule, library
 from rewrite.report import Report
 from rewrite.shapes import SymbolicShapes
@@ -126,9 +126,9 @@ def _apply_rules(source: Model, rules: Library, verify: bool, explain: bool, bit
     imported = open_graph(source)
     table = FunctionTable(list(source.proto.functions))
     driver = Driver(rules, table, report, verify, explain, bitwise)
-    names, inputs_too = names_in(source.proto), overridable(source.proto)
+    inputs_too = overridable(source.proto)
     kinds: dict[Any, int] = {}
-    graphs = [Graph(g, source.opset, names, inputs_too, kinds) for g in all_graphs(imported.graph)]
+    graphs = [Graph(g, source.opset, imported.names, inputs_too, kinds) for g in all_graphs(imported.graph)]
     for graph in reversed(graphs):  # outer graphs first: inner ones read their values
         SymbolicShapes(graph).run()
     for tier in TIERS:

@@ -487,7 +487,7 @@ def _sliced(size: Dim, start: Dim, end: Dim, step: Dim) -> Dim:
 
 def infer(node: gs.Node, graph: Graph) -> None:
     """ONNX's inference of one node from the shapes its inputs have now; what it cannot tell stays unknown."""
-    if (node.domain or "") not in ("", "ai.onnx") or any(isinstance(a, gs.Graph) for a in node.attrs.values()):
+    if (node.domain or "") not in ("", "ai.onnx") or node.holds_graphs:
         return
     try:
         schema = onnx.defs.get_schema(node.op, graph.opset, "")
