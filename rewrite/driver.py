@@ -314,7 +314,7 @@ def _nearest(graph: Graph, rule: Rule, node: Node) -> Trace:
 
 def _scope(node: Node) -> str:
     if node.scope is None:
-        node.scope = "" if node.source is None else module_scope(node.source)
+        node.scope = "" if node.source is None or not (node.name.startswith("/") or len(node.source.metadata_props)) else module_scope(node.source)
     return node.scope
 
 

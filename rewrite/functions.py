@@ -15,7 +15,7 @@ import onnx_graphsurgeon as gs
 from onnx_graphsurgeon.exporters.onnx_exporter import OnnxExporter
 
 from rewrite.graph import DOMAIN, SMALL, Dim, Graph, describe, small_values
-from rewrite.nodes import Node
+from rewrite.nodes import Constant, Node
 
 # Cheap operators on shapes and positions: where a match reads a value they compute, the body may compute it again.
 REDERIVED = {
@@ -62,6 +62,47 @@ def capture(
     and constants up to `TABLE` elements are taken in. Raises CaptureError if a value comes from elsewhere and cannot be
     derived from the inputs again.
     """
+    wiring = _wiring(graph, nodes, inputs, outputs) if dims is None else None
+    head = name, *attributes, None, *(parameters or inputs), None, *outputs
+    body: Body | None = graph.bodies.get((*head, wiring)) if wiring is not None else None
+    if body is None:
+        body = _capture(graph, nodes, inputs, outputs, name, attributes, dims, parameters)
+        if wiring is not None:
+            graph.bodies[*head, wiring] = body
+    return body
+
+
+def _wiring(graph: Graph, nodes: list[Node], inputs: dict[str, gs.Tensor], outputs: dict[str, gs.Tensor]) -> tuple[int, ...] | None:
+    """Equal for nodes of equal kinds, wired alike; None if they read or have what is rare, or what none of them computes."""
+    known = graph.known
+    places = {id(t): n for n, t in enumerate(inputs.values())}
+    for node in nodes:
+        for tensor in node.outputs:
+            if id(tensor) in known or not tensor.name:
+                return None
+            places.setdefault(id(tensor), len(places))
+    found = []
+    for node in nodes:
+        if node.kind is None:
+            if node.holds_graphs:
+                return None
+            node.kind = _kind(graph, node.op, node.domain or "", node.attrs)
+        found += (node.kind, len(node.inputs), len(node.outputs))
+        for tensor in node.inputs:
+            place = places.get(id(tensor))
+            if place is None:
+                if type(tensor) is not Constant or tensor.kind is None:
+                    return None
+                place = len(places) + tensor.kind
+            found.append(place)
+    found += [places[id(t)] for t in outputs.values()]
+    return tuple(found)
+
+
+def _capture(
+    graph: Graph, nodes: list[Node], inputs: dict[str, gs.Tensor], outputs: dict[str, gs.Tensor], name: str, attributes: list[str],
+    dims: Mapping[str, tuple[str, int]] | None, parameters: list[str] | None,
+) -> Body:  # fmt: skip
     made = _Capture(graph, nodes, inputs, dims)
     results = [made.value(t) for t in outputs.values()]
     rename = dict(zip(results, outputs, strict=True))
@@ -165,7 +206,7 @@ class _Capture:
 
 def _kind(graph: Graph, op: str, domain: str, attributes: Mapping[str, Any]) -> int:
     """A number for what nodes of this operator with these attributes compute."""
-    key = (op, domain, *((k, _frozen(v)) for k, v in attributes.items()))
+    key = (op, domain, *[(k, _frozen(v)) for k, v in attributes.items()]) if attributes else (op, domain)
     return graph.kinds.setdefault(key, len(graph.kinds))
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import heapq
 import math
+import operator
 from collections.abc import Container, Iterable, Iterator, Mapping
 from functools import cache
 from typing import Any
@@ -19,7 +20,7 @@ import onnx_graphsurgeon as gs
 
 from rewrite.errors import RewriteError
 from rewrite.nodes import DOMAIN as DOMAIN
-from rewrite.nodes import Node
+from rewrite.nodes import Constant, Node
 
 SMALL = 4096  # elements: a constant up to this size may be read while matching and written into a function body
 
@@ -95,7 +96,7 @@ class Graph:
         self.counts[node.canonical] = self.counts.get(node.canonical, 0) + 1
 
     def __iter__(self) -> Iterator[Node]:
-        return iter(sorted([n for n in self.nodes if not n.dead], key=lambda n: n.position))
+        return iter(sorted([n for n in self.nodes if not n.dead], key=operator.attrgetter("position")))
 
     def release(self) -> None:
         """Forget everything: nothing asks any more, but closures that name one another still hold this."""
@@ -206,7 +207,7 @@ class Graph:
         stack = [*candidates][::-1]  # of a match the first reads the others: once it is gone, they go at the first look
         while stack:
             node = stack.pop()
-            if node.graph is not self or any(self.is_read_beside(t, ()) for t in node.outputs):
+            if node.graph is not self or any([self.is_read_beside(t, ()) for t in node.outputs]):
                 continue
             self.remove(node)
             stack += [p for t in node.inputs for p in t.inputs if p.graph is self]
@@ -239,7 +240,12 @@ class Graph:
         """Whether each node stands after those that it reads from: where no rule moved work ahead, it does."""
         for place, node in enumerate(order):
             node.position = float(place)
-        return all(p.position < node.position for node in order for t in reads(node) for p in t.inputs if p.graph is self)
+        for node in order:
+            for tensor in reads(node):
+                for producer in tensor.inputs:
+                    if producer.graph is self and producer.position >= node.position:
+                        return False
+        return True
 
     def _sorted(self, order: list[Node]) -> list[Node]:
         waiting: list[int] = []
@@ -269,10 +275,13 @@ def _drop(nodes: list[Node], node: Node) -> None:
     nodes.pop(next(i for i in range(len(nodes) - 1, -1, -1) if nodes[i] is node))
 
 
-def reads(node: Node) -> Iterator[gs.Tensor]:
+def reads(node: Node) -> list[gs.Tensor]:
     """All values a node reads, those its inner graphs take from outside included."""
-    yield from node.inputs
-    for value in node.attrs.values() if node.holds_graphs else ():
+    return [*node.inputs, *_inner_reads(node)] if node.holds_graphs else node.inputs
+
+
+def _inner_reads(node: Node) -> Iterator[gs.Tensor]:
+    for value in node.attrs.values():
         if isinstance(value, gs.Graph):
             inner = {id(t) for n in value.nodes for t in n.outputs} | {id(t) for t in value.inputs}
             yield from (t for n in value.nodes for t in reads(n) if id(t) not in inner)
@@ -284,13 +293,10 @@ def describe(node: gs.Node) -> str:
     return f"{node.canonical} '{name}'"
 
 
-def small_values(tensor: gs.Constant, limit: int = SMALL) -> np.ndarray | None:
+def small_values(tensor: Constant, limit: int = SMALL) -> np.ndarray | None:
     """The values of a constant of at most `limit` elements that is stored in the model file itself, else None."""
-    stored = tensor._values
-    if isinstance(stored, np.ndarray):
-        return stored if stored.size <= limit else None
-    proto = getattr(stored, "tensor", None)
     if tensor.array is None:
+        proto = getattr(tensor._values, "tensor", None)
         if not isinstance(proto, onnx.TensorProto) or proto.data_location == onnx.TensorProto.EXTERNAL:
             return None
         if math.prod(tensor.shape) > limit or proto.data_type == onnx.TensorProto.STRING:

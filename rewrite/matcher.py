@@ -105,11 +105,17 @@ class Matcher:
         if index >= len(node.outputs):
             return
         for _ in self._solve((first, node.outputs[index], None)):
-            yield from self._others(1, [node.outputs[index]])
+            if len(self.pattern) == 1:
+                yield self._match([node.outputs[index]])
+            else:
+                yield from self._others(1, [node.outputs[index]])
+
+    def _match(self, outputs: list[gs.Tensor]) -> Match:
+        return Match(self.graph, outputs, dict(self.bindings), list(dict.fromkeys(self.nodes)))
 
     def _others(self, position: int, found: list[gs.Tensor]) -> Iterator[Match]:
         if position == len(self.pattern):
-            yield Match(self.graph, list(found), dict(self.bindings), list(dict.fromkeys(self.nodes)))
+            yield self._match(found)
             return
         value = self.pattern[position]
         op = value.node if isinstance(value, P.Output) else value
@@ -169,15 +175,17 @@ class Matcher:
     def _solve(self, goals: Goals | None) -> Iterator[None]:
         """Once for each way to meet all goals. What was bound on the way is left for the caller to undo."""
         while goals is not None:
-            if goals is FAILED:
+            value, tensor, rest = goals
+            step = MEETS[type(value)](self, value, tensor, rest)
+            if step is FAILED:
                 return
-            step = MEETS[type(goals[0])](self, *goals)
             if step is None or type(step) is tuple:
                 goals = step
                 continue
             mark = self._mark()
             for choice in step:
-                yield from self._solve(choice)
+                if choice is not FAILED:
+                    yield from self._solve(choice)
                 self._undo(mark)
             return
         yield
@@ -313,10 +321,12 @@ class Matcher:
 
     def _produced(self, op: P.Op, tensor: gs.Tensor, rest: Goals | None, index: int = 0) -> Step:
         """`tensor` is output `index` of a node that matches `op`, perhaps behind nodes that change nothing."""
-        known = self.matched.get(id(op))
+        graph, known = self.graph, self.matched.get(id(op))
         while True:
-            node = self.graph.producer(tensor)
-            if node is None:
+            for node in tensor.inputs:  # its producer
+                if node.graph is graph:
+                    break
+            else:
                 return self._unexpected(op.name, None, tensor)
             produces = index < len(node.outputs) and node.outputs[index] is tensor
             if known is node:
@@ -325,7 +335,7 @@ class Matcher:
                 if op.outputs > 1 and sum(1 for t in node.outputs if t.name) != op.outputs:
                     return self._stop(op.name, node, f"it has {len(node.outputs)} outputs, the pattern {op.outputs}")
                 return self._node(op, node, rest)
-            through = look_through(self.graph, node, tensor)
+            through = look_through(graph, node, tensor)
             if through is None:
                 return self._unexpected(op.name, node, tensor)
             tensor, passed = through
@@ -437,10 +447,13 @@ class Matcher:
 
     def _assign(self, values: tuple[P.Value, ...], operands: list[Operand], rest: Goals | None) -> Step:
         """The first of `values` stands for one of `operands`, the others for the rest of them."""
-        options = {id(t): i for i, (t, how) in reversed([*enumerate(operands)]) if self._may_be(values[0], t, how)}
+        if len(values) == 1:
+            return self._assigned(values, operands, 0, rest)
+        options = [i for i, (t, how) in enumerate(operands) if self._may_be(values[0], t, how)]
         if len(options) == 1:
-            return self._assigned(values, operands, *options.values(), rest)
-        return (self._assigned(values, operands, i, rest) for i in sorted(options.values()))
+            return self._assigned(values, operands, options[0], rest)
+        first = {id(operands[i][0]): i for i in reversed(options)}  # the same value twice is tried once
+        return (self._assigned(values, operands, i, rest) for i in options if first[id(operands[i][0])] == i)
 
     def _may_be(self, value: P.Value, tensor: gs.Tensor, how: str) -> bool:
         if self.trace is not None:

@@ -67,6 +67,8 @@ class Constant(gs.Constant):
     def __init__(self, name: str, values: LazyValues | np.ndarray[Any, Any], location: int | None = None):
         self.name, self._values, self.data_location, self._export_dtype = name, values, location, None
         self.dtype, self.shape = values.dtype, values.shape
+        if isinstance(values, np.ndarray):
+            self.array = values
         self.inputs: list[gs.Node] = []
         self.outputs: list[gs.Node] = []
 
