@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -42,10 +43,7 @@ class GraphBuilder:
         if name.startswith("_"):
             raise AttributeError(name)
 
-        def build(*inputs: Any, outputs: int = 1, **attributes: Any) -> Any:
-            return self._build(name, inputs, outputs, attributes)
-
-        return build
+        return partial(self._build, name)
 
     def _tensor(self, x: Any) -> gs.Tensor:
         if isinstance(x, BoundValue):
@@ -62,21 +60,20 @@ class GraphBuilder:
             return self.constant(x).tensor
         raise RewriteError(f"operand {x!r}: a float constant needs its type; write op.constant(value, dtype)")
 
-    def _build(self, name: str, inputs: tuple[Any, ...], outputs: int, attributes: dict[str, Any]) -> Any:
-        plugin = None if self._domain else self._plugins.get(name)
-        domain: str | None = self._domain or None
-        if plugin is not None and (plugin.since is None or self._graph.opset < plugin.since):
+    def _build(self, name: str, /, *inputs: Any, outputs: int = 1, **attributes: Any) -> Any:
+        graph, anchor, domain = self._graph, self._anchor, self._domain or None
+        plugin = None if domain else self._plugins.get(name)
+        if plugin is not None and (plugin.since is None or graph.opset < plugin.since):
             domain = DOMAIN
-        operands = [self._tensor(x) for x in inputs]
-        while operands and operands[-1].is_empty():
+        operands = [x.tensor if type(x) is BoundValue else self._tensor(x) for x in inputs]
+        while operands and not operands[-1].name:
             operands.pop()
-        stem = self._anchor.outputs[0].name
-        results = [Variable(self._graph.fresh(f"{stem}_{name}")) for _ in range(outputs)]
+        stem = anchor.outputs[0].name
+        results = [Variable(graph.fresh(f"{stem}_{name}")) for _ in range(outputs)]
         given = {k: v for k, v in attributes.items() if v is not None}
-        node = Node(name, self._graph.fresh(f"{self._anchor.name or stem}_{name}"), given, operands, results, domain)
-        self._graph.add(node, self._anchor)
+        node = Node(name, graph.fresh(f"{anchor.name or stem}_{name}"), given, operands, results, domain)
+        graph.add(node, anchor)
         self._made.append(node)
         if domain is None:
-            infer(node, self._graph)
-        bound = tuple(BoundValue(self._graph, r) for r in results)
-        return bound[0] if outputs == 1 else bound
+            infer(node, graph)
+        return BoundValue(graph, results[0]) if outputs == 1 else tuple([BoundValue(graph, r) for r in results])

@@ -188,9 +188,9 @@ class Driver:
         """Check the replacement; on success the new plugin node calls its function."""
         if len(results) != len(match.outputs):
             return f"the pattern has {len(match.outputs)} outputs, the replacement {len(results)}"
-        changed = next(filter(None, map(_type_change, match.outputs, results)), "")
-        if changed:
-            return changed
+        for changed in map(_type_change, match.outputs, results):
+            if changed:
+                return changed
         own = next((n.op for n in made if n.domain == DOMAIN), "")
         site = Site(rule.name, own, [t.name for t in match.outputs], list(map(describe, match.nodes)))
         site.where = common_scope(list(map(_scope, match.nodes)))
@@ -269,27 +269,17 @@ class Driver:
         for node in made:
             node.scope, node.metadata = scope, {"rewrite.rule": rule.name, "rewrite.from": origin}
         self.made += made
-        own = {id(t): (n, i) for n in made for i, t in enumerate(n.outputs)}
-        for old, new in zip(match.outputs, results, strict=True):
+        before = [graph.producer(t) for t in match.outputs]
+        for old, new, producer in zip(match.outputs, results, before, strict=True):
             touched.update(dict.fromkeys(graph.consumers(old)))
-            if id(new) in own and graph.producer(old) is not None:
-                self._take_over(graph, old, *own[id(new)])
+            maker = graph.producer(new)
+            if maker in made and producer is not None:
+                graph.hand_over(old, producer, maker, new)
             else:
                 self._alias(graph, old, new, rule, touched)
         graph.shuffled = graph.shuffled or len(match.outputs) > 1
-        graph.remove_dead(match.nodes)
+        graph.remove_dead([*match.nodes, *filter(None, before)])
         return list(touched)
-
-    def _take_over(self, graph: Graph, old: gs.Tensor, node: Node, index: int) -> None:
-        """The new node computes the old value under its old name."""
-        producer = graph.producer(old)
-        assert producer is not None
-        slot = next(i for i, t in enumerate(producer.outputs) if t is old)
-        graph.compute(Variable(graph.fresh(f"{old.name}_replaced"), old.dtype, old.shape), producer, slot)
-        stale = node.outputs[index]
-        graph.compute(old, node, index)
-        if graph.consumers(stale):
-            graph.replace_uses(stale, old)
 
     def _alias(self, graph: Graph, old: gs.Tensor, new: gs.Tensor, rule: Rule, touched: dict[Node, None]) -> None:
         """The old value is another existing value: its readers read that one."""
@@ -301,7 +291,7 @@ class Driver:
             graph.add(node, producer)
             node.scope, node.metadata = "", {"rewrite.rule": rule.name}
             self.made.append(node)
-            self._take_over(graph, old, node, 0)
+            graph.hand_over(old, producer, node, node.outputs[0])
 
 
 def _nearest(graph: Graph, rule: Rule, node: Node) -> Trace:

@@ -20,11 +20,13 @@ import onnx_graphsurgeon as gs
 
 from rewrite.errors import RewriteError
 from rewrite.nodes import DOMAIN as DOMAIN
-from rewrite.nodes import Constant, Node
+from rewrite.nodes import Constant, Node, Variable
 
 SMALL = 4096  # elements: a constant up to this size may be read while matching and written into a function body
 
 MOVES = {"Transpose", "Split", "Slice", "Reshape", "Squeeze", "Unsqueeze", "Identity", "Cast", "Concat", "Gather"}
+
+NOTHING = Variable("")  # the output of a node that is about to be removed
 
 Dim = int | str | None
 
@@ -207,10 +209,14 @@ class Graph:
         stack = [*candidates][::-1]  # of a match the first reads the others: once it is gone, they go at the first look
         while stack:
             node = stack.pop()
-            if node.graph is not self or any([self.is_read_beside(t, ()) for t in node.outputs]):
+            if node.graph is not self:
                 continue
-            self.remove(node)
-            stack += [p for t in node.inputs for p in t.inputs if p.graph is self]
+            for tensor in node.outputs:
+                if self.is_read_beside(tensor, ()):
+                    break
+            else:
+                self.remove(node)
+                stack += [p for t in node.inputs for p in t.inputs if p.graph is self]
 
     def replace_uses(self, old: gs.Tensor, new: gs.Tensor) -> list[Node]:
         """Let every reader of `old` read `new`; returns the readers."""
@@ -224,12 +230,19 @@ class Graph:
         old.outputs[:] = [u for u in old.outputs if u.graph is not self]
         return users
 
-    def compute(self, tensor: gs.Tensor, node: Node, index: int) -> None:
-        """From now on output `index` of `node` computes `tensor`; the output it had is no value of the graph any more."""
-        _drop(node.outputs[index].inputs, node)
-        node.outputs[index] = tensor
-        list.append(tensor.inputs, node)
-        node.rewired = True
+    def hand_over(self, tensor: gs.Tensor, old: Node, new: Node, result: gs.Tensor) -> None:
+        """`new`, not `old`, computes `tensor` from now on: as its output `result`, which is no value of the graph any more."""
+        slot = next(i for i, t in enumerate(old.outputs) if t is tensor)
+        spare = Variable(self.fresh(f"{tensor.name}_replaced"), tensor.dtype, tensor.shape) if len(old.outputs) > 1 else NOTHING
+        _drop(tensor.inputs, old)
+        old.outputs[slot], old.rewired = spare, True
+        if spare is not NOTHING:
+            spare.inputs.append(old)
+        new.outputs[next(i for i, t in enumerate(new.outputs) if t is result)] = tensor
+        list.append(tensor.inputs, new)
+        result.inputs.clear()
+        if result.outputs:
+            self.replace_uses(result, tensor)
 
     def sort(self) -> None:
         """Write the live nodes back in an order in which every value is computed before it is read (stable)."""
