@@ -18,23 +18,22 @@ DOMAIN = "rewrite"  # of plugin nodes, whose operators are named `Plugin`, `Plug
 
 
 class Node(gs.Node):
-    """A node; `graph` is the `rewrite.graph.Graph` that it lives in, None before it entered one and after it was removed."""
-
-    graph: Any = None
-    dead = False  # it was removed
-    position = 0.0  # its place in the graph; nodes of one place are in the order in which they entered
-    canonical: str  # the operator's name as patterns write it: `Gelu` for ONNX's and for ours, `domain::Op` for others
-    source: onnx.NodeProto | None = None  # what it was read from
-    holds_graphs = False  # as If, Loop and Scan do
-    rewired = False  # its inputs or outputs are no longer those of `source`
-    metadata: dict[str, str] | None = None  # of one that a rule made
-    scope: str | None = None  # the PyTorch module it came from, once asked for; "" if the exporter does not tell
-    kind: int | None = None  # the same for nodes of equal operators and attributes, once asked for
+    """A node of a graph that rules edit."""
 
     def __init__(self, op: str, name: str, attrs: dict[str, Any], inputs: Sequence[gs.Tensor], outputs: Sequence[gs.Tensor], domain: str | None = None):
         self.op, self.name, self.attrs, self.domain = op, name, attrs, domain
-        self.canonical = op if not domain or domain == "ai.onnx" else op.split("_", 1)[0] if domain == DOMAIN else f"{domain}::{op}"
         self.inputs, self.outputs = list(inputs), list(outputs)
+        self.graph: Any = None  # the `rewrite.graph.Graph` that it lives in, none before it entered one and after it was removed
+        self.dead = False  # it was removed
+        self.position = 0.0  # its place in the graph; nodes of one place are in the order in which they entered
+        # The operator's name as patterns write it: `Gelu` for ONNX's and for ours, `domain::Op` for others.
+        self.canonical = op if not domain or domain == "ai.onnx" else op.split("_", 1)[0] if domain == DOMAIN else f"{domain}::{op}"
+        self.source: onnx.NodeProto | None = None  # what it was read from
+        self.rewired = False  # its inputs or outputs are no longer those of `source`
+        self.holds_graphs = False  # as If, Loop and Scan do
+        self.kind: int | None = None  # the same for nodes of equal operators and attributes, once asked for
+        self.scope: str | None = None  # the PyTorch module it came from, once asked for; "" if the exporter does not tell
+        self.metadata: dict[str, str] | None = None  # of one that a rule made
         for tensor in inputs:  # list's own append: a tensor of onnx-graphsurgeon's making has lists that update one another
             list.append(tensor.outputs, self)
         for tensor in outputs:
@@ -59,16 +58,14 @@ class Variable(gs.Variable):
 class Constant(gs.Constant):
     """A value that is known; that of an initializer stays in the model's protobuf until a rule asks for it."""
 
-    dtype: Any = None
+    dtype: Any = None  # plain attributes, where onnx-graphsurgeon asks the values each time
     shape: Any = None
-    array: np.ndarray[Any, Any] | None = None  # the values, once read
-    kind: int | None = None  # the same for constants of equal values, once asked for
 
     def __init__(self, name: str, values: LazyValues | np.ndarray[Any, Any], location: int | None = None):
         self.name, self._values, self.data_location, self._export_dtype = name, values, location, None
         self.dtype, self.shape = values.dtype, values.shape
-        if isinstance(values, np.ndarray):
-            self.array = values
+        self.array: np.ndarray[Any, Any] | None = values if isinstance(values, np.ndarray) else None  # the values, once read
+        self.kind: int | None = None  # the same for constants of equal values, once asked for
         self.inputs: list[gs.Node] = []
         self.outputs: list[gs.Node] = []
 

@@ -115,6 +115,9 @@ def without_collector() -> Iterator[None]:
     try:
         yield
     finally:
+        if enabled and not gc.get_freeze_count():
+            gc.freeze()  # and back: what was made meanwhile is old now, and the next pass, over what is young, leaves it alone
+            gc.unfreeze()
         if enabled:
             gc.enable()
 
