@@ -248,9 +248,11 @@ class Imported:
     def release(self, made: list[Node]) -> None:
         """Take the graph apart, nodes `made` by rules included: all name one another, which Python's cycle collector takes long to find out."""
         for node in (*self.nodes, *made):
-            for tensor in (*node.inputs, *node.outputs):
-                tensor.__dict__["inputs"] = tensor.__dict__["outputs"] = ()  # a rule may have kept its name and shape
-            node.__dict__.clear()
+            for tensor in (*node.inputs, *node.outputs):  # not more: a rule may have kept its name and shape
+                tensor.inputs.clear()
+                tensor.outputs.clear()
+            node.inputs.clear()
+            node.outputs.clear()
 
 
 def open_graph(model: Model) -> Imported:

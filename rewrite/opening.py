@@ -28,6 +28,7 @@ class Opening:
         self.nodes: list[Node] = []
         self.graphs: dict[int, onnx.GraphProto] = {}
         self.names: set[str] = set()  # of all values and nodes
+        self._types: dict[bytes, tuple[Any, Any, Any]] = {}  # NumPy's type, shape and kind of type, by what they are in the protobuf
 
     def graph(self, source: onnx.GraphProto, inferred: onnx.GraphProto, outer: Mapping[str, gs.Tensor], opset: Any) -> gs.Graph:
         """The graph of `source`, with the types that `inferred`, a copy of it, has beside; `outer` are values of graphs around it.
@@ -58,15 +59,23 @@ class Opening:
         known = own.get(value.name)
         if known is None:
             if value.name not in visible:
-                own[value.name] = _variable(value)
+                own[value.name] = self._variable(value)
         elif isinstance(known, gs.Variable):
-            told = _variable(value)
+            told = self._variable(value)
             known.dtype, known.shape = known.dtype or told.dtype, known.shape or told.shape
 
     def _given(self, value: onnx.ValueInfoProto, own: dict[str, gs.Tensor]) -> gs.Tensor:
         if value.name not in own:
-            own[value.name] = _variable(value)
+            own[value.name] = self._variable(value)
         return own[value.name]
+
+    def _variable(self, value: onnx.ValueInfoProto) -> Variable:
+        known = self._types.get(key := value.type.SerializeToString())  # most types are those of other layers' values, too
+        if known is None:
+            told = OnnxImporter.import_tensor(value)
+            known = self._types[key] = told.dtype, told.shape, told.type
+        dtype, shape, kind = known
+        return Variable(value.name, dtype, None if shape is None else list(shape), kind)
 
     def _node(self, source: onnx.NodeProto, inferred: onnx.NodeProto, own: dict[str, gs.Tensor], visible: Mapping[str, gs.Tensor], opset: Any) -> Node:
         attributes = self._attributes(source, inferred, visible, opset) if inferred.attribute else {}
@@ -121,24 +130,5 @@ def element(code: int) -> Any:
     return found
 
 
-@cache
-def _element_of_value(code: int) -> Any:
-    return get_onnx_tensor_dtype(onnx.helper.make_tensor_value_info("", code, None))
-
-
 def _constant(tensor: onnx.TensorProto) -> Constant:
     return Constant(tensor.name, Stored(tensor, element(tensor.data_type)), tensor.data_location if tensor.HasField("data_location") else None)
-
-
-def _variable(value: onnx.ValueInfoProto) -> Variable:
-    if not value.type.HasField("tensor_type"):
-        found = OnnxImporter.import_tensor(value)
-        return Variable(found.name, found.dtype, found.shape, found.type)
-    tensor = value.type.tensor_type
-    shape = [_dim(d) for d in tensor.shape.dim] if tensor.HasField("shape") else None
-    return Variable(value.name, _element_of_value(tensor.elem_type), shape)
-
-
-def _dim(dim: onnx.TensorShapeProto.Dimension) -> Any:
-    kind = dim.WhichOneof("value")
-    return dim.dim_value if kind == "dim_value" else dim.dim_param if kind == "dim_param" else None
