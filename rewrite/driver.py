@@ -137,7 +137,7 @@ class Driver:
             graph.discard(op._made)
             raise RewriteError(f"rule '{rule.name}' ({rule.source}): its replacement fails at {describe(anchor)}: {blame(error)}") from error
         made, returned = op._made, result if isinstance(result, tuple) else (result,)
-        if not all([isinstance(r, BoundValue) for r in returned]):
+        if not all(isinstance(r, BoundValue) for r in returned):
             graph.discard(made)
             raise RewriteError(f"rule '{rule.name}' ({rule.source}): its replacement returned {result!r} at {describe(anchor)}; return the value of op.Name(...), or a tuple of such values")
         results = [r.tensor for r in returned]

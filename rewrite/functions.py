@@ -81,7 +81,7 @@ def _wiring(graph: Graph, nodes: list[Node], inputs: dict[str, gs.Tensor], outpu
             if id(tensor) in known or not tensor.name:
                 return None
             places.setdefault(id(tensor), len(places))
-    found = []
+    found: list[int] = []
     for node in nodes:
         if node.kind is None:
             if node.holds_graphs:

@@ -207,14 +207,14 @@ class Matcher:
         self._trail.append(name)
 
     # --- values ------------------------------------------------------------------------------------------------
-    def _variable(self, value: P.Var, tensor: gs.Tensor, rest: Goals | None) -> Step:
+    def _variable(self, value: P.Var, tensor: gs.Tensor, rest: Goals | None) -> Goals | None:
         name = value.name
         if name not in self.bindings:
             self._bind(name, tensor)
             return rest
         return rest if self.bindings[name] is tensor else self._differs(name, tensor)
 
-    def _equal(self, name: str, bound: Any, rest: Goals | None) -> Step:
+    def _equal(self, name: str, bound: Any, rest: Goals | None) -> Goals | None:
         if name not in self.bindings:
             self._bind(name, bound)
             return rest
@@ -226,17 +226,17 @@ class Matcher:
         other = self.bindings[name]
         return self._stop(f"variable {name}", None, f"'{getattr(bound, 'name', bound)}' is not '{getattr(other, 'name', other)}', which {name} stands for")
 
-    def _rest(self, value: P.Rest, tensors: Any, rest: Goals | None) -> Step:
+    def _rest(self, value: P.Rest, tensors: Any, rest: Goals | None) -> Goals | None:
         if not isinstance(tensors, list):
             return FAILED
         if value.name not in self.bindings:
             self._bind(value.name, tensors)
         return rest
 
-    def _tagged(self, value: P.Tag, tensor: gs.Tensor, rest: Goals | None) -> Step:
+    def _tagged(self, value: P.Tag, tensor: gs.Tensor, rest: Goals | None) -> Goals | None:
         return self._equal(value.name, value.label, (value.value, tensor, rest))
 
-    def _missing(self, value: P.Missing, tensor: gs.Tensor, rest: Goals | None) -> Step:
+    def _missing(self, value: P.Missing, tensor: gs.Tensor, rest: Goals | None) -> Goals | None:
         return FAILED if tensor.name else rest
 
     def _any_of(self, value: P.AnyOf, tensor: gs.Tensor, rest: Goals | None) -> Step:
@@ -264,7 +264,7 @@ class Matcher:
     def _refused(self, refusal: _Refusal, _: None, rest: Goals | None) -> Step:
         return self._stop(refusal.op.name, refusal.node, refusal.reason)
 
-    def _typed(self, value: P.Typed, tensor: gs.Tensor, rest: Goals | None) -> Step:
+    def _typed(self, value: P.Typed, tensor: gs.Tensor, rest: Goals | None) -> Goals | None:
         """`tensor` is of the dtype and shape asked for; names of dimensions are bound, the same everywhere."""
         what, shape = P.text(value.value) if self.trace is not None else "", tensor.shape
         dtype = None if tensor.dtype is None else dtype_name(tensor.dtype)
@@ -292,7 +292,7 @@ class Matcher:
             self._bind(name, dim)
         return value.value, tensor, rest
 
-    def _constant(self, value: P.Const | P.Scalar | P.Ints, tensor: gs.Tensor, rest: Goals | None) -> Step:
+    def _constant(self, value: P.Const | P.Scalar | P.Ints, tensor: gs.Tensor, rest: Goals | None) -> Goals | None:
         array = self.graph.constant(tensor)
         if array is None:
             return FAILED if self.trace is None else self._stop(P.text(value), self.graph.producer(tensor), f"'{tensor.name}' is not a small constant")
@@ -302,13 +302,13 @@ class Matcher:
             return self._stop(P.text(value), None, f"'{tensor.name}' has {array.size} elements, not one")
         return self._number(value, float(array.reshape(())), tensor.name, rest)
 
-    def _integers(self, value: P.Ints, array: np.ndarray, tensor: gs.Tensor, rest: Goals | None) -> Step:
+    def _integers(self, value: P.Ints, array: np.ndarray, tensor: gs.Tensor, rest: Goals | None) -> Goals | None:
         found = [int(i) for i in array.reshape(-1)] if array.dtype.kind in "iu" else None
         if found is None or (value.value is not None and tuple(found) != value.value):
             return self._stop(P.text(value), None, f"'{tensor.name}' is {found}, not {list(value.value or ()) or 'a list of integers'}", 0.5)
         return rest if value.name is None else self._equal(value.name, found, rest)
 
-    def _number(self, value: P.Const | P.Scalar, number: float, name: str, rest: Goals | None) -> Step:
+    def _number(self, value: P.Const | P.Scalar, number: float, name: str, rest: Goals | None) -> Goals | None:
         if isinstance(value, P.Scalar):
             return self._equal(value.name, number, rest)
         if number == value.value or abs(number - value.value) <= value.tolerance * abs(value.value) < math.inf:
@@ -462,13 +462,13 @@ class Matcher:
             return self.graph.constant(tensor) is not None
         return not how and may_be(self.graph, value, tensor)
 
-    def _assigned(self, values: tuple[P.Value, ...], operands: list[Operand], index: int, rest: Goals | None) -> Step:
+    def _assigned(self, values: tuple[P.Value, ...], operands: list[Operand], index: int, rest: Goals | None) -> Goals | None:
         tensor, how = operands[index]
         if len(values) > 1:
             rest = (values[1:], operands[:index] + operands[index + 1 :], rest)
         return self._inverse(values[0], tensor, how, rest) if how else (values[0], tensor, rest)
 
-    def _inverse(self, value: P.Value, tensor: gs.Tensor, how: str, rest: Goals | None) -> Step:
+    def _inverse(self, value: P.Value, tensor: gs.Tensor, how: str, rest: Goals | None) -> Goals | None:
         """A divisor (or subtrahend) met where the pattern multiplies (or adds)."""
         array = self.graph.constant(tensor)
         if array is None or array.size != 1 or array.dtype.kind != "f" or not isinstance(value, (P.Const, P.Scalar)):

@@ -17,7 +17,7 @@ from onnx_graphsurgeon.ir.tensor import LazyValues
 DOMAIN = "rewrite"  # of plugin nodes, whose operators are named `Plugin`, `Plugin_2`, ...
 
 
-class Node(gs.Node):
+class Node(gs.Node):  # type: ignore[misc]
     """A node of a graph that rules edit."""
 
     def __init__(self, op: str, name: str, attrs: dict[str, Any], inputs: Sequence[gs.Tensor], outputs: Sequence[gs.Tensor], domain: str | None = None):
@@ -44,7 +44,7 @@ class Node(gs.Node):
     __hash__ = object.__hash__
 
 
-class Variable(gs.Variable):
+class Variable(gs.Variable):  # type: ignore[misc]
     """A value that is computed, or an input of the graph."""
 
     def __init__(self, name: str, dtype: Any = None, shape: Any = None, type: str | None = "tensor_type"):
@@ -55,7 +55,7 @@ class Variable(gs.Variable):
     __setattr__ = object.__setattr__
 
 
-class Constant(gs.Constant):
+class Constant(gs.Constant):  # type: ignore[misc]
     """A value that is known; that of an initializer stays in the model's protobuf until a rule asks for it."""
 
     dtype: Any = None  # plain attributes, where onnx-graphsurgeon asks the values each time

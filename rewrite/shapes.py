@@ -188,6 +188,11 @@ def is_absurd(d: Dim) -> bool:
     return len(d) > LONGEST if isinstance(d, str) else d is not None and abs(d) >= 1 << 63
 
 
+def _is_open(tensor: gs.Tensor) -> bool:
+    """Whether something about its shape is not known."""
+    return bool(tensor.name) and (tensor.shape is None or not all(map(is_named, tensor.shape)))
+
+
 class SymbolicShapes:
     """Refines the shapes of a graph's tensors in place and collects the values of small integer tensors."""
 
@@ -199,11 +204,11 @@ class SymbolicShapes:
 
     def run(self) -> None:
         for tensor in (*self.graph.gs.inputs, *(t for n in self.graph.nodes for t in n.outputs)):
-            if tensor.shape is not None and any([isinstance(d, str) and " + " in d for d in tensor.shape]):
+            if tensor.shape is not None and any(isinstance(d, str) and " + " in d for d in tensor.shape):
                 tensor.shape = [ordered(d) for d in tensor.shape]
         declared = self._forget_output_names()
         for tensor in (t for n in self.graph.nodes for t in n.outputs if t.shape is not None and id(t) not in self.graph.outputs):
-            if any([isinstance(d, str) and "//" in d for d in tensor.shape]):
+            if any(isinstance(d, str) and "//" in d for d in tensor.shape):
                 tensor.shape = [settle(d) for d in tensor.shape]
         for node in self.graph:
             handler = HANDLERS.get(canonical(node))
@@ -211,7 +216,7 @@ class SymbolicShapes:
                 handler(self, node)
             if canonical(node) in FLOATING:
                 self._float(node)
-            if any([t.name and (t.shape is None or not all(map(is_named, t.shape))) for t in node.outputs]):
+            if any(map(_is_open, node.outputs)):
                 self._complete(node)
         for tensor, dims in declared:
             if tensor.shape is None or len(tensor.shape) != len(dims):
