@@ -191,9 +191,9 @@ class Driver:
         for changed in map(_type_change, match.outputs, results):
             if changed:
                 return changed
-        own = next((n.op for n in made if n.domain == DOMAIN), "")
+        own = next((n.op for n in made if n.domain == DOMAIN), "") if made else ""
         site = Site(rule.name, own, [t.name for t in match.outputs], list(map(describe, match.nodes)))
-        site.where = common_scope(list(map(_scope, match.nodes)))
+        site.where = common_scope([n.scope if n.scope is not None else _scope(n) for n in match.nodes])
         reason = self._plugin_site(graph, rule, match, made, results, site) if own else self._plain_site(graph, match, made, results, site)
         return reason or site
 
@@ -208,14 +208,16 @@ class Driver:
         # Inputs keep their places: one that this body does not read is still a parameter of the function.
         names = plugin.parameters[: len(node.inputs)]
         first: dict[int, str] = {}
-        read = {n: first.setdefault(id(t), n) for n, t in zip(names, node.inputs, strict=True) if t.name}  # keys that are the values, too, are one tensor
-        inputs = {n: t for n, t in zip(names, node.inputs, strict=True) if read.get(n) == n}
+        inputs: dict[str, gs.Tensor] = {}
+        for name, tensor in zip(names, node.inputs, strict=True):
+            if tensor.name and first.setdefault(id(tensor), name) == name:  # keys that are the values, too, are one tensor
+                inputs[name] = tensor
         outputs = dict(zip(plugin.outputs, match.outputs, strict=False))
         body = capture(graph, match.nodes, inputs, outputs, plugin.name, sorted(node.attrs), match.dims, names)
         site.attributes, site.note = dict(node.attrs), match.note
         if self.verify:
             key = f"{body.digest}|{site.attributes}|{[(n, str(t.dtype), t.shape) for n, t in inputs.items()]}"
-            run = reference_runner(plugin, site.attributes, [read.get(n, "") for n in names])
+            run = reference_runner(plugin, site.attributes, [first[id(t)] if t.name else "" for t in node.inputs])
             verdict = self._verdict(key, graph, body.function, inputs, run, plugin.tolerance, plugin.sample, match.shapes)
             site.error = verdict.error
             if not verdict.ok:
@@ -303,8 +305,8 @@ def _nearest(graph: Graph, rule: Rule, node: Node) -> Trace:
 
 
 def _scope(node: Node) -> str:
-    if node.scope is None:
-        node.scope = "" if node.source is None or not (node.name.startswith("/") or len(node.source.metadata_props)) else module_scope(node.source)
+    assert node.source is not None
+    node.scope = module_scope(node.source)
     return node.scope
 
 

@@ -232,13 +232,13 @@ class Graph:
 
     def hand_over(self, tensor: gs.Tensor, old: Node, new: Node, result: gs.Tensor) -> None:
         """`new`, not `old`, computes `tensor` from now on: as its output `result`, which is no value of the graph any more."""
-        slot = next(i for i, t in enumerate(old.outputs) if t is tensor)
+        slot = _place(old.outputs, tensor)
         spare = Variable(self.fresh(f"{tensor.name}_replaced"), tensor.dtype, tensor.shape) if len(old.outputs) > 1 else NOTHING
         _drop(tensor.inputs, old)
         old.outputs[slot], old.rewired = spare, True
         if spare is not NOTHING:
             spare.inputs.append(old)
-        new.outputs[next(i for i, t in enumerate(new.outputs) if t is result)] = tensor
+        new.outputs[_place(new.outputs, result)] = tensor
         list.append(tensor.inputs, new)
         result.inputs.clear()
         if result.outputs:
@@ -284,8 +284,19 @@ class Graph:
 
 
 def _drop(nodes: list[Node], node: Node) -> None:
-    """Take `node` out once, by identity: onnx-graphsurgeon's nodes are equal if all they are made of is. New ones stand last."""
-    nodes.pop(next(i for i in range(len(nodes) - 1, -1, -1) if nodes[i] is node))
+    """Take `node` out once; new ones stand last."""
+    place = len(nodes) - 1
+    while nodes[place] is not node:
+        place -= 1
+    del nodes[place]
+
+
+def _place(tensors: list[gs.Tensor], tensor: gs.Tensor) -> int:
+    """Where `tensor` itself stands; one of the same name is equal to it."""
+    place = 0
+    while tensors[place] is not tensor:
+        place += 1
+    return place
 
 
 def reads(node: Node) -> list[gs.Tensor]:

@@ -449,7 +449,10 @@ class Matcher:
         """The first of `values` stands for one of `operands`, the others for the rest of them."""
         if len(values) == 1:
             return self._assigned(values, operands, 0, rest)
-        options = [i for i, (t, how) in enumerate(operands) if self._may_be(values[0], t, how)]
+        options = []
+        for index, (tensor, how) in enumerate(operands):
+            if self._may_be(values[0], tensor, how):
+                options.append(index)
         if len(options) == 1:
             return self._assigned(values, operands, options[0], rest)
         first = {id(operands[i][0]): i for i in reversed(options)}  # the same value twice is tried once

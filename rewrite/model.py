@@ -34,6 +34,7 @@ from rewrite.weights import embedded, place, relocated
 G_LOGGER.severity = G_LOGGER.CRITICAL + 1  # what it says it raises, too, and we tell that in one line
 KEYS = ("location", "offset", "length", "checksum")  # of a reference to external data
 PYTORCH = (b"PK\x03\x04", b"\x80")  # how zip files and pickles begin
+SCOPE_HINT = "pkg.torch.onnx.name_scopes"  # under which PyTorch notes the modules that a node came from
 SCOPES = 10_000  # characters of a hint that are read
 WEIGHTS = {getattr(onnx.TensorProto, k) for k in ("FLOAT", "FLOAT16", "BFLOAT16", "DOUBLE", "INT8", "UINT8")}  # what inference has no use for
 SCALES = 1024  # elements: no list of floats that tells a shape is longer
@@ -257,7 +258,8 @@ class Imported:
 
 def open_graph(model: Model) -> Imported:
     """Infer shapes and import the graph. Raises RewriteError if ONNX finds the model inconsistent."""
-    inferred, opening = infer(model), Opening()
+    inferred, data = _infer(model)
+    opening = Opening(hinted=SCOPE_HINT.encode() in data)
     try:
         opset = OnnxImporter.get_opset(inferred), OnnxImporter.get_import_domains(inferred)
         graph = opening.graph(model.proto.graph, inferred.graph, {}, opset)
@@ -268,8 +270,13 @@ def open_graph(model: Model) -> Imported:
 
 def infer(model: Model) -> onnx.ModelProto:
     """The model, without its weights, with all types and shapes that ONNX can tell. Raises RewriteError if it finds it inconsistent."""
+    return _infer(model)[0]
+
+
+def _infer(model: Model) -> tuple[onnx.ModelProto, bytes]:
     try:
-        return onnx.shape_inference.infer_shapes(_without_weights(model.proto), data_prop=True)
+        data = _without_weights(model.proto).SerializeToString()
+        return onnx.shape_inference.infer_shapes(data, data_prop=True), data
     except MemoryError:
         raise
     except Exception as error:
@@ -299,7 +306,7 @@ def overridable(proto: onnx.ModelProto) -> frozenset[str]:
 def module_scope(node: onnx.NodeProto) -> str:
     """The PyTorch module a node came from, `encoder.layer.0.attention`: a hint that exporters leave, or ""."""
     for entry in node.metadata_props:
-        if entry.key == "pkg.torch.onnx.name_scopes":
+        if entry.key == SCOPE_HINT:
             scopes = _list_of_names(entry.value)
             return scopes[-2] if len(scopes) > 1 else ""
     name = str(node.name)

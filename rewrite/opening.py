@@ -24,7 +24,9 @@ INT, FLOAT, INTS, STRING, TENSOR, GRAPH = (getattr(onnx.AttributeProto, k) for k
 class Opening:
     """One model on its way to graphs: the nodes so far, and which protobuf each graph came from."""
 
-    def __init__(self) -> None:
+    def __init__(self, hinted: bool) -> None:
+        """`hinted`: the exporter may have noted on nodes which modules they came from."""
+        self._hinted = hinted
         self.nodes: list[Node] = []
         self.graphs: dict[int, onnx.GraphProto] = {}
         self.names: set[str] = set()  # of all values and nodes
@@ -95,6 +97,8 @@ class Opening:
                     own[name] = tensor
             outputs.append(tensor)
         node = Node(inferred.op_type, inferred.name, attributes, inputs, outputs, inferred.domain if inferred.HasField("domain") else None)
+        if self._hinted or node.name.startswith("/"):
+            node.scope = None
         node.source, node.holds_graphs = source, any(a.type == GRAPH for a in inferred.attribute) if attributes else False
         self.nodes.append(node)
         return node
