@@ -188,8 +188,8 @@ class Driver:
         """Check the replacement; on success the new plugin node calls its function."""
         if len(results) != len(match.outputs):
             return f"the pattern has {len(match.outputs)} outputs, the replacement {len(results)}"
-        for changed in map(_type_change, match.outputs, results):
-            if changed:
+        for old, new in zip(match.outputs, results, strict=True):
+            if (new.dtype is not None or new.shape is not None) and (changed := _type_change(old, new)):
                 return changed
         own = next((n.op for n in made if n.domain == DOMAIN), "") if made else ""
         site = Site(rule.name, own, [t.name for t in match.outputs], list(map(describe, match.nodes)))
@@ -222,7 +222,7 @@ class Driver:
             site.error = verdict.error
             if not verdict.ok:
                 return f"plugin {plugin.name} differs from the subgraph it would replace: {verdict.reason}"
-        node.op = self.table.add(body.function, body.digest)
+        node.op = body.called = body.called or self.table.add(body.function, body.digest)
         return ""
 
     def _plain_site(self, graph: Graph, match: Match, made: list[Node], results: list[gs.Tensor], site: Site) -> str:
@@ -357,8 +357,9 @@ def _type_change(old: gs.Tensor, new: gs.Tensor) -> str:
 
 def _bound(match: Match) -> dict[str, Any]:
     """Bindings as rules see them."""
-    bindings = {k: _wrapped(match.graph, v) for k, v in match.bindings.items()}
-    bindings["output"] = BoundValue(match.graph, match.outputs[0])
+    graph = match.graph
+    bindings = {k: BoundValue(graph, v) if isinstance(v, gs.Tensor) else _wrapped(graph, v) for k, v in match.bindings.items()}
+    bindings["output"] = BoundValue(graph, match.outputs[0])
     return bindings
 
 

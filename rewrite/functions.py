@@ -34,12 +34,13 @@ class CaptureError(Exception):
     """The match cannot become a function; the message is the reason, for the report."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class Body:
     """A subgraph as a function, and its fingerprint. Equal subgraphs of a graph share one, which nobody may change."""
 
     function: onnx.FunctionProto
     digest: str
+    called: str = ""  # the name under which nodes call it, if it is in the table of functions
     made_of: Any = None  # what ids in its key are those of: alive, so that these stay theirs
 
 
@@ -63,16 +64,16 @@ def capture(
     derived from the inputs again.
     """
     wiring = _wiring(graph, nodes, inputs, outputs) if dims is None else None
-    head = name, *attributes, None, *(parameters or inputs), None, *outputs
-    body: Body | None = graph.bodies.get((*head, wiring)) if wiring is not None else None
+    if wiring is None:
+        return _capture(graph, nodes, inputs, outputs, name, attributes, dims, parameters)
+    key = (name, *attributes, None, *(parameters or inputs), None, *outputs, *wiring)
+    body: Body | None = graph.bodies.get(key)
     if body is None:
-        body = _capture(graph, nodes, inputs, outputs, name, attributes, dims, parameters)
-        if wiring is not None:
-            graph.bodies[*head, wiring] = body
+        body = graph.bodies[key] = _capture(graph, nodes, inputs, outputs, name, attributes, dims, parameters)
     return body
 
 
-def _wiring(graph: Graph, nodes: list[Node], inputs: dict[str, gs.Tensor], outputs: dict[str, gs.Tensor]) -> tuple[int, ...] | None:
+def _wiring(graph: Graph, nodes: list[Node], inputs: dict[str, gs.Tensor], outputs: dict[str, gs.Tensor]) -> list[int] | None:
     """Equal for nodes of equal kinds, wired alike; None if they read or have what is rare, or what none of them computes."""
     known = graph.known
     places = {id(t): n for n, t in enumerate(inputs.values())}
@@ -95,8 +96,9 @@ def _wiring(graph: Graph, nodes: list[Node], inputs: dict[str, gs.Tensor], outpu
                     return None
                 place = len(places) + tensor.kind
             found.append(place)
-    found += [places[id(t)] for t in outputs.values()]
-    return tuple(found)
+    for tensor in outputs.values():
+        found.append(places[id(tensor)])
+    return found
 
 
 def _capture(
@@ -115,7 +117,7 @@ def _capture(
         opsets = [onnx.helper.make_opsetid("", graph.opset), *(onnx.helper.make_opsetid(d, 1) for d in sorted(domains))]
         protos = [_build(s, rename) for s in made.steps]
         function = onnx.helper.make_function(DOMAIN, name, parameters or list(inputs), list(outputs), protos, opsets, attributes)
-        body = graph.bodies[key] = Body(function, fingerprint(function), made.steps)
+        body = graph.bodies[key] = Body(function, fingerprint(function), made_of=made.steps)
     return body
 
 
