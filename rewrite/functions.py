@@ -96,9 +96,8 @@ def _wiring(graph: Graph, nodes: list[Node], inputs: dict[str, gs.Tensor], outpu
                     return None
                 place = len(places) + tensor.kind
             found.append(place)
-    for tensor in outputs.values():
-        found.append(places[id(tensor)])
-    return found
+    found += [places.get(id(t), -1) for t in outputs.values()]
+    return None if -1 in found else found
 
 
 def _capture(
