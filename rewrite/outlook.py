@@ -47,7 +47,9 @@ def _viable(value: P.AnyOf, op: str | None) -> tuple[P.Value, ...]:
 def _fits(op: P.Op, above: Above) -> bool:
     if op.name in P.ASSOCIATIVE:
         chained = not op.ops.isdisjoint(a for a in above if a)  # more operands lie further up
-        return any(all(_among(v, above) or (chained and len(values) > 2) for v in values) for values in op.operand_lists)
+        hidden = chained or not PASSING.isdisjoint(a for a in above if a)
+        lists = [values for values in op.operand_lists if hidden or len(values) <= len(above)]
+        return any(all(_among(v, above) or (chained and len(values) > 2) for v in values) for values in lists)
     if op.name in P.COMMUTATIVE:
         return all(_among(v, above) for v in op.inputs)
     return all(_among(v, (a,)) for v, a in zip(op.inputs, above, strict=False))

@@ -41,10 +41,16 @@ class Worklist:
         self._blocked: list[Node] = []
         self._changed = False
         for node in graph if self._groups else ():
-            self.push(node)
+            self._enter(node)
 
-    def push(self, node: Node, levels: Collection[int] | None = None) -> None:
-        """Try the rules of these levels (all of them) at a node (again)."""
+    def push(self, node: Node) -> None:
+        """Try the rules at a node again, now that its inputs have changed: those that may match there now."""
+        for level in self._groups.get(node.canonical, ()):
+            if (level, id(node)) in self._waiting:
+                self._waiting[level, id(node)] = []
+        self._enter(node)
+
+    def _enter(self, node: Node, levels: Collection[int] | None = None) -> None:
         graph = self.graph
         if node.canonical not in self._groups or node.graph is not graph:
             return
@@ -112,4 +118,4 @@ class Worklist:
             for node in front:
                 levels = [level for height, level, roots in rules if distance < height and node.canonical in roots]
                 if levels:
-                    self.push(node, levels)
+                    self._enter(node, levels)
