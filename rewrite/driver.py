@@ -26,12 +26,13 @@ from rewrite.errors import RewriteError, blame
 from rewrite.functions import Body, CaptureError, FunctionTable, capture, fingerprint
 from rewrite.graph import DOMAIN, Graph, canonical, describe, dtype_name, reads
 from rewrite.match import BoundValue, Match, interior_use
-from rewrite.matcher import Matcher, Trace
+from rewrite.matcher import Matcher
 from rewrite.model import module_scope
 from rewrite.nodes import Node, Variable
 from rewrite.registry import Library, Rule
 from rewrite.report import NearMiss, Report, Site, common_scope
 from rewrite.shapes import is_named
+from rewrite.trace import Trace
 from rewrite.verify import TOLERANCE, Spec, Verdict, check_site, reference_runner, run_function, spec_of
 from rewrite.worklist import Worklist
 

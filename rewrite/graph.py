@@ -125,10 +125,13 @@ class Graph:
         """Whether anything but `nodes` reads `tensor`."""
         if id(tensor) in self.outputs or id(tensor) in self.captured:
             return True
+        return self._other_reader(tensor, nodes) is not None
+
+    def _other_reader(self, tensor: gs.Tensor, nodes: Container[Node]) -> Node | None:
         for user in reversed(tensor.outputs):  # the newest first: of a value that thousands of replaced nodes read, these are alive
             if user.graph is self and user not in nodes:
-                return True
-        return False
+                return user  # type: ignore[no-any-return]
+        return None
 
     def is_used_outside(self, tensor: gs.Tensor, nodes: Container[Node]) -> str | None:
         """Who else reads `tensor`: a description of the first user not in `nodes`, or None."""
@@ -136,7 +139,7 @@ class Graph:
             return "it is an output of the graph"
         if id(tensor) in self.captured:
             return "an inner graph (If, Loop or Scan) reads it"
-        user = next((u for u in reversed(tensor.outputs) if u.graph is self and u not in nodes), None)
+        user = self._other_reader(tensor, nodes)
         return None if user is None else f"{describe(user)} reads it too"
 
     def attribute(self, node: gs.Node, name: str) -> object:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -27,45 +27,11 @@ from rewrite.match import Match as Match
 from rewrite.nodes import Node, Variable
 from rewrite.noops import look_through
 from rewrite.outlook import may_be, viable
+from rewrite.trace import Trace
 
 Operand = tuple[gs.Tensor, str]  # how is "Div" or "Sub" for a constant that the graph divides by or subtracts
 Goals = tuple[Any, Any, Any]  # a value of the pattern, what it is to stand for, the goals after it (None after the last)
 Step = Goals | None | Iterable[Goals | None]  # what a goal leads to: the goals that are left, or a choice among several such
-
-
-@dataclass
-class Trace:
-    """How far the best attempt of a rule came at one node: operators matched, and what stopped it there."""
-
-    depth: float = -1
-    reason: str = ""
-    node: str = ""
-    part: str = ""
-    bound: dict[str, str] = field(default_factory=dict)
-    covered: list[str] = field(default_factory=list)
-    expected: list[str] = field(default_factory=list)  # operators any of which would have led on, at the same node
-
-    def unexpected(self, depth: int, op: str, node: str, found: str, bound: dict[str, str], covered: list[str]) -> None:
-        """Another operator than the pattern has stands there."""
-        if depth == self.depth and self.expected and node == self.node:
-            if op not in self.expected:
-                self.expected.append(op)
-        elif depth > self.depth:
-            self.stop(depth, op, node, "", bound, covered)
-            self.expected = [op]
-        else:
-            return
-        self.reason = f"expected {' or '.join(self.expected)}, found {found}"
-
-    def stop(self, depth: float, part: str, node: str, reason: str, bound: dict[str, str], covered: list[str]) -> None:
-        if depth > self.depth:
-            self.depth, self.part, self.node, self.reason, self.bound, self.covered, self.expected = depth, part, node, reason, bound, covered, []
-
-    def copy(self) -> Trace:
-        return replace(self, expected=list(self.expected))
-
-    def restore(self, noted: Trace) -> None:
-        self.__dict__.update(noted.copy().__dict__)
 
 
 @dataclass
@@ -410,9 +376,9 @@ class Matcher:
         seen: set[tuple[int, ...]] = set()
         while stack:
             operands, covered = stack.pop()
-            if len(operands) >= count:
+            if len(operands) == count:
                 key = tuple(sorted(id(t) for t, _ in operands))
-                if len(operands) == count and key not in seen:
+                if key not in seen:
                     seen.add(key)
                     yield operands, covered
                 continue
@@ -424,9 +390,9 @@ class Matcher:
                 if parts is not None:
                     stack.append(([*operands[:i], *parts, *operands[i + 1 :]], [*covered, *between, inner]))
 
-    def _inner(self, op: P.Op, tensor: gs.Tensor) -> tuple[gs.Node | None, list[gs.Node]]:
+    def _inner(self, op: P.Op, tensor: gs.Tensor) -> tuple[Node | None, list[Node]]:
         """The node of the same operator that computes `tensor`, and the no-ops in between."""
-        between: list[gs.Node] = []
+        between: list[Node] = []
         node = self.graph.producer(tensor)
         while node is not None and node.canonical not in op.ops:
             through = look_through(self.graph, node, tensor)
@@ -437,7 +403,7 @@ class Matcher:
             node = self.graph.producer(tensor)
         return node, between
 
-    def _split(self, op: P.Op, node: gs.Node) -> list[Operand] | None:
+    def _split(self, op: P.Op, node: Node) -> list[Operand] | None:
         if node.canonical == op.name:
             return [(t, "") for t in node.inputs]
         if self.graph.constant(node.inputs[1]) is None:  # x / y and x - y only with constant y
