@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ import onnx_graphsurgeon as gs
 from rewrite.errors import RewriteError
 from rewrite.graph import DOMAIN, Graph
 from rewrite.matcher import BoundValue
+from rewrite.nodes import Constant, Node, Variable
 from rewrite.registry import Plugin
 from rewrite.shapes import infer
 
@@ -19,9 +21,9 @@ class GraphBuilder:
     """`op.Name(inputs..., attribute=value)` makes a node. Operators of plugins newer than the graph's opset, or with
     no counterpart in ONNX, are made in the domain `rewrite`."""
 
-    def __init__(self, graph: Graph, plugins: dict[str, Plugin], anchor: gs.Node, domain: str = ""):
+    def __init__(self, graph: Graph, plugins: dict[str, Plugin], anchor: Node, domain: str = ""):
         self._graph, self._plugins, self._anchor, self._domain = graph, plugins, anchor, domain
-        self._made: list[gs.Node] = []
+        self._made: list[Node] = []
 
     def domain(self, name: str) -> GraphBuilder:
         other = GraphBuilder(self._graph, self._plugins, self._anchor, name)
@@ -31,7 +33,7 @@ class GraphBuilder:
     def constant(self, value: Any, dtype: Any = None) -> BoundValue:
         array = np.asarray(value, dtype)
         name = self._graph.fresh(f"{self._anchor.outputs[0].name}_const")
-        return BoundValue(self._graph, gs.Constant(name, np.ascontiguousarray(array).reshape(array.shape)))
+        return BoundValue(self._graph, Constant(name, np.ascontiguousarray(array).reshape(array.shape)))
 
     @property
     def opset(self) -> int:
@@ -41,45 +43,37 @@ class GraphBuilder:
         if name.startswith("_"):
             raise AttributeError(name)
 
-        def build(*inputs: Any, outputs: int = 1, **attributes: Any) -> Any:
-            return self._build(name, inputs, outputs, attributes)
-
-        return build
+        return partial(self._build, name)
 
     def _tensor(self, x: Any) -> gs.Tensor:
         if isinstance(x, BoundValue):
             return x.tensor
+        if isinstance(x, gs.Constant) and not isinstance(x, Constant):
+            return Constant(x.name, x.values)
         if isinstance(x, gs.Tensor):
             return x
         if x is None:
-            return gs.Variable.empty()
+            return Variable("")
         if isinstance(x, (list, tuple)) or (isinstance(x, int) and not isinstance(x, bool)):
             return self.constant(x, np.int64).tensor
         if isinstance(x, np.ndarray):
             return self.constant(x).tensor
         raise RewriteError(f"operand {x!r}: a float constant needs its type; write op.constant(value, dtype)")
 
-    def _build(self, name: str, inputs: tuple[Any, ...], outputs: int, attributes: dict[str, Any]) -> Any:
-        plugin = None if self._domain else self._plugins.get(name)
-        domain: str | None = self._domain or None
-        if plugin is not None and (plugin.since is None or self._graph.opset < plugin.since):
+    def _build(self, name: str, /, *inputs: Any, outputs: int = 1, **attributes: Any) -> Any:
+        graph, anchor, domain = self._graph, self._anchor, self._domain or None
+        plugin = None if domain else self._plugins.get(name)
+        if plugin is not None and (plugin.since is None or graph.opset < plugin.since):
             domain = DOMAIN
-        operands = [self._tensor(x) for x in inputs]
-        while operands and operands[-1].is_empty():
+        operands = [x.tensor if type(x) is BoundValue else self._tensor(x) for x in inputs]
+        while operands and not operands[-1].name:
             operands.pop()
-        stem = self._anchor.outputs[0].name
-        results = [gs.Variable(self._graph.fresh(f"{stem}_{name}")) for _ in range(outputs)]
-        node = gs.Node(
-            op=name,
-            name=self._graph.fresh(f"{self._anchor.name or stem}_{name}"),
-            attrs={k: v for k, v in attributes.items() if v is not None},
-            inputs=operands,
-            outputs=results,
-            domain=domain,
-        )
-        self._graph.add(node, self._anchor)
+        stem = anchor.outputs[0].name
+        results = [Variable(graph.fresh(f"{stem}_{name}")) for _ in range(outputs)]
+        given = {k: v for k, v in attributes.items() if v is not None}
+        node = Node(name, graph.fresh(f"{anchor.name or stem}_{name}"), given, operands, results, domain)
+        graph.add(node, anchor)
         self._made.append(node)
         if domain is None:
-            infer(node, self._graph)
-        bound = tuple(BoundValue(self._graph, r) for r in results)
-        return bound[0] if outputs == 1 else bound
+            infer(node, graph)
+        return BoundValue(graph, results[0]) if outputs == 1 else tuple([BoundValue(graph, r) for r in results])

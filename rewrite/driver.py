@@ -9,6 +9,7 @@ stopped with an error that names it.
 from __future__ import annotations
 
 import hashlib
+import operator
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -24,11 +25,14 @@ from rewrite.builder import GraphBuilder
 from rewrite.errors import RewriteError, blame
 from rewrite.functions import Body, CaptureError, FunctionTable, capture, fingerprint
 from rewrite.graph import DOMAIN, Graph, canonical, describe, dtype_name, reads
-from rewrite.matcher import BoundValue, Match, Matcher, Trace, interior_use
-from rewrite.outlook import Outlook
+from rewrite.match import BoundValue, Match, interior_use
+from rewrite.matcher import Matcher
+from rewrite.model import module_scope
+from rewrite.nodes import Node, Variable
 from rewrite.registry import Library, Rule
 from rewrite.report import NearMiss, Report, Site, common_scope
 from rewrite.shapes import is_named
+from rewrite.trace import Trace
 from rewrite.verify import TOLERANCE, Spec, Verdict, check_site, reference_runner, run_function, spec_of
 from rewrite.worklist import Worklist
 
@@ -41,23 +45,20 @@ class Driver:
     def __init__(self, library: Library, table: FunctionTable, report: Report, verify: bool, explain: bool, bitwise: bool = False):
         self.library, self.table, self.report = library, table, report
         self.verify, self.explain, self.bitwise = verify, explain, bitwise
-        self.metadata: dict[int, dict[str, str]] = {}
-        self.scopes: dict[int, str] = {}  # the PyTorch module each node came from, where the exporter tells
         self.verdicts: dict[str, Verdict] = {}
-        self._made: dict[tuple[Any, ...], gs.Node] = {}  # plugin nodes by what they compute
-        self._seen: Counter[tuple[Any, ...]] = Counter()
+        self.made: list[Node] = []  # every new node
+        self._plugin_nodes: dict[tuple[Any, ...], list[Node]] = {}  # new ones, by operator and inputs
+        self._fired: Counter[tuple[Any, ...]] = Counter()
         self._rejected = False  # the last attempt failed because the replacement does not compute the same
         self._blocked = False  # the last attempt failed only because a value inside the match has another reader
-        self.made: list[gs.Node] = []  # new nodes stay alive, so that their ids in `metadata` stay theirs
 
     def run(self, graph: Graph, tier: str) -> None:
         """Apply the rules of one tier to one graph until none matches."""
         graph.functions = self.table.functions
-        worklist = Worklist(graph, [r for r in self.library.rules if r.tier == tier])
-        changes, limit = 0, 10 * len(graph.live) + 1000
-        outlook = Outlook(graph)
+        worklist = Worklist(graph, [r for r in self.library.rules if r.tier == tier], everything=self.explain)
+        changes, limit = 0, 10 * len(graph.nodes) + 1000
         for node, rules in worklist:
-            for rule in rules if self.explain else outlook.hopeful(rules, node):
+            for rule in rules:
                 if not self.explain and not all(map(graph.counts.get, rule.required)):
                     continue
                 touched = self._try(graph, rule, node)
@@ -68,22 +69,23 @@ class Driver:
                 changes += 1
                 if changes > limit:
                     raise RewriteError(_loop(rule, node))
-                worklist.revisit(touched, [n for n in touched if id(n) in self.metadata] or touched)
+                worklist.revisit(touched, [n for n in touched if n.metadata is not None] or touched)
                 break
 
     # --- one rule at one node ------------------------------------------------------------------------------------
-    def _try(self, graph: Graph, rule: Rule, node: gs.Node) -> list[gs.Node] | None:
+    def _try(self, graph: Graph, rule: Rule, node: Node) -> list[Node] | None:
         started = time.perf_counter()
         stats = self.report.rules[rule.name]
-        touched, covered = None, list[gs.Node]()
+        touched, covered = None, list[Node]()
         self._blocked = self._rejected = False
         matches, refusal = self._matches(graph, rule, node)
         for match in matches:
-            reason = self._refusal(rule, match)
+            bound = _bound(match)
+            reason = self._refusal(rule, match, bound)
             covered = match.nodes
             if not reason:
                 stats.matches += 1
-                outcome = self._apply(graph, rule, match, node)
+                outcome = self._apply(graph, rule, match, bound, node)
                 if isinstance(outcome, list):
                     touched = outcome
                     break
@@ -102,7 +104,7 @@ class Driver:
         stats.seconds += time.perf_counter() - started
         return touched
 
-    def _matches(self, graph: Graph, rule: Rule, node: gs.Node) -> tuple[Iterable[Match], str]:
+    def _matches(self, graph: Graph, rule: Rule, node: Node) -> tuple[Iterable[Match], str]:
         """The ways in which the rule fits at a node, or none and the reason that the rule itself gives."""
         if rule.find is None:
             return Matcher(graph, rule.pattern).at(node), ""
@@ -112,121 +114,119 @@ class Driver:
             raise RewriteError(f"rule '{rule.name}' ({rule.source}): its find fails at {describe(node)}: {blame(error)}") from error
         return ([found], "") if isinstance(found, Match) else ([], found or "")
 
-    def _refusal(self, rule: Rule, match: Match) -> str:
+    def _refusal(self, rule: Rule, match: Match, bound: dict[str, Any]) -> str:
         reason = interior_use(match) or _runs_back(match)
         self._blocked = self._blocked or reason is not None
         if reason is None and rule.check is not None:
             try:
-                reason = rule.call(rule.check, _bound(match))
+                reason = rule.call(rule.check, bound)
             except Exception as error:
                 raise RewriteError(f"rule '{rule.name}' ({rule.source}): its check fails at {describe(match.nodes[0])}: {blame(error)}") from error
             if reason is not None and not isinstance(reason, str):
                 raise RewriteError(f"rule '{rule.name}' ({rule.source}): its check returned {reason!r}; return None to accept a match, or the reason to refuse it")
         return reason or ""
 
-    def _apply(self, graph: Graph, rule: Rule, match: Match, anchor: gs.Node) -> list[gs.Node] | str:
+    def _apply(self, graph: Graph, rule: Rule, match: Match, bound: dict[str, Any], anchor: Node) -> list[Node] | str:
         """Replace the match; returns the nodes to visit again, or the reason why the replacement was rejected."""
         op = GraphBuilder(graph, self.library.plugins, anchor)
         try:
-            result = rule.call(rule.replace, _bound(match), op)
+            result = rule.call(rule.replace, bound, op)
         except RewriteError as error:
-            self._discard(graph, op._made)
+            graph.discard(op._made)
             raise RewriteError(f"rule '{rule.name}' ({rule.source}): {error}") from error
         except Exception as error:
-            self._discard(graph, op._made)
+            graph.discard(op._made)
             raise RewriteError(f"rule '{rule.name}' ({rule.source}): its replacement fails at {describe(anchor)}: {blame(error)}") from error
         made, returned = op._made, result if isinstance(result, tuple) else (result,)
         if not all(isinstance(r, BoundValue) for r in returned):
-            self._discard(graph, made)
+            graph.discard(made)
             raise RewriteError(f"rule '{rule.name}' ({rule.source}): its replacement returned {result!r} at {describe(anchor)}; return the value of op.Name(...), or a tuple of such values")
         results = [r.tensor for r in returned]
         try:
             site = self._site(graph, rule, match, made, results)
         except CaptureError as error:
-            self._discard(graph, made)
+            graph.discard(made)
             return str(error)
         except RewriteError as error:
             site = f"cannot be verified: {error}"
         if isinstance(site, str):
-            self._discard(graph, made)
+            graph.discard(made)
             self._rejected = True
             return site
         self._stop_loop(graph, rule, match, anchor)
         made, results = self._share(graph, made, results)
         self.report.add(site)
-        return self._commit(graph, match, made, results, rule)
+        return self._commit(graph, match, made, results, rule, site.where)
 
-    def _stop_loop(self, graph: Graph, rule: Rule, match: Match, anchor: gs.Node) -> None:
-        """A rule that finds for the third time what it replaced before, on the same values, will find it for ever."""
+    def _stop_loop(self, graph: Graph, rule: Rule, match: Match, anchor: Node) -> None:
+        """A rule that finds again and again what it replaced before, on the same values, will find it for ever."""
+        key: tuple[Any, ...] = (rule.name, *(t.name for t in match.outputs))
+        self._fired[key] += 1
+        if self._fired[key] < 2:
+            return
         values = [_identity(graph, v) for v in match.bindings.values()]
-        nodes = [(canonical(n), [(k, repr(v)) for k, v in n.attrs.items() if not isinstance(v, (gs.Tensor, gs.Graph))]) for n in match.nodes]
-        key = (rule.name, tuple(t.name for t in match.outputs), repr(values), repr(nodes))
-        self._seen[key] += 1
-        if self._seen[key] > 2:
+        nodes = [(n.canonical, [(k, repr(v)) for k, v in n.attrs.items() if not isinstance(v, (gs.Tensor, gs.Graph))]) for n in match.nodes]
+        key = (*key, repr(values), repr(nodes))
+        self._fired[key] += 1
+        if self._fired[key] > 2:
             raise RewriteError(_loop(rule, anchor))
 
-    def _discard(self, graph: Graph, made: list[gs.Node]) -> None:
-        for node in made:
-            graph.remove(node)
-            node.inputs.clear()
-
-    def _share(self, graph: Graph, made: list[gs.Node], results: list[gs.Tensor]) -> tuple[list[gs.Node], list[gs.Tensor]]:
+    def _share(self, graph: Graph, made: list[Node], results: list[gs.Tensor]) -> tuple[list[Node], list[gs.Tensor]]:
         """An equal plugin node that exists already stands for the new one: exporters compute a mask anew for each layer."""
         if len(made) != 1 or made[0].domain != DOMAIN:
             return made, results
         node = made[0]
-        key = (id(graph), canonical(node), tuple(id(t) for t in node.inputs if not t.is_empty()), tuple(t.is_empty() for t in node.inputs), repr(sorted(node.attrs.items())))
-        old = self._made.setdefault(key, node)
-        if old is node or id(old) not in graph.live:
-            self._made[key] = node
+        key = (graph, node.canonical, *[t.name and id(t) for t in node.inputs])
+        alike = self._plugin_nodes.setdefault(key, [])
+        old = next((n for n in alike if not n.dead and repr(sorted(n.attrs.items())) == repr(sorted(node.attrs.items()))), None)
+        if old is None:
+            alike.append(node)
             return made, results
-        self._discard(graph, made)
+        graph.discard(made)
         return [], list(old.outputs)
 
-    def _site(self, graph: Graph, rule: Rule, match: Match, made: list[gs.Node], results: list[gs.Tensor]) -> Site | str:
+    def _site(self, graph: Graph, rule: Rule, match: Match, made: list[Node], results: list[gs.Tensor]) -> Site | str:
         """Check the replacement; on success the new plugin node calls its function."""
         if len(results) != len(match.outputs):
             return f"the pattern has {len(match.outputs)} outputs, the replacement {len(results)}"
-        changed = next(filter(None, map(_type_change, match.outputs, results)), "")
-        if changed:
-            return changed
-        own = [n for n in made if n.domain == DOMAIN]
-        site = Site(rule.name, own[0].op if own else "", [t.name for t in match.outputs], [describe(n) for n in match.nodes])
-        site.where = common_scope([self.scopes.get(id(n), "") for n in match.nodes])
-        if own:
-            reason = self._plugin_site(graph, rule, match, made, results, site)
-        else:
-            reason = self._plain_site(graph, match, made, results, site)
+        for old, new in zip(match.outputs, results, strict=True):
+            if (new.dtype is not None or new.shape is not None) and (changed := _type_change(old, new)):
+                return changed
+        own = next((n.op for n in made if n.domain == DOMAIN), "") if made else ""
+        site = Site(rule.name, own, [t.name for t in match.outputs], list(map(describe, match.nodes)))
+        site.where = common_scope([n.scope if n.scope is not None else _scope(n) for n in match.nodes])
+        reason = self._plugin_site(graph, rule, match, made, results, site) if own else self._plain_site(graph, match, made, results, site)
         return reason or site
 
-    def _plugin_site(self, graph: Graph, rule: Rule, match: Match, made: list[gs.Node], results: list[gs.Tensor], site: Site) -> str:
+    def _plugin_site(self, graph: Graph, rule: Rule, match: Match, made: list[Node], results: list[gs.Tensor], site: Site) -> str:
         node = made[0]
-        if len(made) != 1 or [id(t) for t in node.outputs] != [id(t) for t in results]:
+        if len(made) != 1 or not all(map(operator.is_, node.outputs, results)) or len(node.outputs) != len(results):
             raise RewriteError(f"rule '{rule.name}': a replacement is either one plugin node or standard nodes only, its results in order")
         plugin = self.library.plugins[node.op]
-        inputs = {n.rstrip("?"): t for n, t in zip(plugin.inputs, node.inputs, strict=False) if not t.is_empty()}
-        first = {id(t): n for n, t in reversed(inputs.items())}  # keys that are the values, too, are one tensor
-        read = {n: first[id(t)] for n, t in inputs.items()}
-        inputs = {n: t for n, t in inputs.items() if read[n] == n}
-        unknown = set(node.attrs) - set(plugin.attributes)
-        if unknown or len(node.inputs) > len(plugin.inputs):
-            raise RewriteError(f"rule '{rule.name}': plugin {plugin.name} takes {list(plugin.inputs)} and attributes {list(plugin.attributes)}, not {sorted(unknown) or len(node.inputs)}")
-        outputs = dict(zip(plugin.outputs, match.outputs, strict=False))
-        attributes = sorted(node.attrs)
+        if not node.attrs.keys() <= plugin.attributes.keys() or len(node.inputs) > len(plugin.inputs):
+            unknown = sorted(set(node.attrs) - set(plugin.attributes))
+            raise RewriteError(f"rule '{rule.name}': plugin {plugin.name} takes {list(plugin.inputs)} and attributes {list(plugin.attributes)}, not {unknown or len(node.inputs)}")
         # Inputs keep their places: one that this body does not read is still a parameter of the function.
-        names = [n.rstrip("?") for n in plugin.inputs[: len(node.inputs)]]
-        body = capture(graph, match.nodes, inputs, outputs, plugin.name, attributes, match.dims, names)
-        values = dict(node.attrs)
-        key = f"{body.digest}|{values}|{[(n, str(t.dtype), t.shape) for n, t in inputs.items()]}" if self.verify else ""
-        run = reference_runner(plugin, values, [read.get(n, "") for n in names])
-        verdict = self._verdict(key, graph, body.function, inputs, run, plugin.tolerance, plugin.sample, match.shapes)
-        site.error, site.attributes, site.note = verdict.error, values, match.note
-        if not verdict.ok:
-            return f"plugin {plugin.name} differs from the subgraph it would replace: {verdict.reason}"
-        node.op = self.table.add(body.function, body.digest)
+        names = plugin.parameters[: len(node.inputs)]
+        first: dict[int, str] = {}
+        inputs: dict[str, gs.Tensor] = {}
+        for name, tensor in zip(names, node.inputs, strict=True):
+            if tensor.name and first.setdefault(id(tensor), name) == name:  # keys that are the values, too, are one tensor
+                inputs[name] = tensor
+        outputs = dict(zip(plugin.outputs, match.outputs, strict=False))
+        body = capture(graph, match.nodes, inputs, outputs, plugin.name, sorted(node.attrs), match.dims, names)
+        site.attributes, site.note = dict(node.attrs), match.note
+        if self.verify:
+            key = f"{body.digest}|{site.attributes}|{[(n, str(t.dtype), t.shape) for n, t in inputs.items()]}"
+            run = reference_runner(plugin, site.attributes, [first[id(t)] if t.name else "" for t in node.inputs])
+            verdict = self._verdict(key, graph, body.function, inputs, run, plugin.tolerance, plugin.sample, match.shapes)
+            site.error = verdict.error
+            if not verdict.ok:
+                return f"plugin {plugin.name} differs from the subgraph it would replace: {verdict.reason}"
+        node.op = body.called = body.called or self.table.add(body.function, body.digest)
         return ""
 
-    def _plain_site(self, graph: Graph, match: Match, made: list[gs.Node], results: list[gs.Tensor], site: Site) -> str:
+    def _plain_site(self, graph: Graph, match: Match, made: list[Node], results: list[gs.Tensor], site: Site) -> str:
         bound = [t for v in match.bindings.values() for t in (v if isinstance(v, list) else [v])]
         leaves = [t for t in bound if isinstance(t, gs.Tensor) and not t.is_empty() and graph.constant(t) is None]
         inputs = {f"i{n}": t for n, t in enumerate({id(t): t for t in leaves}.values())}
@@ -240,8 +240,10 @@ class Driver:
             after = Body(function, fingerprint(function))
         else:
             after = capture(graph, made, inputs, {f"o{n}": r for n, r in enumerate(results)}, "After", [])
+        if not self.verify:
+            return ""
         needed = self.table.needed_by(after.function)
-        key = f"{before.digest}|{after.digest}|{[(str(t.dtype), t.shape) for t in inputs.values()]}" if self.verify else ""
+        key = f"{before.digest}|{after.digest}|{[(str(t.dtype), t.shape) for t in inputs.values()]}"
 
         def run(arrays: dict[str, np.ndarray]) -> list[Any]:
             return run_function(after.function, needed, arrays)
@@ -253,8 +255,6 @@ class Driver:
     def _verdict(self, key: str, graph: Graph, body: onnx.FunctionProto, inputs: dict[str, gs.Tensor], run: Callable[..., list[Any]],
                  tolerance: Any, sample: Callable[..., Any] | None, shapes: dict[int, tuple[Any, ...]] | None = None,
                  contents: dict[int, tuple[Any, ...]] | None = None) -> Verdict:  # fmt: skip
-        if not self.verify:
-            return Verdict(True, 0.0)
         read = {n for node in body.node for n in node.input}
         brought = {n: graph.constant(t, BROUGHT) for n, t in inputs.items() if n not in read}
         key += "".join(f"|{n}:{hash(a.tobytes())}" for n, a in brought.items() if a is not None)
@@ -266,54 +266,38 @@ class Driver:
             self.report.verify_seconds += time.perf_counter() - started
         return self.verdicts[key]
 
-    def _commit(self, graph: Graph, match: Match, made: list[gs.Node], results: list[gs.Tensor], rule: Rule) -> list[gs.Node]:
-        touched: dict[int, gs.Node] = {id(n): n for n in made}
-        scope = common_scope([self.scopes.get(id(n), "") for n in match.nodes])
+    def _commit(self, graph: Graph, match: Match, made: list[Node], results: list[gs.Tensor], rule: Rule, scope: str) -> list[Node]:
+        touched = dict.fromkeys(made)
+        origin = " ".join([n.name or n.outputs[0].name for n in match.nodes])
         for node in made:
-            self.scopes[id(node)] = scope
-            origin = " ".join(n.name or n.outputs[0].name for n in match.nodes)
-            self.metadata[id(node)] = {"rewrite.rule": rule.name, "rewrite.from": origin}
-            self.made.append(node)
-        own = {id(t): (n, i) for n in made for i, t in enumerate(n.outputs)}
-        for old, new in zip(match.outputs, results, strict=True):
-            for user in graph.consumers(old):
-                touched[id(user)] = user
-            if id(new) in own and graph.producer(old) is not None:
-                node, index = own[id(new)]
-                self._take_over(graph, old, node, index)
+            node.scope, node.metadata = scope, {"rewrite.rule": rule.name, "rewrite.from": origin}
+        self.made += made
+        before = [graph.producer(t) for t in match.outputs]
+        for old, new, producer in zip(match.outputs, results, before, strict=True):
+            touched.update(dict.fromkeys(graph.consumers(old)))
+            maker = graph.producer(new)
+            if maker in made and producer is not None:
+                graph.hand_over(old, producer, maker, new)
             else:
                 self._alias(graph, old, new, rule, touched)
         graph.shuffled = graph.shuffled or len(match.outputs) > 1
-        graph.remove_dead(match.nodes)
-        return list(touched.values())
+        graph.remove_dead([*match.nodes, *filter(None, before)])
+        return list(touched)
 
-    def _take_over(self, graph: Graph, old: gs.Tensor, node: gs.Node, index: int) -> None:
-        """The new node computes the old value under its old name."""
-        producer = graph.producer(old)
-        assert producer is not None
-        slot = next(i for i, t in enumerate(producer.outputs) if t is old)
-        producer.outputs[slot] = gs.Variable(graph.fresh(f"{old.name}_replaced"), old.dtype, old.shape)
-        stale = node.outputs[index]
-        node.outputs[index] = old
-        for user in list(stale.outputs):
-            if id(user) in graph.live:
-                graph.replace_uses(stale, old)
-
-    def _alias(self, graph: Graph, old: gs.Tensor, new: gs.Tensor, rule: Rule, touched: dict[int, gs.Node]) -> None:
+    def _alias(self, graph: Graph, old: gs.Tensor, new: gs.Tensor, rule: Rule, touched: dict[Node, None]) -> None:
         """The old value is another existing value: its readers read that one."""
-        for user in graph.replace_uses(old, new):
-            touched[id(user)] = user
+        touched.update(dict.fromkeys(graph.replace_uses(old, new)))
         if id(old) in graph.outputs or id(old) in graph.captured:
             producer = graph.producer(old)
             assert producer is not None
-            node = gs.Node("Identity", graph.fresh(f"{old.name}_identity"), inputs=[new], outputs=[gs.Variable(graph.fresh(f"{old.name}_tmp"))])
+            node = Node("Identity", graph.fresh(f"{old.name}_identity"), {}, [new], [Variable(graph.fresh(f"{old.name}_tmp"))])
             graph.add(node, producer)
-            self.metadata[id(node)] = {"rewrite.rule": rule.name}
+            node.scope, node.metadata = "", {"rewrite.rule": rule.name}
             self.made.append(node)
-            self._take_over(graph, old, node, 0)
+            graph.hand_over(old, producer, node, node.outputs[0])
 
 
-def _nearest(graph: Graph, rule: Rule, node: gs.Node) -> Trace:
+def _nearest(graph: Graph, rule: Rule, node: Node) -> Trace:
     """How near the rule comes at a node at which it does not match."""
     trace = Trace()
     for _ in Matcher(graph, rule.pattern, trace).at(node):
@@ -321,7 +305,13 @@ def _nearest(graph: Graph, rule: Rule, node: gs.Node) -> Trace:
     return trace
 
 
-def _loop(rule: Rule, node: gs.Node) -> str:
+def _scope(node: Node) -> str:
+    assert node.source is not None
+    node.scope = module_scope(node.source)
+    return node.scope
+
+
+def _loop(rule: Rule, node: Node) -> str:
     return f"rule '{rule.name}' ({rule.source}) keeps changing the graph at {describe(node)}: a pattern matches again what replaced it; add a check that refuses it"
 
 
@@ -338,17 +328,17 @@ def _runs_back(match: Match) -> str | None:
     """Why a match of several outputs may not become one node: one of its inputs is computed from an output."""
     if len(match.outputs) < 2:
         return None
-    graph, inside = match.graph, {id(n) for n in match.nodes}
+    graph, inside = match.graph, set(match.nodes)
     leaves = [t for v in match.bindings.values() for t in (v if isinstance(v, list) else [v]) if isinstance(t, gs.Tensor)]
     outputs = {id(t) for t in match.outputs}
-    first = -1.0 if graph.shuffled else min(graph.position[i] for i in inside)
+    first = -1.0 if graph.shuffled else min(n.position for n in match.nodes)
     stack, seen = list(leaves), set(map(id, leaves))
     while stack:
         tensor = stack.pop()
         if id(tensor) in outputs:
             return f"its output '{tensor.name}' is needed to compute one of its inputs"
         node = graph.producer(tensor)
-        if node is None or id(node) in inside or graph.position[id(node)] < first:
+        if node is None or node in inside or node.position < first:
             continue
         above = [t for t in reads(node) if id(t) not in seen]
         seen.update(map(id, above))
@@ -368,8 +358,9 @@ def _type_change(old: gs.Tensor, new: gs.Tensor) -> str:
 
 def _bound(match: Match) -> dict[str, Any]:
     """Bindings as rules see them."""
-    bindings = {k: _wrapped(match.graph, v) for k, v in match.bindings.items()}
-    bindings["output"] = BoundValue(match.graph, match.outputs[0])
+    graph = match.graph
+    bindings = {k: BoundValue(graph, v) if isinstance(v, gs.Tensor) else _wrapped(graph, v) for k, v in match.bindings.items()}
+    bindings["output"] = BoundValue(graph, match.outputs[0])
     return bindings
 
 
@@ -392,6 +383,6 @@ def _target_shapes(match: Match) -> dict[int, tuple[Any, ...]]:
 
 def all_graphs(graph: gs.Graph) -> Iterable[gs.Graph]:
     """The graph and those inside its If, Loop and Scan nodes, innermost first."""
-    for inner in graph.subgraphs():
+    for inner in (g for n in graph.nodes if n.holds_graphs for g in n.subgraphs()):
         yield from all_graphs(inner)
     yield graph

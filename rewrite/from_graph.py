@@ -18,7 +18,7 @@ import onnx_graphsurgeon as gs
 from rewrite import pattern as P
 from rewrite.errors import RewriteError
 from rewrite.graph import DOMAIN, Graph, canonical, decode, describe
-from rewrite.model import Model, names_in, open_graph, overridable
+from rewrite.model import Model, open_graph, overridable
 from rewrite.noops import look_through
 from rewrite.registry import Plugin
 from rewrite.shapes import SymbolicShapes
@@ -47,7 +47,7 @@ def derive(model: Model, weights: dict[str, np.ndarray[Any, Any]], plugins: dict
     to compare or depends on a weight, and an input that the result does not depend on.
     """
     imported = open_graph(model)
-    graph = Graph(imported.graph, model.opset, names_in(model.proto), overridable(model.proto))
+    graph = Graph(imported.graph, model.opset, imported.names, overridable(model.proto))
     SymbolicShapes(graph).run()
     return _Derivation(graph, weights, plugins).run()
 

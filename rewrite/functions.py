@@ -14,7 +14,8 @@ import onnx.inliner
 import onnx_graphsurgeon as gs
 from onnx_graphsurgeon.exporters.onnx_exporter import OnnxExporter
 
-from rewrite.graph import DOMAIN, SMALL, Dim, Graph, canonical, describe, small_values
+from rewrite.graph import DOMAIN, SMALL, Dim, Graph, describe, small_values
+from rewrite.nodes import Constant, Node
 
 # Cheap operators on shapes and positions: where a match reads a value they compute, the body may compute it again.
 REDERIVED = {
@@ -25,25 +26,27 @@ REDERIVED = {
 TABLE = 2**22  # elements: the largest constant (a causal mask for 2048 positions) that becomes part of a body
 
 
-Step = tuple[str, str, Mapping[str, Any], list[str], list[str]]  # a node of a body: operator, domain, attributes, inputs, outputs
+# A node of a body: the number of its kind, inputs and outputs, which together are its key; operator, domain and attributes, which the kind stands for.
+Step = tuple[tuple[int, tuple[str, ...], tuple[str, ...]], str, str, Mapping[str, Any]]
 
 
 class CaptureError(Exception):
     """The match cannot become a function; the message is the reason, for the report."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class Body:
     """A subgraph as a function, and its fingerprint. Equal subgraphs of a graph share one, which nobody may change."""
 
     function: onnx.FunctionProto
     digest: str
+    called: str = ""  # the name under which nodes call it, if it is in the table of functions
     made_of: Any = None  # what ids in its key are those of: alive, so that these stay theirs
 
 
 def capture(
     graph: Graph,
-    nodes: list[gs.Node],
+    nodes: list[Node],
     inputs: dict[str, gs.Tensor],
     outputs: dict[str, gs.Tensor],
     name: str,
@@ -60,78 +63,120 @@ def capture(
     and constants up to `TABLE` elements are taken in. Raises CaptureError if a value comes from elsewhere and cannot be
     derived from the inputs again.
     """
+    wiring = _wiring(graph, nodes, inputs, outputs) if dims is None else None
+    if wiring is None:
+        return _capture(graph, nodes, inputs, outputs, name, attributes, dims, parameters)
+    key = (name, *attributes, None, *(parameters or inputs), None, *outputs, *wiring)
+    body: Body | None = graph.bodies.get(key)
+    if body is None:
+        body = graph.bodies[key] = _capture(graph, nodes, inputs, outputs, name, attributes, dims, parameters)
+    return body
+
+
+def _wiring(graph: Graph, nodes: list[Node], inputs: dict[str, gs.Tensor], outputs: dict[str, gs.Tensor]) -> list[int] | None:
+    """Equal for nodes of equal kinds, wired alike; None if they read or have what is rare, or what none of them computes."""
+    known = graph.known
+    places = {id(t): n for n, t in enumerate(inputs.values())}
+    for node in nodes:
+        for tensor in node.outputs:
+            if id(tensor) in known or not tensor.name:
+                return None
+            places.setdefault(id(tensor), len(places))
+    found: list[int] = []
+    for node in nodes:
+        if node.kind is None:
+            if node.holds_graphs:
+                return None
+            node.kind = _kind(graph, node.op, node.domain or "", node.attrs)
+        found += (node.kind, len(node.inputs), len(node.outputs))
+        for tensor in node.inputs:
+            place = places.get(id(tensor))
+            if place is None:
+                if type(tensor) is not Constant or tensor.kind is None:
+                    return None
+                place = len(places) + tensor.kind
+            found.append(place)
+    found += [places.get(id(t), -1) for t in outputs.values()]
+    return None if -1 in found else found
+
+
+def _capture(
+    graph: Graph, nodes: list[Node], inputs: dict[str, gs.Tensor], outputs: dict[str, gs.Tensor], name: str, attributes: list[str],
+    dims: Mapping[str, tuple[str, int]] | None, parameters: list[str] | None,
+) -> Body:  # fmt: skip
     made = _Capture(graph, nodes, inputs, dims)
     results = [made.value(t) for t in outputs.values()]
     rename = dict(zip(results, outputs, strict=True))
     if len(rename) != len(results) or any(r in inputs for r in results):
         raise CaptureError("an output of the match is one of its inputs")
-    key = (name, tuple(parameters or inputs), tuple(outputs), tuple(results), tuple(attributes), tuple(map(_key, made.steps)))
-    known: dict[Any, Body] = graph.bodies
-    if key not in known:
-        opsets = [onnx.helper.make_opsetid("", graph.opset)]
-        opsets += [onnx.helper.make_opsetid(d, 1) for d in sorted(made.domains - {"", "ai.onnx"})]
+    key = (name, tuple(parameters or inputs), tuple(outputs), tuple(results), tuple(attributes), tuple([s[0] for s in made.steps]))
+    body: Body | None = graph.bodies.get(key)
+    if body is None:
+        domains = {domain for _, _, domain, _ in made.steps} - {"", "ai.onnx"}
+        opsets = [onnx.helper.make_opsetid("", graph.opset), *(onnx.helper.make_opsetid(d, 1) for d in sorted(domains))]
         protos = [_build(s, rename) for s in made.steps]
         function = onnx.helper.make_function(DOMAIN, name, parameters or list(inputs), list(outputs), protos, opsets, attributes)
-        known[key] = Body(function, fingerprint(function), made.steps)
-    return known[key]
+        body = graph.bodies[key] = Body(function, fingerprint(function), made_of=made.steps)
+    return body
 
 
 class _Capture:
     """A body in the making: its nodes so far, and the name that each value has in it."""
 
-    def __init__(self, graph: Graph, nodes: list[gs.Node], inputs: dict[str, gs.Tensor], dims: Mapping[str, tuple[str, int]] | None):
+    def __init__(self, graph: Graph, nodes: list[Node], inputs: dict[str, gs.Tensor], dims: Mapping[str, tuple[str, int]] | None):
         self.graph, self.dims = graph, dims
         self.names: dict[int | str, str] = {id(t): n for n, t in inputs.items()}
         self.steps: list[Step] = []
-        self.domains: set[str] = set()
         self._given = len(inputs)
-        self._inside = {id(n) for n in nodes}
-        self._visiting: set[int] = set()
+        self._inside = nodes
+        self._visiting: set[Node] = set()
 
     def value(self, tensor: gs.Tensor) -> str:
-        if tensor.is_empty():
-            return ""
-        if id(tensor) in self.names:
-            return self.names[id(tensor)]
+        name = self.names.get(id(tensor))
+        if name is not None or not tensor.name:
+            return name or ""
         node = self.graph.producer(tensor)
         if node is None or id(tensor) in self.graph.known:
             return self.constant(tensor)
         if self.dims is not None and id(tensor) in self.graph.symbolic:
             return self.integers(tensor)
-        if id(node) not in self._inside and canonical(node) not in REDERIVED:
+        if node.canonical not in REDERIVED and node not in self._inside:
             raise CaptureError(f"the match reads '{tensor.name}', which {describe(node)} outside of it computes")
-        if id(node) in self._visiting or any(isinstance(a, gs.Graph) for a in node.attrs.values()):
+        if node in self._visiting or node.holds_graphs:
             raise CaptureError(f"{describe(node)} cannot be part of a function")
-        self._visiting.add(id(node))
-        self.emit(node)
+        if node.kind is None:
+            node.kind = _kind(self.graph, node.op, node.domain or "", node.attrs)
+        self._visiting.add(node)
+        operands = tuple([self.value(t) for t in node.inputs])
+        results = tuple([self.fresh(id(t)) if t.name else "" for t in node.outputs])
+        self.steps.append(((node.kind, operands, results), node.op, node.domain or "", node.attrs))
         return self.names[id(tensor)]
-
-    def emit(self, node: gs.Node) -> None:
-        operands = [self.value(t) for t in node.inputs]
-        self.domains.add(node.domain or "")
-        self.steps.append((node.op, node.domain or "", node.attrs, operands, [self.number(t) if t.name else "" for t in node.outputs]))
 
     def constant(self, tensor: gs.Tensor) -> str:
         array = self.graph.constant(tensor, SMALL if self.dims is None else TABLE)
         if array is None:
             what = "the weight" if isinstance(tensor, gs.Constant) else "the graph input"
             raise CaptureError(f"{what} '{tensor.name}' is read by the match but is no input of the replacement")
-        return self.literal(array, id(tensor))
+        if not isinstance(tensor, gs.Constant):
+            return self.literal(array, id(tensor))
+        if tensor.kind is None:
+            tensor.kind = _kind(self.graph, "Constant", "", {"value": array})
+        return self._enter(tensor.kind, "Constant", (), id(tensor), {"value": array})
 
     def literal(self, array: np.ndarray, key: int | str) -> str:
         return self.step("Constant", [], key, value=array)
 
     def step(self, op: str, operands: list[str], key: int | str, **attributes: Any) -> str:
+        return self._enter(_kind(self.graph, op, "", attributes), op, tuple(operands), key, attributes)
+
+    def _enter(self, kind: int, op: str, operands: tuple[str, ...], key: int | str, attributes: Mapping[str, Any]) -> str:
         target = self.fresh(key)
-        self.steps.append((op, "", attributes, operands, [target]))
+        self.steps.append(((kind, operands, (target,)), op, "", attributes))
         return target
 
-    def number(self, tensor: gs.Tensor) -> str:
-        return self.fresh(id(tensor))
-
     def fresh(self, key: int | str) -> str:
-        self.names[key] = f"v{len(self.names) - self._given}"
-        return self.names[key]
+        name = self.names[key] = f"v{len(self.names) - self._given}"
+        return name
 
     def integers(self, tensor: gs.Tensor) -> str:
         """A tensor of integers that shapes determine, from the shapes of the inputs."""
@@ -160,9 +205,10 @@ class _Capture:
         return self.step(operation, operands, f"size {text}")
 
 
-def _key(step: Step) -> tuple[Any, ...]:
-    op, domain, attributes, inputs, outputs = step
-    return op, domain, tuple(inputs), tuple(outputs), *((k, _frozen(v)) for k, v in attributes.items())
+def _kind(graph: Graph, op: str, domain: str, attributes: Mapping[str, Any]) -> int:
+    """A number for what nodes of this operator with these attributes compute."""
+    key = (op, domain, *[(k, _frozen(v)) for k, v in attributes.items()]) if attributes else (op, domain)
+    return graph.kinds.setdefault(key, len(graph.kinds))
 
 
 def _frozen(value: Any) -> Any:
@@ -178,7 +224,7 @@ def _frozen(value: Any) -> Any:
 
 
 def _build(step: Step, rename: Mapping[str, str]) -> onnx.NodeProto:
-    op, domain, attributes, inputs, outputs = step
+    (_, inputs, outputs), op, domain, attributes = step
     whole = {k: gs.Constant("", np.ascontiguousarray(v).reshape(v.shape)) if isinstance(v, np.ndarray) else v for k, v in attributes.items()}
     node: onnx.NodeProto = OnnxExporter.export_node(gs.Node(op, "", whole, domain=domain or None))
     node.input[:] = [rename.get(n, n) for n in inputs]

@@ -1,14 +1,16 @@
 """Questions asked of an onnx-graphsurgeon graph, and the edits rules make to it.
 
-A `Graph` wraps one `gs.Graph` (the main graph or the body of an If, Loop or Scan). Nodes are removed lazily:
-a dead node leaves `live` at once, while the consumer lists of its inputs are filtered when they are read, so that
-an edit never scans the consumers of a constant that ten thousand nodes share.
+A `Graph` wraps one `gs.Graph` (the main graph or the body of an If, Loop or Scan). Nodes are removed lazily: a node says
+itself whether it is there, and the consumer lists of its inputs are filtered when they are read, so that an edit never
+scans the consumers of a constant that ten thousand nodes share.
 """
 
 from __future__ import annotations
 
+import heapq
 import math
-from collections.abc import Iterable, Iterator, Mapping
+import operator
+from collections.abc import Container, Iterable, Iterator, Mapping
 from functools import cache
 from typing import Any
 
@@ -17,21 +19,21 @@ import onnx
 import onnx_graphsurgeon as gs
 
 from rewrite.errors import RewriteError
+from rewrite.nodes import DOMAIN as DOMAIN
+from rewrite.nodes import Constant, Node, Variable
 
-DOMAIN = "rewrite"
 SMALL = 4096  # elements: a constant up to this size may be read while matching and written into a function body
 
 MOVES = {"Transpose", "Split", "Slice", "Reshape", "Squeeze", "Unsqueeze", "Identity", "Cast", "Concat", "Gather"}
+
+NOTHING = Variable("")  # the output of a node that is about to be removed
 
 Dim = int | str | None
 
 
 def canonical(node: gs.Node) -> str:
     """The operator's name as patterns write it: `Gelu` for ONNX's and for ours, `domain::Op` for others."""
-    domain, op = node.domain, node.op  # asked some fifty times for each node of a graph
-    if not domain or domain == "ai.onnx":
-        return op  # type: ignore[no-any-return]
-    return op.split("_", 1)[0] if domain == DOMAIN else f"{domain}::{op}"
+    return node.canonical  # type: ignore[no-any-return]
 
 
 @cache
@@ -58,17 +60,18 @@ def dtype_name(dtype: object) -> str:
 class Graph:
     """One graph being rewritten: its live nodes, an index from operator to nodes, and the opset it is written in."""
 
-    def __init__(self, graph: gs.Graph, opset: int, names: set[str] | None = None, overridable: frozenset[str] = frozenset()):
-        """`names` are taken in the whole model; initializers called as in `overridable` are inputs, too: no constants."""
+    def __init__(self, graph: gs.Graph, opset: int, names: set[str] | None = None, overridable: frozenset[str] = frozenset(), kinds: dict[Any, int] | None = None):
+        """`names` are taken in the whole model; initializers called as in `overridable` are inputs, too: no constants.
+
+        Graphs of one model number their `kinds` of nodes and constants together, for they share constants.
+        """
         self.gs = graph
         self.opset = opset
         self.shuffled = False  # some node was put where it computes what nodes before it read
-        self.live: dict[int, gs.Node] = {}
-        self.position: dict[int, float] = {}
+        self.nodes: list[Node] = []  # in the order in which they entered; some are dead
         self.counts: dict[str, int] = {}
         self.outputs = {id(t) for t in graph.outputs}
-        self.names = set() if names is None else names
-        self.names.update(t.name for t in (*graph.inputs, *graph.outputs))
+        self.names = {t.name for t in (*graph.inputs, *graph.outputs)} if names is None else names
         self.overridable = overridable
         # Values an inner graph (If, Loop, Scan) reads from this one are used, though no node here lists them.
         self.captured: set[int] = set()
@@ -77,56 +80,67 @@ class Graph:
         # All integers that shapes determine, by tensor: the value of `Shape(x)[1]` is ["seq"]. `known` are those without names.
         self.symbolic: dict[int, list[Dim]] = {}
         self.functions: Mapping[str, onnx.FunctionProto] = {}  # that plugin nodes call
+        self.kinds = {} if kinds is None else kinds
         self.bodies: dict[Any, Any] = {}  # subgraphs captured before, as functions, by what they are made of
         self.scalars: set[int] = set()  # those of them that have no dimensions
         for index, node in enumerate(graph.nodes):
             self._enter(node, float(index))
-            self.names.update(t.name for t in (*node.inputs, *node.outputs))
-        for inner in graph.subgraphs(recursive=True):
-            self.captured.update(id(t) for n in inner.nodes for t in n.inputs)
-            self.captured.update(id(t) for t in inner.outputs)
+            if names is None:
+                self.names.update(t.name for t in (*node.inputs, *node.outputs))
+        for holder in (n for n in graph.nodes if n.holds_graphs):
+            for inner in holder.subgraphs(recursive=True):
+                self.captured.update(id(t) for n in inner.nodes for t in n.inputs)
+                self.captured.update(id(t) for t in inner.outputs)
 
-    def _enter(self, node: gs.Node, position: float) -> None:
-        self.live[id(node)] = node
-        self.position[id(node)] = position
-        op = canonical(node)
-        self.counts[op] = self.counts.get(op, 0) + 1
+    def _enter(self, node: Node, position: float) -> None:
+        node.graph, node.position = self, position
+        self.nodes.append(node)
+        self.counts[node.canonical] = self.counts.get(node.canonical, 0) + 1
 
-    def __iter__(self) -> Iterator[gs.Node]:
-        return iter(sorted(self.live.values(), key=lambda n: self.position[id(n)]))
+    def __iter__(self) -> Iterator[Node]:
+        return iter(sorted([n for n in self.nodes if not n.dead], key=operator.attrgetter("position")))
 
     def release(self) -> None:
         """Forget everything: nothing asks any more, but closures that name one another still hold this."""
-        for found in (self.live, self.position, self.known, self.symbolic, self.bodies, self.names):
+        for found in (self.nodes, self.known, self.symbolic, self.kinds, self.bodies, self.names):
             found.clear()
         self.gs = gs.Graph()
 
     # --- questions ---------------------------------------------------------------------------------------------
-    def producer(self, tensor: gs.Tensor) -> gs.Node | None:
+    def producer(self, tensor: gs.Tensor) -> Node | None:
         """The node of this graph that computes `tensor`; None for inputs, constants and values of an outer graph."""
         for node in tensor.inputs:
-            if id(node) in self.live:
-                return node
+            if node.graph is self:
+                return node  # type: ignore[no-any-return]
         return None
 
-    def consumers(self, tensor: gs.Tensor) -> list[gs.Node]:
+    def consumers(self, tensor: gs.Tensor) -> list[Node]:
         users = tensor.outputs
-        alive = [n for n in users if id(n) in self.live]
+        alive = [n for n in users if n.graph is self]
         if len(alive) * 2 < len(users):  # mostly dead: compact, so that the cost stays amortized
-            outer = [n for n in users if getattr(n, "_rewrite_dead", False) is False]
-            list.__setitem__(users, slice(None), outer)
+            users[:] = [n for n in users if not n.dead]
         return alive
 
-    def is_used_outside(self, tensor: gs.Tensor, nodes: set[int]) -> str | None:
+    def is_read_beside(self, tensor: gs.Tensor, nodes: Container[Node]) -> bool:
+        """Whether anything but `nodes` reads `tensor`."""
+        if id(tensor) in self.outputs or id(tensor) in self.captured:
+            return True
+        return self._other_reader(tensor, nodes) is not None
+
+    def _other_reader(self, tensor: gs.Tensor, nodes: Container[Node]) -> Node | None:
+        for user in reversed(tensor.outputs):  # the newest first: of a value that thousands of replaced nodes read, these are alive
+            if user.graph is self and user not in nodes:
+                return user  # type: ignore[no-any-return]
+        return None
+
+    def is_used_outside(self, tensor: gs.Tensor, nodes: Container[Node]) -> str | None:
         """Who else reads `tensor`: a description of the first user not in `nodes`, or None."""
         if id(tensor) in self.outputs:
             return "it is an output of the graph"
         if id(tensor) in self.captured:
             return "an inner graph (If, Loop or Scan) reads it"
-        for user in reversed(tensor.outputs):  # the newest first: of a value that thousands of replaced nodes read, these are alive
-            if id(user) in self.live and id(user) not in nodes:
-                return f"{describe(user)} reads it too"
-        return None
+        user = self._other_reader(tensor, nodes)
+        return None if user is None else f"{describe(user)} reads it too"
 
     def attribute(self, node: gs.Node, name: str) -> object:
         """The value of an attribute, or its default by the ONNX specification, or None."""
@@ -177,74 +191,123 @@ class Graph:
         self.names.add(name)
         return name
 
-    def add(self, node: gs.Node, before: gs.Node) -> None:
+    def add(self, node: Node, before: Node) -> None:
         """Enter a new node at the place of `before`; the order among equals is settled when the graph is sorted."""
-        self._enter(node, self.position[id(before)])
+        self._enter(node, before.position)
 
-    def remove(self, node: gs.Node) -> None:
-        del self.live[id(node)]
-        node._rewrite_dead = True
-        self.counts[canonical(node)] -= 1
+    def remove(self, node: Node) -> None:
+        node.graph, node.dead = None, True
+        self.counts[node.canonical] -= 1
 
-    def remove_dead(self, candidates: Iterable[gs.Node]) -> None:
+    def discard(self, nodes: Iterable[Node]) -> None:
+        """Remove new nodes of which nothing is to stay."""
+        for node in nodes:
+            self.remove(node)
+            for tensor in node.inputs:
+                _drop(tensor.outputs, node)
+            node.inputs.clear()
+
+    def remove_dead(self, candidates: Iterable[Node]) -> None:
         """Remove those of `candidates`, and what only they used, that no longer reach an output."""
         stack = [*candidates][::-1]  # of a match the first reads the others: once it is gone, they go at the first look
         while stack:
             node = stack.pop()
-            if id(node) not in self.live or any(self._needed(t) for t in node.outputs):
+            if node.graph is not self:
                 continue
-            self.remove(node)
-            stack.extend(p for t in node.inputs if (p := self.producer(t)) is not None)
+            for tensor in node.outputs:
+                if self.is_read_beside(tensor, ()):
+                    break
+            else:
+                self.remove(node)
+                stack += [p for t in node.inputs for p in t.inputs if p.graph is self]
 
-    def _needed(self, tensor: gs.Tensor) -> bool:
-        if self.producer(tensor) is None:
-            return False
-        return self.is_used_outside(tensor, set()) is not None
-
-    def replace_uses(self, old: gs.Tensor, new: gs.Tensor) -> list[gs.Node]:
+    def replace_uses(self, old: gs.Tensor, new: gs.Tensor) -> list[Node]:
         """Let every reader of `old` read `new`; returns the readers."""
         users = self.consumers(old)
         for user in users:
+            user.rewired = True
             for index, tensor in enumerate(user.inputs):
                 if tensor is old:
-                    list.__setitem__(user.inputs, index, new)
+                    user.inputs[index] = new
                     list.append(new.outputs, user)
-        moved = {id(u) for u in users}
-        list.__setitem__(old.outputs, slice(None), [u for u in old.outputs if id(u) not in moved])
+        old.outputs[:] = [u for u in old.outputs if u.graph is not self]
         return users
+
+    def hand_over(self, tensor: gs.Tensor, old: Node, new: Node, result: gs.Tensor) -> None:
+        """`new`, not `old`, computes `tensor` from now on: as its output `result`, which is no value of the graph any more."""
+        slot = _place(old.outputs, tensor)
+        spare = Variable(self.fresh(f"{tensor.name}_replaced"), tensor.dtype, tensor.shape) if len(old.outputs) > 1 else NOTHING
+        _drop(tensor.inputs, old)
+        old.outputs[slot], old.rewired = spare, True
+        if spare is not NOTHING:
+            spare.inputs.append(old)
+        new.outputs[_place(new.outputs, result)] = tensor
+        list.append(tensor.inputs, new)
+        result.inputs.clear()
+        if result.outputs:
+            self.replace_uses(result, tensor)
 
     def sort(self) -> None:
         """Write the live nodes back in an order in which every value is computed before it is read (stable)."""
         order = list(self)
-        waiting: dict[int, int] = {}
+        self.gs.nodes = order if self._is_sorted(order) else self._sorted(order)
+
+    def _is_sorted(self, order: list[Node]) -> bool:
+        """Whether each node stands after those that it reads from: where no rule moved work ahead, it does."""
+        for place, node in enumerate(order):
+            node.position = float(place)
+        for node in order:
+            for tensor in reads(node):
+                for producer in tensor.inputs:
+                    if producer.graph is self and producer.position >= node.position:
+                        return False
+        return True
+
+    def _sorted(self, order: list[Node]) -> list[Node]:
+        waiting: list[int] = []
         readers: dict[int, list[int]] = {}
-        index = {id(n): i for i, n in enumerate(order)}
         for i, node in enumerate(order):
-            sources = {index[id(p)] for t in reads(node) if (p := self.producer(t)) is not None}
-            waiting[i] = len(sources)
+            sources = {int(p.position) for t in reads(node) if (p := self.producer(t)) is not None}
+            waiting.append(len(sources))
             for source in sources:
                 readers.setdefault(source, []).append(i)
-        import heapq
-
-        ready = [i for i, count in waiting.items() if count == 0]
-        heapq.heapify(ready)
-        sorted_nodes = []
+        ready = [i for i, count in enumerate(waiting) if count == 0]
+        found = []
         while ready:
             i = heapq.heappop(ready)
-            sorted_nodes.append(order[i])
+            found.append(order[i])
             for j in readers.get(i, ()):
                 waiting[j] -= 1
                 if waiting[j] == 0:
                     heapq.heappush(ready, j)
-        if len(sorted_nodes) < len(order):
+        if len(found) < len(order):
             stuck = next(n for i, n in enumerate(order) if waiting[i])
             raise RewriteError(f"the rewritten graph has a cycle at {describe(stuck)}: a replacement reads what is computed from it; disable the rule that made it")
-        self.gs.nodes = sorted_nodes
+        return found
 
 
-def reads(node: gs.Node) -> Iterator[gs.Tensor]:
+def _drop(nodes: list[Node], node: Node) -> None:
+    """Take `node` out once; new ones stand last."""
+    place = len(nodes) - 1
+    while nodes[place] is not node:
+        place -= 1
+    del nodes[place]
+
+
+def _place(tensors: list[gs.Tensor], tensor: gs.Tensor) -> int:
+    """Where `tensor` itself stands; one of the same name is equal to it."""
+    place = 0
+    while tensors[place] is not tensor:
+        place += 1
+    return place
+
+
+def reads(node: Node) -> list[gs.Tensor]:
     """All values a node reads, those its inner graphs take from outside included."""
-    yield from node.inputs
+    return [*node.inputs, *_inner_reads(node)] if node.holds_graphs else node.inputs
+
+
+def _inner_reads(node: Node) -> Iterator[gs.Tensor]:
     for value in node.attrs.values():
         if isinstance(value, gs.Graph):
             inner = {id(t) for n in value.nodes for t in n.outputs} | {id(t) for t in value.inputs}
@@ -254,25 +317,19 @@ def reads(node: gs.Node) -> Iterator[gs.Tensor]:
 
 def describe(node: gs.Node) -> str:
     name = node.name or (node.outputs[0].name if node.outputs else "?")
-    return f"{canonical(node)} '{name}'"
+    return f"{node.canonical} '{name}'"
 
 
-def small_values(tensor: gs.Constant, limit: int = SMALL) -> np.ndarray | None:
+def small_values(tensor: Constant, limit: int = SMALL) -> np.ndarray | None:
     """The values of a constant of at most `limit` elements that is stored in the model file itself, else None."""
-    lazy = tensor._values
-    proto = getattr(lazy, "tensor", None)
-    if isinstance(proto, onnx.TensorProto):
-        external = proto.data_location == onnx.TensorProto.EXTERNAL
-        if external or math.prod(proto.dims) > limit or proto.data_type == onnx.TensorProto.STRING:
+    if tensor.array is None:
+        proto = getattr(tensor._values, "tensor", None)
+        if not isinstance(proto, onnx.TensorProto) or proto.data_location == onnx.TensorProto.EXTERNAL:
             return None
-        cached = getattr(tensor, "_rewrite_values", None)
-        if cached is None:
-            cached = onnx.numpy_helper.to_array(proto)
-            tensor._rewrite_values = cached
-        return np.asarray(cached)
-    if isinstance(lazy, np.ndarray) and lazy.size <= limit:
-        return lazy
-    return None
+        if math.prod(tensor.shape) > limit or proto.data_type == onnx.TensorProto.STRING:
+            return None
+        tensor.array = np.asarray(onnx.numpy_helper.to_array(proto))
+    return tensor.array if tensor.array.size <= limit else None
 
 
 def _constant_node(node: gs.Node, limit: int) -> np.ndarray | None:

@@ -1,7 +1,9 @@
 """Matching one pattern at one node, with backtracking over operand orders, bracketings and alternatives.
 
-The matcher walks from the node that produces the pattern's (first) output towards its inputs. It looks through nodes
-that change nothing (see `look_through`).
+The matcher walks from the node that produces the pattern's (first) output towards its inputs, with a list of goals: which
+value of the pattern is to stand for which value of the graph. Where a goal leaves no choice, the next one follows in a
+loop; where there is a choice, each is tried with the goals that are left, and what it bound is undone. It looks through
+nodes that change nothing (see `look_through`).
 A `Trace` given to it records how far the best attempt came and why it stopped there; that is what `explain` prints.
 """
 
@@ -9,8 +11,8 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -18,108 +20,38 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from rewrite import pattern as P
-from rewrite.graph import Dim, Graph, canonical, describe
+from rewrite.graph import Dim, Graph, describe
 from rewrite.graph import dtype_name as dtype_name
+from rewrite.match import BoundValue as BoundValue
+from rewrite.match import Match as Match
+from rewrite.nodes import Node, Variable
 from rewrite.noops import look_through
-from rewrite.outlook import may_be
+from rewrite.outlook import may_be, viable
+from rewrite.trace import Trace
 
-# Never computed twice: an interior value of a match that others read keeps its node alive, and these cost too much.
-HEAVY = {"MatMul", "Gemm", "Conv", "Softmax", "Attention", "Einsum", "ConvTranspose", "LSTM", "GRU", "FusedAttention", "MatMulAct", "GatedMatMulAct"}
-SHAPE_ARITHMETIC = {"Shape", "Gather", "Slice", "Concat", "Squeeze", "Unsqueeze", "Cast", "Add", "Sub", "Mul", "Div"}
-
-Operand = tuple[gs.Tensor, str]
-
-
-class BoundValue:
-    """A graph value bound to a pattern variable, as `check` sees it."""
-
-    def __init__(self, graph: Graph, tensor: gs.Tensor):
-        self.graph, self.tensor = graph, tensor
-
-    @property
-    def name(self) -> str:
-        return str(self.tensor.name)
-
-    @property
-    def shape(self) -> list[Dim] | None:
-        return None if self.tensor.shape is None else list(self.tensor.shape)
-
-    @property
-    def rank(self) -> int | None:
-        return None if self.tensor.shape is None else len(self.tensor.shape)
-
-    @property
-    def dtype(self) -> str | None:
-        return None if self.tensor.dtype is None else dtype_name(self.tensor.dtype)
-
-    @property
-    def is_constant(self) -> bool:
-        return self.graph.is_constant(self.tensor)
-
-    @property
-    def is_weight(self) -> bool:
-        """Whether it is a constant, or computed from constants alone (a tied weight, transposed)."""
-        return self.graph.is_weight(self.tensor)
-
-    @property
-    def value(self) -> np.ndarray | None:
-        """The value of a small constant, else None."""
-        return self.graph.constant(self.tensor)
-
-    def __repr__(self) -> str:
-        return f"{self.name}: {self.dtype}{self.shape}"
+Operand = tuple[gs.Tensor, str]  # how is "Div" or "Sub" for a constant that the graph divides by or subtracts
+Goals = tuple[Any, Any, Any]  # a value of the pattern, what it is to stand for, the goals after it (None after the last)
+Step = Goals | None | Iterable[Goals | None]  # what a goal leads to: the goals that are left, or a choice among several such
 
 
 @dataclass
-class Match:
-    """Where a pattern fits: variables bound to graph values, and the nodes they are computed by."""
+class _Fit:
+    """A goal that is met where an alternative fits: why others did not is then no reason why the whole does not."""
 
-    graph: Graph
-    outputs: list[gs.Tensor]
-    bindings: dict[str, Any]
-    nodes: list[gs.Node]
-    # Of rules that find their matches themselves. Where named dimensions are read, by input of the plugin and axis:
-    # the body then reads all its sizes there. Shapes for the check of the site, by tensor, where they differ from the
-    # graph's. What was found, in a few words, for the report.
-    dims: dict[str, tuple[str, int]] | None = None
-    shapes: dict[int, tuple[Dim, ...]] = field(default_factory=dict)
-    note: str = ""
+    noted: Trace
+    met: bool = False
 
 
 @dataclass
-class Trace:
-    """How far the best attempt of a rule came at one node: operators matched, and what stopped it there."""
+class _Refusal:
+    """A goal that nothing meets: the node has an operand too many, or lacks one."""
 
-    depth: float = -1
-    reason: str = ""
-    node: str = ""
-    part: str = ""
-    bound: dict[str, str] = field(default_factory=dict)
-    covered: list[str] = field(default_factory=list)
-    expected: list[str] = field(default_factory=list)  # operators any of which would have led on, at the same node
-
-    def unexpected(self, depth: int, op: str, node: str, found: str, bound: dict[str, str], covered: list[str]) -> None:
-        """Another operator than the pattern has stands there."""
-        if depth == self.depth and self.expected and node == self.node:
-            if op not in self.expected:
-                self.expected.append(op)
-        elif depth > self.depth:
-            self.stop(depth, op, node, "", bound, covered)
-            self.expected = [op]
-        else:
-            return
-        self.reason = f"expected {' or '.join(self.expected)}, found {found}"
-
-    def stop(self, depth: float, part: str, node: str, reason: str, bound: dict[str, str], covered: list[str]) -> None:
-        if depth > self.depth:
-            self.depth, self.part, self.node, self.reason, self.bound, self.covered, self.expected = depth, part, node, reason, bound, covered, []
+    op: P.Op
+    node: Node
+    reason: str
 
 
-    def copy(self) -> Trace:
-        return replace(self, expected=list(self.expected))
-
-    def restore(self, noted: Trace) -> None:
-        self.__dict__.update(noted.copy().__dict__)
+FAILED: Goals = (_Refusal, None, None)
 
 
 class Matcher:
@@ -128,22 +60,28 @@ class Matcher:
     def __init__(self, graph: Graph, outputs: tuple[P.Value, ...], trace: Trace | None = None):
         self.graph, self.pattern, self.trace = graph, outputs, trace
         self.bindings: dict[str, Any] = {}
-        self.matched: dict[int, gs.Node] = {}  # id(pattern node) -> graph node
-        self.nodes: list[gs.Node] = []  # every node covered, no-ops looked through included
-        self.depth = 0
+        self.matched: dict[int, Node] = {}  # id(pattern node) -> graph node
+        self.nodes: list[Node] = []  # every node covered, no-ops looked through included
+        self._trail: list[str | int] = []  # what was bound (names) and matched (ids), in this order
 
-    def at(self, node: gs.Node) -> Iterator[Match]:
+    def at(self, node: Node) -> Iterator[Match]:
         """All ways in which the pattern matches with its first output computed by `node`."""
         first = self.pattern[0]
         index = first.index if isinstance(first, P.Output) else 0
         if index >= len(node.outputs):
             return
-        for _ in self._value(first, node.outputs[index]):
-            yield from self._others(1, [node.outputs[index]])
+        for _ in self._solve((first, node.outputs[index], None)):
+            if len(self.pattern) == 1:
+                yield self._match([node.outputs[index]])
+            else:
+                yield from self._others(1, [node.outputs[index]])
+
+    def _match(self, outputs: list[gs.Tensor]) -> Match:
+        return Match(self.graph, outputs, dict(self.bindings), list(dict.fromkeys(self.nodes)))
 
     def _others(self, position: int, found: list[gs.Tensor]) -> Iterator[Match]:
         if position == len(self.pattern):
-            yield Match(self.graph, list(found), dict(self.bindings), list({id(n): n for n in self.nodes}.values()))
+            yield self._match(found)
             return
         value = self.pattern[position]
         op = value.node if isinstance(value, P.Output) else value
@@ -151,8 +89,10 @@ class Matcher:
         known = self.matched.get(id(op))
         for node in [known] if known is not None else self._siblings(value):
             if index < len(node.outputs):
-                for _ in self._value(value, node.outputs[index]):
+                mark = self._mark()
+                for _ in self._solve((value, node.outputs[index], None)):
                     yield from self._others(position + 1, [*found, node.outputs[index]])
+                self._undo(mark)
 
     def _siblings(self, value: P.Value) -> list[gs.Node]:
         """Nodes that may produce a further output of the pattern: reached upwards from what is bound already."""
@@ -188,76 +128,118 @@ class Matcher:
             users = [u for t in front for u in self.graph.consumers(t)]
             front = []
             for user in users:
-                if canonical(user) in op.ops:
+                if user.canonical in op.ops:
                     found.append(user)
-                passes = canonical(user) in op.ops and op.name in P.ASSOCIATIVE
+                passes = user.canonical in op.ops and op.name in P.ASSOCIATIVE
                 for output in user.outputs:
                     if id(output) not in seen and (passes or look_through(self.graph, user, output) is not None):
                         seen.add(id(output))
                         front.append(output)
         return found
 
-    # --- values ------------------------------------------------------------------------------------------------
-    def _value(self, value: P.Value, tensor: gs.Tensor) -> Iterator[None]:
-        return MATCHES[type(value)](self, value, tensor)
-
-    def _variable(self, value: P.Var, tensor: gs.Tensor) -> Iterator[None]:
-        return self._bind(value.name, tensor, tensor is self.bindings.get(value.name, tensor))
-
-    def _fixed(self, value: P.Value, tensor: gs.Tensor) -> Iterator[None]:
-        return self._constant(value, self.graph.constant(tensor), tensor)
-
-    def _any_of(self, value: P.AnyOf, tensor: gs.Tensor) -> Iterator[None]:
-        if self.trace is not None:
-            yield from self._any_traced(value, tensor, self.trace)
+    # --- goals -------------------------------------------------------------------------------------------------
+    def _solve(self, goals: Goals | None) -> Iterator[None]:
+        """Once for each way to meet all goals. What was bound on the way is left for the caller to undo."""
+        while goals is not None:
+            value, tensor, rest = goals
+            step = MEETS[type(value)](self, value, tensor, rest)
+            if step is FAILED:
+                return
+            if step is None or type(step) is tuple:
+                goals = step
+                continue
+            mark = self._mark()
+            for choice in step:
+                if choice is not FAILED:
+                    yield from self._solve(choice)
+                self._undo(mark)
             return
+        yield
+
+    def _mark(self) -> tuple[int, int]:
+        return len(self._trail), len(self.nodes)
+
+    def _undo(self, mark: tuple[int, int]) -> None:
+        while len(self._trail) > mark[0]:
+            last = self._trail.pop()
+            if isinstance(last, str):
+                del self.bindings[last]
+            else:
+                del self.matched[last]
+        del self.nodes[mark[1] :]
+
+    def _bind(self, name: str, bound: Any) -> None:
+        self.bindings[name] = bound
+        self._trail.append(name)
+
+    # --- values ------------------------------------------------------------------------------------------------
+    def _variable(self, value: P.Var, tensor: gs.Tensor, rest: Goals | None) -> Goals | None:
+        name = value.name
+        if name not in self.bindings:
+            self._bind(name, tensor)
+            return rest
+        return rest if self.bindings[name] is tensor else self._differs(name, tensor)
+
+    def _equal(self, name: str, bound: Any, rest: Goals | None) -> Goals | None:
+        if name not in self.bindings:
+            self._bind(name, bound)
+            return rest
+        return rest if self.bindings[name] == bound else self._differs(name, bound)
+
+    def _differs(self, name: str, bound: Any) -> Goals:
+        if self.trace is None:
+            return FAILED
+        other = self.bindings[name]
+        return self._stop(f"variable {name}", None, f"'{getattr(bound, 'name', bound)}' is not '{getattr(other, 'name', other)}', which {name} stands for")
+
+    def _rest(self, value: P.Rest, tensors: Any, rest: Goals | None) -> Goals | None:
+        if not isinstance(tensors, list):
+            return FAILED
+        if value.name not in self.bindings:
+            self._bind(value.name, tensors)
+        return rest
+
+    def _tagged(self, value: P.Tag, tensor: gs.Tensor, rest: Goals | None) -> Goals | None:
+        return self._equal(value.name, value.label, (value.value, tensor, rest))
+
+    def _missing(self, value: P.Missing, tensor: gs.Tensor, rest: Goals | None) -> Goals | None:
+        return FAILED if tensor.name else rest
+
+    def _any_of(self, value: P.AnyOf, tensor: gs.Tensor, rest: Goals | None) -> Step:
+        if self.trace is not None:
+            return self._any_traced(value, tensor, rest, self.trace)
+        choices = viable(self.graph, value, tensor)
+        if len(choices) == 1:
+            return choices[0], tensor, rest
+        return [(choice, tensor, rest) for choice in choices]
+
+    def _any_traced(self, value: P.AnyOf, tensor: gs.Tensor, rest: Goals | None, trace: Trace) -> Iterator[Goals]:
+        fit = _Fit(trace.copy())
         for alternative in value.alternatives:
-            if may_be(self.graph, alternative, tensor):
-                yield from self._value(alternative, tensor)
+            yield alternative, tensor, (fit, None, rest)
+        if fit.met:
+            trace.restore(fit.noted)
 
-    def _tagged(self, value: P.Tag, tensor: gs.Tensor) -> Iterator[None]:
-        for _ in self._bind(value.name, value.label, self.bindings.get(value.name, value.label) == value.label):
-            yield from self._value(value.value, tensor)
+    def _fitted(self, fit: _Fit, _: None, rest: Goals | None) -> Iterator[Goals | None]:
+        assert self.trace is not None
+        self.trace.restore(fit.noted)
+        fit.met = True
+        yield rest
+        fit.noted = self.trace.copy()
 
-    def _missing(self, value: P.Missing, tensor: gs.Tensor) -> Iterator[None]:
-        return iter((None,) if tensor.is_empty() else ())
+    def _refused(self, refusal: _Refusal, _: None, rest: Goals | None) -> Step:
+        return self._stop(refusal.op.name, refusal.node, refusal.reason)
 
-    def _output(self, value: P.Output, tensor: gs.Tensor) -> Iterator[None]:
-        return self._produced(value.node, tensor, value.index)
-
-    def _operator(self, value: P.Op, tensor: gs.Tensor) -> Iterator[None]:
-        return self._produced(value, tensor, 0)
-
-    def _nothing(self, value: P.Value, tensor: gs.Tensor) -> Iterator[None]:
-        return iter(())
-
-    def _of_type(self, value: P.Typed, tensor: gs.Tensor) -> Iterator[None]:
-        for _ in self._typed(value, tensor):
-            yield from self._value(value.value, tensor)
-
-    def _any_traced(self, value: P.AnyOf, tensor: gs.Tensor, trace: Trace) -> Iterator[None]:
-        """Where one alternative fits, that others do not is no reason why the whole does not: it is not noted."""
-        noted, fitted = trace.copy(), False
-        for alternative in value.alternatives:
-            for _ in self._value(alternative, tensor):
-                trace.restore(noted)
-                fitted = True
-                yield
-                noted = trace.copy()
-        if fitted:
-            trace.restore(noted)
-
-    def _typed(self, value: P.Typed, tensor: gs.Tensor) -> Iterator[None]:
+    def _typed(self, value: P.Typed, tensor: gs.Tensor, rest: Goals | None) -> Goals | None:
         """`tensor` is of the dtype and shape asked for; names of dimensions are bound, the same everywhere."""
-        what, shape = P.text(value.value), tensor.shape
+        what, shape = P.text(value.value) if self.trace is not None else "", tensor.shape
         dtype = None if tensor.dtype is None else dtype_name(tensor.dtype)
         if value.dtypes and dtype not in value.dtypes:
             return self._stop(what, None, f"'{tensor.name}' is {dtype or 'of unknown type'}, not {' or '.join(value.dtypes)}", 0.5)
         if value.constant and not self.graph.is_constant(tensor):
             return self._stop(what, None, f"'{tensor.name}' is computed, not a constant", 0.5)
         if value.dims is None:
-            yield
-            return
+            return value.value, tensor, rest
         wanted, found = list(value.dims), None if shape is None else list(shape)
         if ... in wanted and found is not None:
             at = wanted.index(...)
@@ -272,147 +254,125 @@ class Matcher:
                 return self._stop(what, None, f"'{tensor.name}' has shape {found}, not {P.dims_text(value.dims)}{f' with {want} = {known}' if isinstance(want, str) else ''}", 0.5)
             if isinstance(want, str) and want not in self.bindings:
                 fresh[want] = dim
-        self.bindings.update(fresh)
-        yield
-        for name in fresh:
-            del self.bindings[name]
+        for name, dim in fresh.items():
+            self._bind(name, dim)
+        return value.value, tensor, rest
 
-    def _bind(self, name: str, bound: Any, fits: bool) -> Iterator[None]:
-        if not fits:
-            other = self.bindings[name]
-            self._stop(f"variable {name}", None, f"'{getattr(bound, 'name', bound)}' is not '{getattr(other, 'name', other)}', which {name} stands for")
-            return
-        fresh = name not in self.bindings
-        if fresh:
-            self.bindings[name] = bound
-        yield
-        if fresh:
-            del self.bindings[name]
-
-    def _constant(self, value: P.Value, array: np.ndarray | None, tensor: gs.Tensor) -> Iterator[None]:
+    def _constant(self, value: P.Const | P.Scalar | P.Ints, tensor: gs.Tensor, rest: Goals | None) -> Goals | None:
+        array = self.graph.constant(tensor)
         if array is None:
-            self._stop(P.text(value), self.graph.producer(tensor), f"'{tensor.name}' is not a small constant")
-        elif isinstance(value, P.Ints):
-            found = [int(i) for i in array.reshape(-1)] if array.dtype.kind in "iu" else None
-            if found is None or (value.value is not None and tuple(found) != value.value):
-                self._stop(P.text(value), None, f"'{tensor.name}' is {found}, not {list(value.value or ()) or 'a list of integers'}", 0.5)
-            elif value.name is None:
-                yield
-            else:
-                yield from self._bind(value.name, found, self.bindings.get(value.name, found) == found)
-        elif array.size != 1 or array.dtype.kind not in "fiub":
-            self._stop(P.text(value), None, f"'{tensor.name}' has {array.size} elements, not one")
-        else:
-            yield from self._number(value, float(array.reshape(())), tensor.name)
+            return FAILED if self.trace is None else self._stop(P.text(value), self.graph.producer(tensor), f"'{tensor.name}' is not a small constant")
+        if isinstance(value, P.Ints):
+            return self._integers(value, array, tensor, rest)
+        if array.size != 1 or array.dtype.kind not in "fiub":
+            return self._stop(P.text(value), None, f"'{tensor.name}' has {array.size} elements, not one")
+        return self._number(value, float(array.reshape(())), tensor.name, rest)
 
-    def _number(self, value: P.Value, number: float, name: str) -> Iterator[None]:
+    def _integers(self, value: P.Ints, array: np.ndarray, tensor: gs.Tensor, rest: Goals | None) -> Goals | None:
+        found = [int(i) for i in array.reshape(-1)] if array.dtype.kind in "iu" else None
+        if found is None or (value.value is not None and tuple(found) != value.value):
+            return self._stop(P.text(value), None, f"'{tensor.name}' is {found}, not {list(value.value or ()) or 'a list of integers'}", 0.5)
+        return rest if value.name is None else self._equal(value.name, found, rest)
+
+    def _number(self, value: P.Const | P.Scalar, number: float, name: str, rest: Goals | None) -> Goals | None:
         if isinstance(value, P.Scalar):
-            yield from self._bind(value.name, number, self.bindings.get(value.name, number) == number)
-        elif isinstance(value, P.Const):
-            if number == value.value or abs(number - value.value) <= value.tolerance * abs(value.value) < math.inf:
-                yield
-            else:
-                self._stop(P.text(value), None, f"'{name}' is {number:.6g}, not {value.value:.6g}", 0.5)
+            return self._equal(value.name, number, rest)
+        if number == value.value or abs(number - value.value) <= value.tolerance * abs(value.value) < math.inf:
+            return rest
+        return self._stop(P.text(value), None, f"'{name}' is {number:.6g}, not {value.value:.6g}", 0.5)
 
     # --- nodes -------------------------------------------------------------------------------------------------
-    def _produced(self, op: P.Op, tensor: gs.Tensor, index: int) -> Iterator[None]:
-        """`tensor` is output `index` of a node that matches `op`, perhaps behind nodes that change nothing."""
-        node = self.graph.producer(tensor)
-        if node is None:
-            what = f"the constant '{tensor.name}'" if isinstance(tensor, gs.Constant) else f"'{tensor.name}', an input of the graph"
-            return self._unexpected(op.name, None, what)
-        known, produces = self.matched.get(id(op)), index < len(node.outputs) and node.outputs[index] is tensor
-        if known is node:
-            if produces:
-                yield
-            return
-        if known is None and canonical(node) in op.ops and produces:
-            if op.outputs > 1 and sum(1 for t in node.outputs if t.name) != op.outputs:
-                return self._stop(op.name, node, f"it has {len(node.outputs)} outputs, the pattern {op.outputs}")
-            yield from self._node(op, node)
-            return
-        through = look_through(self.graph, node, tensor)
-        if through is None:
-            return self._unexpected(op.name, node, _found(node))
-        source, nodes = through
-        self.nodes.extend(nodes)
-        yield from self._produced(op, source, index)
-        del self.nodes[len(self.nodes) - len(nodes) :]
+    def _output(self, value: P.Output, tensor: gs.Tensor, rest: Goals | None) -> Step:
+        return self._produced(value.node, tensor, rest, value.index)
 
-    def _node(self, op: P.Op, node: gs.Node) -> Iterator[None]:
+    def _produced(self, op: P.Op, tensor: gs.Tensor, rest: Goals | None, index: int = 0) -> Step:
+        """`tensor` is output `index` of a node that matches `op`, perhaps behind nodes that change nothing."""
+        graph, known = self.graph, self.matched.get(id(op))
+        while True:
+            for node in tensor.inputs:  # its producer
+                if node.graph is graph:
+                    break
+            else:
+                return self._unexpected(op.name, None, tensor)
+            produces = index < len(node.outputs) and node.outputs[index] is tensor
+            if known is node:
+                return rest if produces else FAILED
+            if known is None and produces and node.canonical in op.ops:
+                if op.outputs > 1 and sum(1 for t in node.outputs if t.name) != op.outputs:
+                    return self._stop(op.name, node, f"it has {len(node.outputs)} outputs, the pattern {op.outputs}")
+                return self._node(op, node, rest)
+            through = look_through(graph, node, tensor)
+            if through is None:
+                return self._unexpected(op.name, node, tensor)
+            tensor, passed = through
+            self.nodes += passed
+
+    def _node(self, op: P.Op, node: Node, rest: Goals | None) -> Step:
+        if op.attributes and not self._attributes(op, node):
+            return FAILED
+        self.matched[id(op)] = node
+        self._trail.append(id(op))
+        self.nodes.append(node)
+        if op.name in P.ASSOCIATIVE:
+            return self._associated(op, node, rest)
+        if op.name in P.COMMUTATIVE and len(op.inputs) == len(node.inputs) == 2:
+            return _ordered(op, self.trace is not None)[0], [(t, "") for t in node.inputs], rest
+        return self._in_order(op, node, rest)
+
+    def _attributes(self, op: P.Op, node: Node) -> bool:
+        """Whether all attributes are as the pattern has them; those that it leaves open are bound."""
         captured: dict[str, Any] = {}
         for name, wanted in op.attributes.items():
             actual = self.graph.attribute(node, name)
             if isinstance(wanted, P.Attr):
                 known = captured.get(wanted.name, self.bindings.get(wanted.name, actual))
                 if not same_attribute(actual, known):
-                    return self._stop(op.name, node, f"attribute {name} is {actual!r}, but {wanted.name} stands for {known!r} already", 0.5)
+                    self._stop(op.name, node, f"attribute {name} is {actual!r}, but {wanted.name} stands for {known!r} already", 0.5)
+                    return False
                 captured[wanted.name] = actual
             elif not (wanted(actual) if callable(wanted) else same_attribute(actual, wanted)):
-                asked = str(inspect.getdoc(wanted) or getattr(wanted, "__name__", "another")).rstrip(".") if callable(wanted) else repr(wanted)
-                return self._stop(op.name, node, f"attribute {name} is {actual!r}, wanted: {asked}", 0.5)
-        fresh = {k: v for k, v in captured.items() if k not in self.bindings}
-        self.bindings.update(fresh)
-        self.matched[id(op)] = node
-        self.nodes.append(node)
-        self.depth += 1
-        yield from self._operands(op, node)
-        self.depth -= 1
-        self.nodes.pop()
-        del self.matched[id(op)]
-        for name in fresh:
-            del self.bindings[name]
+                if self.trace is not None:
+                    asked = str(inspect.getdoc(wanted) or getattr(wanted, "__name__", "another")).rstrip(".") if callable(wanted) else repr(wanted)
+                    self._stop(op.name, node, f"attribute {name} is {actual!r}, wanted: {asked}", 0.5)
+                return False
+        for name, actual in captured.items():
+            if name not in self.bindings:
+                self._bind(name, actual)
+        return True
 
-    def _operands(self, op: P.Op, node: gs.Node) -> Iterator[None]:
-        if op.name in P.ASSOCIATIVE:
-            for values in op.operand_lists:
-                for operands, covered in self._decompositions(op, len(values), node):
-                    self.nodes.extend(covered)
-                    yield from self._assign(_order(values, self.trace is not None), operands)
-                    del self.nodes[len(self.nodes) - len(covered) :]
-            return
-        if op.name in P.COMMUTATIVE and len(op.inputs) == len(node.inputs) == 2:
-            yield from self._assign(_order(op.inputs, self.trace is not None), [(t, "") for t in node.inputs])
-            return
-        yield from self._in_order(op, node, 0)
-
-    def _in_order(self, op: P.Op, node: gs.Node, index: int) -> Iterator[None]:
-        if index == len(op.inputs):
-            extra = [t for t in node.inputs[index:] if not t.is_empty()]
-            if extra:
-                return self._stop(op.name, node, f"it has {len(node.inputs)} inputs, the pattern has {index}")
-            yield
-            return
-        value = op.inputs[index]
-        if isinstance(value, P.Rest):
-            yield from self._bind(value.name, list(node.inputs[index:]), True)
-            return
-        tensor = node.inputs[index] if index < len(node.inputs) else gs.Variable.empty()
-        if tensor.is_empty() and not _may_be_missing(value):
-            return self._stop(op.name, node, f"input {index} is absent")
-        if type(value) is P.Var:  # most operands; a generator for each would cost more than the rest
-            known = self.bindings.get(value.name)
-            if known is tensor:
-                yield from self._in_order(op, node, index + 1)
-                return
-            if known is None and value.name not in self.bindings:
-                self.bindings[value.name] = tensor
-                yield from self._in_order(op, node, index + 1)
-                del self.bindings[value.name]
-                return
-        for _ in self._value(value, tensor):
-            yield from self._in_order(op, node, index + 1)
+    def _in_order(self, op: P.Op, node: Node, rest: Goals | None) -> Goals | None:
+        values, given = op.inputs, node.inputs
+        if values and isinstance(values[-1], P.Rest):
+            rest = (values[-1], list(given[len(values) - 1 :]), rest)
+            values = values[:-1]
+        elif len(given) > len(values) and any(t.name for t in given[len(values) :]):
+            rest = (_Refusal(op, node, f"it has {len(given)} inputs, the pattern has {len(values)}"), None, rest)
+        for index in range(len(values) - 1, -1, -1):
+            tensor = given[index] if index < len(given) else Variable("")
+            if tensor.name or _may_be_missing(values[index]):
+                rest = (values[index], tensor, rest)
+            else:
+                rest = (_Refusal(op, node, f"input {index} is absent"), None, rest)
+        return rest
 
     # --- commutative and associative operators -------------------------------------------------------------------
-    def _decompositions(self, op: P.Op, count: int, node: gs.Node) -> Iterator[tuple[list[Operand], list[gs.Node]]]:
-        """The operand lists of length `count` that `node` has under re-association.
+    def _associated(self, op: P.Op, node: Node, rest: Goals | None) -> Step:
+        lists = _ordered(op, self.trace is not None)
+        if len(lists) > 1 or len(lists[0]) > 2:
+            return self._bracketings(op, lists, node, rest)
+        operands = self._split(op, node)
+        return FAILED if operands is None or len(operands) != 2 else (lists[0], operands, rest)
 
-        An operand is (value, how): how is "Div" or "Sub" for a constant that the graph divides by or subtracts.
-        """
+    def _bracketings(self, op: P.Op, lists: list[tuple[P.Value, ...]], node: Node, rest: Goals | None) -> Iterator[Goals]:
+        for values in lists:
+            for operands, covered in self._decompositions(op, len(values), node):
+                self.nodes += covered
+                yield values, operands, rest
+
+    def _decompositions(self, op: P.Op, count: int, node: Node) -> Iterator[tuple[list[Operand], list[Node]]]:
+        """The operand lists of length `count` that `node` has under re-association, and the nodes between them."""
         start = self._split(op, node)
-        if start is None:
-            return
-        stack: list[tuple[list[Operand], list[gs.Node]]] = [(start, [])]
+        stack: list[tuple[list[Operand], list[Node]]] = [] if start is None else [(start, [])]
         seen: set[tuple[int, ...]] = set()
         while stack:
             operands, covered = stack.pop()
@@ -430,11 +390,11 @@ class Matcher:
                 if parts is not None:
                     stack.append(([*operands[:i], *parts, *operands[i + 1 :]], [*covered, *between, inner]))
 
-    def _inner(self, op: P.Op, tensor: gs.Tensor) -> tuple[gs.Node | None, list[gs.Node]]:
+    def _inner(self, op: P.Op, tensor: gs.Tensor) -> tuple[Node | None, list[Node]]:
         """The node of the same operator that computes `tensor`, and the no-ops in between."""
-        between: list[gs.Node] = []
+        between: list[Node] = []
         node = self.graph.producer(tensor)
-        while node is not None and canonical(node) not in op.ops:
+        while node is not None and node.canonical not in op.ops:
             through = look_through(self.graph, node, tensor)
             if through is None:
                 return None, []
@@ -443,62 +403,81 @@ class Matcher:
             node = self.graph.producer(tensor)
         return node, between
 
-    def _split(self, op: P.Op, node: gs.Node) -> list[Operand] | None:
-        if canonical(node) == op.name:
+    def _split(self, op: P.Op, node: Node) -> list[Operand] | None:
+        if node.canonical == op.name:
             return [(t, "") for t in node.inputs]
         if self.graph.constant(node.inputs[1]) is None:  # x / y and x - y only with constant y
-            self._stop(op.name, node, f"expected {op.name}, found {canonical(node)} by a value that is not a small constant")
+            self._stop(op.name, node, f"expected {op.name}, found {node.canonical} by a value that is not a small constant")
             return None
-        return [(node.inputs[0], ""), (node.inputs[1], canonical(node))]
+        return [(node.inputs[0], ""), (node.inputs[1], node.canonical)]
 
-    def _assign(self, values: tuple[P.Value, ...], operands: list[Operand]) -> Iterator[None]:
-        if not values:
-            yield
-            return
-        value, others = values[0], values[1:]
-        tried: set[int] = set()
-        for i, (tensor, how) in enumerate(operands):
-            if id(tensor) in tried:
-                continue
-            tried.add(id(tensor))
-            attempt = self._inverse(value, tensor, how) if how else self._value(value, tensor)
-            for _ in attempt:
-                yield from self._assign(others, operands[:i] + operands[i + 1 :])
+    def _assign(self, values: tuple[P.Value, ...], operands: list[Operand], rest: Goals | None) -> Step:
+        """The first of `values` stands for one of `operands`, the others for the rest of them."""
+        if len(values) == 1:
+            return self._assigned(values, operands, 0, rest)
+        options = []
+        for index, (tensor, how) in enumerate(operands):
+            if self._may_be(values[0], tensor, how):
+                options.append(index)
+        if len(options) == 1:
+            return self._assigned(values, operands, options[0], rest)
+        first = {id(operands[i][0]): i for i in reversed(options)}  # the same value twice is tried once
+        return (self._assigned(values, operands, i, rest) for i in options if first[id(operands[i][0])] == i)
 
-    def _inverse(self, value: P.Value, tensor: gs.Tensor, how: str) -> Iterator[None]:
+    def _may_be(self, value: P.Value, tensor: gs.Tensor, how: str) -> bool:
+        if self.trace is not None:
+            return True
+        if isinstance(value, (P.Const, P.Scalar)):
+            return self.graph.constant(tensor) is not None
+        return not how and may_be(self.graph, value, tensor)
+
+    def _assigned(self, values: tuple[P.Value, ...], operands: list[Operand], index: int, rest: Goals | None) -> Goals | None:
+        tensor, how = operands[index]
+        if len(values) > 1:
+            rest = (values[1:], operands[:index] + operands[index + 1 :], rest)
+        return self._inverse(values[0], tensor, how, rest) if how else (values[0], tensor, rest)
+
+    def _inverse(self, value: P.Value, tensor: gs.Tensor, how: str, rest: Goals | None) -> Goals | None:
         """A divisor (or subtrahend) met where the pattern multiplies (or adds)."""
         array = self.graph.constant(tensor)
         if array is None or array.size != 1 or array.dtype.kind != "f" or not isinstance(value, (P.Const, P.Scalar)):
-            return
+            return FAILED
         number = float(array.reshape(()))
-        if how == "Div" and number != 0:
-            yield from self._number(value, 1.0 / number, tensor.name)
-        elif how == "Sub":
-            yield from self._number(value, -number, tensor.name)
+        if how == "Div" and number == 0:
+            return FAILED
+        return self._number(value, 1.0 / number if how == "Div" else -number, tensor.name, rest)
 
-    def _stop(self, part: str, node: gs.Node | None, reason: str, more: float = 0.0) -> None:
+    # --- why not -------------------------------------------------------------------------------------------------
+    def _stop(self, part: str, node: Node | None, reason: str, more: float = 0.0) -> Goals:
         """Note why this attempt ends here; `more` than the operators matched so far speaks for it."""
-        if self.trace is not None and self.depth + more > self.trace.depth:
-            self.trace.stop(self.depth + more, part, describe(node) if node is not None else "", reason, *self._state())
+        depth = len(self.matched) + more
+        if self.trace is not None and depth > self.trace.depth:
+            self.trace.stop(depth, part, describe(node) if node is not None else "", reason, *self._state())
+        return FAILED
 
-    def _unexpected(self, op: str, node: gs.Node | None, found: str) -> None:
-        if self.trace is not None and self.depth >= self.trace.depth:
-            self.trace.unexpected(self.depth, op, describe(node) if node is not None else "", found, *self._state())
+    def _unexpected(self, op: str, node: Node | None, tensor: gs.Tensor) -> Goals:
+        depth = len(self.matched)
+        if self.trace is not None and depth >= self.trace.depth:
+            self.trace.unexpected(depth, op, describe(node) if node is not None else "", _found(node, tensor), *self._state())
+        return FAILED
 
     def _state(self) -> tuple[dict[str, str], list[str]]:
         return {k: getattr(v, "name", str(v)) for k, v in self.bindings.items()}, [describe(n) for n in self.nodes]
 
 
-MATCHES: dict[type[P.Value], Callable[[Matcher, Any, gs.Tensor], Iterator[None]]] = {
-    P.Var: Matcher._variable, P.Const: Matcher._fixed, P.Scalar: Matcher._fixed, P.Ints: Matcher._fixed, P.AnyOf: Matcher._any_of, P.Tag: Matcher._tagged,
-    P.Typed: Matcher._of_type, P.Missing: Matcher._missing, P.Output: Matcher._output, P.Op: Matcher._operator, P.Rest: Matcher._nothing,
+MEETS: dict[type, Callable[..., Step]] = {
+    P.Var: Matcher._variable, P.Const: Matcher._constant, P.Scalar: Matcher._constant, P.Ints: Matcher._constant, P.AnyOf: Matcher._any_of,
+    P.Tag: Matcher._tagged, P.Typed: Matcher._typed, P.Missing: Matcher._missing, P.Output: Matcher._output, P.Op: Matcher._produced,
+    P.Rest: Matcher._rest, tuple: Matcher._assign, _Fit: Matcher._fitted, _Refusal: Matcher._refused,
 }  # fmt: skip
 
 
-def _found(node: gs.Node) -> str:
-    """The operator; of a Cast also the types, which are what it stands in the way with."""
-    types = [t.dtype for t in (node.inputs[0], node.outputs[0])] if canonical(node) == "Cast" else [None]
-    return canonical(node) if None in types else f"Cast of {' to '.join(map(dtype_name, types))}"
+def _found(node: Node | None, tensor: gs.Tensor) -> str:
+    """What stands where another operator is expected; of a Cast also the types, which are what it stands in the way with."""
+    if node is None:
+        return f"the constant '{tensor.name}'" if isinstance(tensor, gs.Constant) else f"'{tensor.name}', an input of the graph"
+    types = [t.dtype for t in (node.inputs[0], node.outputs[0])] if node.canonical == "Cast" else [None]
+    return node.canonical if None in types else f"Cast of {' to '.join(map(dtype_name, types))}"
 
 
 def _may_be_missing(value: P.Value) -> bool:
@@ -519,9 +498,9 @@ def same_attribute(actual: object, wanted: object) -> bool:
 
 
 @cache
-def _order(values: tuple[P.Value, ...], traced: bool) -> tuple[P.Value, ...]:
-    """What fails soonest first; when tracing, what tells most: a wrong number is seen when all else is there."""
-    return tuple(sorted(values, key=lambda v: _rank(v, traced)))
+def _ordered(op: P.Op, traced: bool) -> list[tuple[P.Value, ...]]:
+    """The operand lists of a commutative node, each with what fails soonest first; when tracing, with what tells most: a wrong number is seen when all else is there."""
+    return [tuple(sorted(values, key=lambda v: _rank(v, traced))) for values in (op.operand_lists if op.name in P.ASSOCIATIVE else [op.inputs])]
 
 
 def _rank(value: P.Value, traced: bool) -> int:
@@ -532,36 +511,3 @@ def _rank(value: P.Value, traced: bool) -> int:
     if isinstance(value, (P.Op, P.Output)):
         return 1
     return 2 if isinstance(value, P.AnyOf) else 3 if isinstance(value, P.Scalar) else 4
-
-
-def interior_use(match: Match) -> str | None:
-    """Why a match may not be fused although it fits: a value inside that took costly work is read by others, too."""
-    graph, inside = match.graph, {id(n) for n in match.nodes}
-    outputs = {id(t) for t in match.outputs}
-    costly: dict[int, bool] = {}
-    for node in match.nodes:
-        for tensor in node.outputs:
-            if id(tensor) in outputs or not _is_costly(graph, node, inside, costly):
-                continue
-            serving = {id(u) for u in graph.consumers(tensor) if id(u) not in inside and _serves(graph, u, inside)}
-            use = graph.is_used_outside(tensor, inside | serving)
-            if use is not None:
-                return f"the value '{tensor.name}' inside the match is needed elsewhere: {use}"
-    return None
-
-
-def _is_costly(graph: Graph, node: gs.Node, inside: set[int], known: dict[int, bool]) -> bool:
-    """Whether `node`, or one inside the match that it reads from, is heavy work."""
-    if id(node) not in known:
-        known[id(node)] = canonical(node) in HEAVY
-        known[id(node)] |= any(id(p) in inside and _is_costly(graph, p, inside, known) for t in node.inputs if (p := graph.producer(t)) is not None)
-    return known[id(node)]
-
-
-def _serves(graph: Graph, node: gs.Node, inside: set[int], depth: int = 0) -> bool:
-    """Whether shape arithmetic that starts at `node` (`Shape(product)`, to cut the product in two) ends inside the match."""
-    if canonical(node) not in (SHAPE_ARITHMETIC if depth else {"Shape"}) or depth > len(SHAPE_ARITHMETIC):
-        return False
-    if any(id(t) in graph.outputs or id(t) in graph.captured for t in node.outputs):
-        return False
-    return all(id(u) in inside or _serves(graph, u, inside, depth + 1) for t in node.outputs for u in graph.consumers(t))

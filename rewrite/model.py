@@ -7,6 +7,7 @@ source: a node that no rule touched is written back as it came, and only new nod
 from __future__ import annotations
 
 import ast
+import math
 import os
 from collections.abc import Collection
 from dataclasses import dataclass, field
@@ -18,19 +19,25 @@ import onnx_graphsurgeon as gs
 from google.protobuf.unknown_fields import UnknownFieldSet  # type: ignore[import-untyped]
 from onnx.external_data_helper import ExternalDataInfo
 from onnx_graphsurgeon.exporters.onnx_exporter import OnnxExporter
+from onnx_graphsurgeon.importers.onnx_importer import OnnxImporter
 from onnx_graphsurgeon.logger import G_LOGGER
 
 from rewrite import sandbox
 from rewrite.errors import RewriteError
 from rewrite.files import check_target, write_atomically
-from rewrite.graph import DOMAIN
-from rewrite.validity import all_nodes, byte_size, check_validity, subgraphs, tensors
+from rewrite.graph import DOMAIN, reads
+from rewrite.nodes import Node
+from rewrite.opening import Opening
+from rewrite.validity import all_nodes, byte_size, check_validity, tensors
 from rewrite.weights import embedded, place, relocated
 
 G_LOGGER.severity = G_LOGGER.CRITICAL + 1  # what it says it raises, too, and we tell that in one line
 KEYS = ("location", "offset", "length", "checksum")  # of a reference to external data
 PYTORCH = (b"PK\x03\x04", b"\x80")  # how zip files and pickles begin
+SCOPE_HINT = "pkg.torch.onnx.name_scopes"  # under which PyTorch notes the modules that a node came from
 SCOPES = 10_000  # characters of a hint that are read
+WEIGHTS = {getattr(onnx.TensorProto, k) for k in ("FLOAT", "FLOAT16", "BFLOAT16", "DOUBLE", "INT8", "UINT8")}  # what inference has no use for
+SCALES = 1024  # elements: no list of floats that tells a shape is longer
 INLINE = 16384  # bytes: external tensors up to this size are read at once, so that rules can see their values
 
 
@@ -231,57 +238,62 @@ def external_file(folder: Path, location: str, where: str) -> Path:
 # --- between the protobuf and the graph the rules edit ------------------------------------------------------------
 @dataclass
 class Imported:
-    """A model opened for rewriting: the graph, and which protobuf node each graph node came from."""
+    """A model opened for rewriting: the graph, its nodes and those of graphs inside it, and which protobuf each graph came from."""
 
     model: Model
     graph: gs.Graph
-    sources: dict[int, onnx.NodeProto]
     graphs: dict[int, onnx.GraphProto]
-    kept: list[gs.Node]  # holds the nodes, so that ids in `sources` stay theirs
+    nodes: list[Node]
+    names: set[str]  # of all values and nodes: no new one may be equal to any
 
-    def release(self, made: list[gs.Node]) -> None:
+    def release(self, made: list[Node]) -> None:
         """Take the graph apart, nodes `made` by rules included: all name one another, which Python's cycle collector takes long to find out."""
-        for node in (*self.kept, *made):
-            for tensor in (*node.inputs, *node.outputs):
-                tensor.__dict__["inputs"] = tensor.__dict__["outputs"] = ()  # a rule may have kept its name and shape
-            node.__dict__.clear()
+        for node in (*self.nodes, *made):
+            for tensor in (*node.inputs, *node.outputs):  # not more: a rule may have kept its name and shape
+                tensor.inputs.clear()
+                tensor.outputs.clear()
+            node.inputs.clear()
+            node.outputs.clear()
 
 
 def open_graph(model: Model) -> Imported:
     """Infer shapes and import the graph. Raises RewriteError if ONNX finds the model inconsistent."""
-    bare = infer(model)
-    del bare.functions[:]
+    inferred, data = _infer(model)
+    opening = Opening(hinted=SCOPE_HINT.encode() in data)
     try:
-        graph = gs.import_onnx(bare)
+        opset = OnnxImporter.get_opset(inferred), OnnxImporter.get_import_domains(inferred)
+        graph = opening.graph(model.proto.graph, inferred.graph, {}, opset)
     except Exception as error:
         raise RewriteError(f"{model.name}: the graph cannot be imported: {type(error).__name__}: {_line(error)}; `onnx.checker.check_model` may tell more") from error
-    imported = Imported(model, graph, {}, {}, [])
-    _pair(graph, model.proto.graph, imported)
-    return imported
+    return Imported(model, graph, opening.graphs, opening.nodes, opening.names)
 
 
 def infer(model: Model) -> onnx.ModelProto:
-    """The model with all types and shapes that ONNX can tell. Raises RewriteError if it finds the model inconsistent."""
+    """The model, without its weights, with all types and shapes that ONNX can tell. Raises RewriteError if it finds it inconsistent."""
+    return _infer(model)[0]
+
+
+def _infer(model: Model) -> tuple[onnx.ModelProto, bytes]:
     try:
-        return onnx.shape_inference.infer_shapes(model.proto, data_prop=True)
+        data = _without_weights(model.proto).SerializeToString()
+        return onnx.shape_inference.infer_shapes(data, data_prop=True), data
     except MemoryError:
         raise
     except Exception as error:
         raise RewriteError(f"{model.name}: shape inference fails: {_line(error)}") from error
 
 
-def names_in(proto: onnx.ModelProto) -> set[str]:
-    """Every name of a value or a node in the model: no new one may be equal to any."""
-    found: set[str] = set()
-    pending = [proto.graph]
-    while pending:
-        graph = pending.pop()
-        found.update(v.name for v in (*graph.input, *graph.output, *graph.value_info, *graph.initializer))
-        found.update(s.values.name for s in graph.sparse_initializer)
-        for node in graph.node:
-            found.update((node.name, *node.input, *node.output))
-            pending += subgraphs(node)
-    return found
+def _without_weights(proto: onnx.ModelProto) -> onnx.ModelProto:
+    """The model with weights as if they lay in another file: inference reads integers and scales, and would copy the rest four times."""
+    light = onnx.ModelProto()
+    _copy(proto, light, without={"graph"})
+    _copy(proto.graph, light.graph, without={"initializer"})
+    for tensor in proto.graph.initializer:
+        if tensor.data_type in WEIGHTS and math.prod(tensor.dims) > SCALES:
+            light.graph.initializer.add(name=tensor.name, data_type=tensor.data_type, dims=tensor.dims, data_location=onnx.TensorProto.EXTERNAL)
+        else:
+            light.graph.initializer.append(tensor)
+    return light
 
 
 def overridable(proto: onnx.ModelProto) -> frozenset[str]:
@@ -291,20 +303,10 @@ def overridable(proto: onnx.ModelProto) -> frozenset[str]:
     return frozenset({i.name for i in proto.graph.input} & {i.name for i in proto.graph.initializer})
 
 
-def _pair(graph: gs.Graph, proto: onnx.GraphProto, imported: Imported) -> None:
-    imported.graphs[id(graph)] = proto
-    for node, source in zip(graph.nodes, proto.node, strict=True):
-        imported.sources[id(node)] = source
-        imported.kept.append(node)
-        for attribute in source.attribute:
-            if attribute.type == onnx.AttributeProto.GRAPH:
-                _pair(node.attrs[attribute.name], attribute.g, imported)
-
-
 def module_scope(node: onnx.NodeProto) -> str:
     """The PyTorch module a node came from, `encoder.layer.0.attention`: a hint that exporters leave, or ""."""
     for entry in node.metadata_props:
-        if entry.key == "pkg.torch.onnx.name_scopes":
+        if entry.key == SCOPE_HINT:
             scopes = _list_of_names(entry.value)
             return scopes[-2] if len(scopes) > 1 else ""
     name = str(node.name)
@@ -322,12 +324,12 @@ def _list_of_names(text: str | bytes) -> list[str]:
     return found if all(isinstance(name, str) for name in found) else []
 
 
-def close_graph(imported: Imported, functions: dict[str, onnx.FunctionProto], metadata: dict[int, dict[str, str]]) -> Model:
+def close_graph(imported: Imported, functions: dict[str, onnx.FunctionProto]) -> Model:
     """The model with the edited graph and its functions. Untouched parts are those of the original, byte for byte."""
     source = imported.model
     proto = onnx.ModelProto()
     copy_message(source.proto, proto, without={"graph", "functions"})
-    _export(imported.graph, source.proto.graph, proto.graph, imported, metadata)
+    _export(imported.graph, source.proto.graph, proto.graph, imported)
     kept = [f for f in source.proto.functions if f.domain != DOMAIN]
     proto.functions.extend(kept)
     bodies = (n for f in kept for n in f.node)
@@ -366,36 +368,25 @@ def copy_message(source: Any, result: Any, without: Collection[str]) -> None:
             getattr(result, name).CopyFrom(value)
 
 
-def _export(graph: gs.Graph, source: onnx.GraphProto, result: onnx.GraphProto, imported: Imported, metadata: dict[int, dict[str, str]]) -> None:
+def _export(graph: gs.Graph, source: onnx.GraphProto, result: onnx.GraphProto, imported: Imported) -> None:
     copy_message(source, result, without={"node", "initializer"})
-    read: dict[str, gs.Tensor] = {}
-    for node in graph.nodes:
-        _export_node(node, result.node.add(), imported, metadata)
-        for tensor in node.inputs:
-            read[tensor.name] = tensor
-    gone = _unread(source, result) if not imported.model.proto.training_info else set()
+    result.node.extend([_exported(n, imported) for n in graph.nodes])
+    read = {t.name: t for n in graph.nodes for t in n.inputs}
+    gone = set() if imported.model.proto.training_info else _unread(graph, source, read, imported)
+    result.initializer.extend([i for i in source.initializer if i.name not in gone] if gone else source.initializer)
     old = {i.name for i in source.initializer}
-    result.initializer.extend(i for i in source.initializer if i.name not in gone)
     for name, tensor in read.items():
         if isinstance(tensor, gs.Constant) and name not in old and not tensor.inputs and not _is_outer(tensor):
             result.initializer.append(OnnxExporter.export_tensor_proto(tensor))
     _export_types(result, source, graph, gone)
 
 
-def _unread(before: onnx.GraphProto, after: onnx.GraphProto) -> set[str]:
+def _unread(graph: gs.Graph, source: onnx.GraphProto, read: Collection[str], imported: Imported) -> set[str]:
     """Initializers that only replaced nodes read. One that nothing read before, or that is an input, stays."""
-
-    def read(graph: onnx.GraphProto) -> set[str]:
-        names = {n for node in all_nodes(graph) for n in node.input}
-        pending = [graph]
-        while pending:
-            one = pending.pop()
-            names.update(o.name for o in one.output)
-            pending += [inner for node in one.node for inner in subgraphs(node)]
-        return names
-
-    quantization = {e.value for a in before.quantization_annotation for e in a.quant_parameter_tensor_names}
-    return read(before) - read(after) - {i.name for i in before.input} - quantization
+    lost = {name for n in imported.nodes if (n.dead or n.rewired) and n.source is not None for name in n.source.input}
+    lost -= {t.name for n in graph.nodes if n.holds_graphs for t in reads(n)}
+    quantization = {e.value for a in source.quantization_annotation for e in a.quant_parameter_tensor_names}
+    return lost - set(read) - {o.name for o in source.output} - {i.name for i in source.input} - quantization
 
 
 def _is_outer(tensor: gs.Tensor) -> bool:
@@ -424,13 +415,17 @@ def _export_types(result: onnx.GraphProto, source: onnx.GraphProto, graph: gs.Gr
     result.value_info.extend(kept)
 
 
-def _export_node(node: gs.Node, result: onnx.NodeProto, imported: Imported, metadata: dict[int, dict[str, str]]) -> None:
-    source = imported.sources.get(id(node))
+def _exported(node: Node, imported: Imported) -> onnx.NodeProto:
+    """The node as it was read, if nothing about it has changed."""
+    source = node.source
+    if source is not None and not node.rewired and not node.holds_graphs:
+        return source
     if source is None:
-        result.CopyFrom(OnnxExporter.export_node(node))
-        for key, value in metadata.get(id(node), {}).items():
-            result.metadata_props.add(key=key, value=value)
-        return
+        made: onnx.NodeProto = OnnxExporter.export_node(node)
+        for key, value in (node.metadata or {}).items():
+            made.metadata_props.add(key=key, value=value)
+        return made
+    result = onnx.NodeProto()
     result.CopyFrom(source)
     result.input[:] = [t.name for t in node.inputs]
     result.output[:] = [t.name for t in node.outputs]
@@ -438,4 +433,5 @@ def _export_node(node: gs.Node, result: onnx.NodeProto, imported: Imported, meta
         if attribute.type == onnx.AttributeProto.GRAPH:
             inner = node.attrs[attribute.name]
             attribute.g.Clear()
-            _export(inner, imported.graphs[id(inner)], attribute.g, imported, metadata)
+            _export(inner, imported.graphs[id(inner)], attribute.g, imported)
+    return result

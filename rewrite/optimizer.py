@@ -20,7 +20,7 @@ from rewrite.driver import Driver, all_graphs
 from rewrite.errors import CheckFailed, RewriteError, blame
 from rewrite.functions import FunctionTable
 from rewrite.graph import Graph
-from rewrite.model import Model, close_graph, load, module_scope, names_in, open_graph, overridable
+from rewrite.model import Model, close_graph, load, open_graph, overridable
 from rewrite.registry import TIERS, Library, Rule, library
 from rewrite.report import Report
 from rewrite.shapes import SymbolicShapes
@@ -115,6 +115,9 @@ def without_collector() -> Iterator[None]:
     try:
         yield
     finally:
+        if enabled and not gc.get_freeze_count():
+            gc.freeze()  # and back: what was made meanwhile is old now, and the next pass, over what is young, leaves it alone
+            gc.unfreeze()
         if enabled:
             gc.enable()
 
@@ -126,9 +129,9 @@ def _apply_rules(source: Model, rules: Library, verify: bool, explain: bool, bit
     imported = open_graph(source)
     table = FunctionTable(list(source.proto.functions))
     driver = Driver(rules, table, report, verify, explain, bitwise)
-    driver.scopes = {key: module_scope(node) for key, node in imported.sources.items()}
-    names, inputs_too = names_in(source.proto), overridable(source.proto)
-    graphs = [Graph(g, source.opset, names, inputs_too) for g in all_graphs(imported.graph)]
+    inputs_too = overridable(source.proto)
+    kinds: dict[Any, int] = {}
+    graphs = [Graph(g, source.opset, imported.names, inputs_too, kinds) for g in all_graphs(imported.graph)]
     for graph in reversed(graphs):  # outer graphs first: inner ones read their values
         SymbolicShapes(graph).run()
     for tier in TIERS:
@@ -136,7 +139,7 @@ def _apply_rules(source: Model, rules: Library, verify: bool, explain: bool, bit
             driver.run(graph, tier)
     for graph in graphs:
         graph.sort()
-    result = close_graph(imported, table.functions, driver.metadata) if report.sites else source
+    result = close_graph(imported, table.functions) if report.sites else source
     imported.release(driver.made)
     for graph in graphs:
         graph.release()

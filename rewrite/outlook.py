@@ -12,27 +12,16 @@ from functools import cache
 import onnx_graphsurgeon as gs
 
 from rewrite import pattern as P
-from rewrite.graph import Graph, canonical
+from rewrite.graph import Graph
 from rewrite.noops import PASSING
 from rewrite.registry import Rule
 
 Above = tuple[str | None, ...]  # the operator that computes each input of a node; None for inputs of the graph and constants
 
 
-class Outlook:
-    """Which rules may match at a node: told by its operator and those that compute its inputs, so once for all layers."""
-
-    def __init__(self, graph: Graph):
-        self.graph = graph
-        self._known: dict[tuple[int, str, Above], list[Rule]] = {}
-
-    def hopeful(self, rules: list[Rule], node: gs.Node) -> list[Rule]:
-        """Those of `rules`, a list that stays alive, that are worth an attempt."""
-        above = tuple([None if (p := self.graph.producer(t)) is None else canonical(p) for t in node.inputs])
-        key = (id(rules), canonical(node), above)
-        if key not in self._known:
-            self._known[key] = [r for r in rules if r.find is not None or _may_match(r.pattern[0], key[1], above)]
-        return self._known[key]
+def may_match(rule: Rule, op: str, above: Above) -> bool:
+    """Whether a rule may match at a node of operator `op`."""
+    return rule.find is not None or op in PASSING or any(_fits(form, above) for form in _forms(rule.pattern[0]).get(op, ()))
 
 
 def may_be(graph: Graph, value: P.Value, tensor: gs.Tensor) -> bool:
@@ -41,17 +30,26 @@ def may_be(graph: Graph, value: P.Value, tensor: gs.Tensor) -> bool:
     if wanted is None:
         return True
     node = graph.producer(tensor)
-    return node is not None and canonical(node) in wanted
+    return node is not None and node.canonical in wanted
 
 
-def _may_match(value: P.Value, op: str, above: Above) -> bool:
-    return op in PASSING or any(_fits(form, above) for form in _forms(value).get(op, ()))
+def viable(graph: Graph, value: P.AnyOf, tensor: gs.Tensor) -> tuple[P.Value, ...]:
+    """The alternatives that can stand for `tensor`."""
+    node = graph.producer(tensor)
+    return _viable(value, None if node is None else node.canonical)
+
+
+@cache
+def _viable(value: P.AnyOf, op: str | None) -> tuple[P.Value, ...]:
+    return tuple(a for a in value.alternatives if (wanted := _producers(a)) is None or op in wanted)
 
 
 def _fits(op: P.Op, above: Above) -> bool:
     if op.name in P.ASSOCIATIVE:
         chained = not op.ops.isdisjoint(a for a in above if a)  # more operands lie further up
-        return any(all(_among(v, above) or (chained and len(values) > 2) for v in values) for values in op.operand_lists)
+        hidden = chained or not PASSING.isdisjoint(a for a in above if a)
+        lists = [values for values in op.operand_lists if hidden or len(values) <= len(above)]
+        return any(all(_among(v, above) or (chained and len(values) > 2) for v in values) for values in lists)
     if op.name in P.COMMUTATIVE:
         return all(_among(v, above) for v in op.inputs)
     return all(_among(v, (a,)) for v, a in zip(op.inputs, above, strict=False))

@@ -19,7 +19,7 @@ import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -60,12 +60,12 @@ class Rule:
 
     def call(self, function: Callable[..., Any], bindings: Mapping[str, Any], *first: Any) -> Any:
         """Call `check` or `replace` with the bindings it names; variables of untaken alternatives are None."""
-        return function(*first, *(bindings.get(n) for n in _parameters(function)[len(first) :]))
+        return function(*first, *map(bindings.get, _parameters(function, len(first))))
 
 
 @cache
-def _parameters(function: Callable[..., Any]) -> tuple[str, ...]:
-    return tuple(inspect.signature(function).parameters)
+def _parameters(function: Callable[..., Any], skipped: int) -> tuple[str, ...]:
+    return tuple(inspect.signature(function).parameters)[skipped:]
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,6 +89,11 @@ class Plugin:
     strided: bool
     source: str
     operations: Callable[..., int] | None = None
+
+    @cached_property
+    def parameters(self) -> list[str]:
+        """The names of the inputs."""
+        return [n.rstrip("?") for n in self.inputs]
 
     @property
     def fused(self) -> bool:

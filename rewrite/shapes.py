@@ -14,6 +14,7 @@ import ast
 import math
 import re
 from collections.abc import Callable
+from functools import lru_cache
 
 import numpy as np
 import onnx
@@ -27,6 +28,7 @@ LONGEST = 1000  # characters of an expression
 LARGEST = 64  # elements: longer vectors are data, not shapes
 
 
+@lru_cache(4096)
 def times(a: Dim, b: Dim) -> Dim:
     if a is None or b is None:
         return None
@@ -35,7 +37,7 @@ def times(a: Dim, b: Dim) -> Dim:
     if a == 1 or b == 1:
         return b if a == 1 else a
     factors = sorted([*_factors(a), *_factors(b)], key=lambda f: (not f.isdigit(), f))
-    number = int(np.prod([int(f) for f in factors if f.isdigit()], dtype=np.int64))
+    number = math.prod(int(f) for f in factors if f.isdigit())
     names = [f for f in factors if not f.isdigit()]
     if number == 0:
         return 0
@@ -47,6 +49,7 @@ def _factors(d: Dim) -> list[str]:
     return text.split("*") if not set(text) & set("+-/() ") else [f"({text})" if not text.startswith("(") else text]
 
 
+@lru_cache(4096)
 def divide(a: Dim, b: Dim) -> Dim:
     """a // b where it comes out even, or is known; else an expression."""
     if a is None or b is None or b == 0:
@@ -63,8 +66,8 @@ def divide(a: Dim, b: Dim) -> Dim:
             rest.remove(factor)
         else:
             open_below.append(factor)
-    number = int(np.prod([int(f) for f in rest if f.isdigit()], dtype=np.int64))
-    divisor = int(np.prod([int(f) for f in open_below if f.isdigit()], dtype=np.int64))
+    number = math.prod(int(f) for f in rest if f.isdigit())
+    divisor = math.prod(int(f) for f in open_below if f.isdigit())
     if any(not f.isdigit() for f in open_below) or number % divisor:
         return f"({a})//({b})"
     names = [f for f in rest if not f.isdigit()]
@@ -185,6 +188,11 @@ def is_absurd(d: Dim) -> bool:
     return len(d) > LONGEST if isinstance(d, str) else d is not None and abs(d) >= 1 << 63
 
 
+def _is_open(tensor: gs.Tensor) -> bool:
+    """Whether something about its shape is not known."""
+    return bool(tensor.name) and (tensor.shape is None or not all(map(is_named, tensor.shape)))
+
+
 class SymbolicShapes:
     """Refines the shapes of a graph's tensors in place and collects the values of small integer tensors."""
 
@@ -195,11 +203,11 @@ class SymbolicShapes:
         self.floats: dict[int, np.ndarray] = {}
 
     def run(self) -> None:
-        for tensor in (*self.graph.gs.inputs, *(t for n in self.graph.live.values() for t in n.outputs)):
-            if tensor.shape is not None:
+        for tensor in (*self.graph.gs.inputs, *(t for n in self.graph.nodes for t in n.outputs)):
+            if tensor.shape is not None and any(isinstance(d, str) and " + " in d for d in tensor.shape):
                 tensor.shape = [ordered(d) for d in tensor.shape]
         declared = self._forget_output_names()
-        for tensor in (t for n in self.graph.live.values() for t in n.outputs if t.shape is not None and id(t) not in self.graph.outputs):
+        for tensor in (t for n in self.graph.nodes for t in n.outputs if t.shape is not None and id(t) not in self.graph.outputs):
             if any(isinstance(d, str) and "//" in d for d in tensor.shape):
                 tensor.shape = [settle(d) for d in tensor.shape]
         for node in self.graph:
@@ -208,7 +216,7 @@ class SymbolicShapes:
                 handler(self, node)
             if canonical(node) in FLOATING:
                 self._float(node)
-            if any(t.shape is None or not all(is_named(d) for d in t.shape) for t in node.outputs if not t.is_empty()):
+            if any(map(_is_open, node.outputs)):
                 self._complete(node)
         for tensor, dims in declared:
             if tensor.shape is None or len(tensor.shape) != len(dims):
@@ -229,7 +237,7 @@ class SymbolicShapes:
                 tensor.shape = [None if isinstance(d, str) and d not in names else d for d in tensor.shape]
         invented = {d for _, dims in declared for d in dims if isinstance(d, str) and d not in names and re.fullmatch(r".*_dim_\d+", d)}
         if invented:  # ONNX's inference carried them on to the readers of outputs (of cached keys, say)
-            for tensor in (t for n in self.graph.live.values() for t in n.outputs if t.shape is not None):
+            for tensor in (t for n in self.graph.nodes for t in n.outputs if t.shape is not None):
                 tensor.shape = [None if d in invented else d for d in tensor.shape]
         return declared
 
@@ -487,7 +495,7 @@ def _sliced(size: Dim, start: Dim, end: Dim, step: Dim) -> Dim:
 
 def infer(node: gs.Node, graph: Graph) -> None:
     """ONNX's inference of one node from the shapes its inputs have now; what it cannot tell stays unknown."""
-    if (node.domain or "") not in ("", "ai.onnx") or any(isinstance(a, gs.Graph) for a in node.attrs.values()):
+    if (node.domain or "") not in ("", "ai.onnx") or node.holds_graphs:
         return
     try:
         schema = onnx.defs.get_schema(node.op, graph.opset, "")

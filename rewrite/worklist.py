@@ -1,18 +1,20 @@
 """Which node to visit next, with which rules: ordered by priority, then by place in the graph.
 
-After a change only nodes that the change can matter to are visited again: its readers, and those downstream that are
-the root of a rule which has the new operator so far below its root. So no change costs a scan of the graph.
+A node waits only for rules that may match there, as its operator and those that compute its inputs tell: asked once for
+all layers, and again when an input has changed. After a change only nodes that the change can matter to are visited again:
+its readers, and those downstream that are the root of a rule which has the new operator so far below its root. So no
+change costs a scan of the graph.
 """
 
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterable, Iterator
-
-import onnx_graphsurgeon as gs
+from collections.abc import Collection, Iterable, Iterator
 
 from rewrite import pattern as P
-from rewrite.graph import Graph, canonical
+from rewrite.graph import Graph
+from rewrite.nodes import Node
+from rewrite.outlook import may_match
 from rewrite.registry import Rule
 
 SLACK = 2  # nodes that change nothing, which a match may look through between two operators of its pattern
@@ -21,47 +23,70 @@ SLACK = 2  # nodes that change nothing, which a match may look through between t
 class Worklist:
     """The (node, rules) pairs of one graph that are still to be tried."""
 
-    def __init__(self, graph: Graph, rules: Iterable[Rule]):
-        self.graph = graph
-        self._groups: dict[tuple[int, str], list[Rule]] = {}
-        self._levels: dict[str, list[int]] = {}
+    def __init__(self, graph: Graph, rules: Iterable[Rule], everything: bool = False):
+        """`everything`: also rules that cannot match, where it is of interest how near they come."""
+        self.graph, self._everything = graph, everything
+        self._groups: dict[str, dict[int, list[Rule]]] = {}  # by operator of the root and level: the lower the sooner
         self._mentions: dict[str, list[tuple[int, int, frozenset[str]]]] = {}  # operator -> (height, level, roots) of rules
         for rule in rules:
             for op in rule.roots:
-                self._groups.setdefault((-rule.priority, op), []).append(rule)
+                self._groups.setdefault(op, {}).setdefault(-rule.priority, []).append(rule)
             height = max(map(P.height, rule.pattern), default=1)
             for op in set().union(*(P.operators(o) for o in rule.pattern)):
                 self._mentions.setdefault(op, []).append((height + SLACK, -rule.priority, rule.roots))
-        for level, op in self._groups:
-            self._levels.setdefault(op, []).append(level)
-        self._queue: list[tuple[int, float, int, gs.Node]] = []
-        self._waiting: set[tuple[int, int]] = set()
+        self._hopeful: dict[tuple[str | None, ...], list[tuple[int, list[Rule]]]] = {}
+        self._queue: list[tuple[int, float, int, Node]] = []
+        self._waiting: dict[tuple[int, int], list[Rule]] = {}  # by level and node
         self._ticket = 0
-        self._blocked: list[gs.Node] = []
+        self._blocked: list[Node] = []
         self._changed = False
-        for node in graph:
-            self.push(node)
+        for node in graph if self._groups else ():
+            self._enter(node)
 
-    def push(self, node: gs.Node) -> None:
-        """Try all rules at a node (again)."""
-        for level in self._levels.get(canonical(node), ()):
-            self._enter(level, node)
+    def push(self, node: Node) -> None:
+        """Try the rules at a node again, now that its inputs have changed: those that may match there now."""
+        for level in self._groups.get(node.canonical, ()):
+            if (level, id(node)) in self._waiting:
+                self._waiting[level, id(node)] = []
+        self._enter(node)
 
-    def _enter(self, level: int, node: gs.Node) -> None:
-        if (level, id(node)) in self._waiting or self.graph.live.get(id(node)) is not node:
+    def _enter(self, node: Node, levels: Collection[int] | None = None) -> None:
+        graph = self.graph
+        if node.canonical not in self._groups or node.graph is not graph:
             return
-        self._waiting.add((level, id(node)))
-        self._ticket += 1
-        heapq.heappush(self._queue, (level, self.graph.position[id(node)], self._ticket, node))
+        key: list[str | None] = [node.canonical]
+        for tensor in node.inputs:
+            for producer in tensor.inputs:
+                if producer.graph is graph:
+                    key.append(producer.canonical)
+                    break
+            else:
+                key.append(None)
+        around = tuple(key)
+        hopeful = self._hopeful.get(around)
+        if hopeful is None:
+            hopeful = self._hopeful[around] = self._choose(around)
+        for level, rules in hopeful:
+            if levels is None or level in levels:
+                if (level, id(node)) not in self._waiting:
+                    self._ticket += 1
+                    heapq.heappush(self._queue, (level, node.position, self._ticket, node))
+                self._waiting[level, id(node)] = rules
 
-    def __iter__(self) -> Iterator[tuple[gs.Node, list[Rule]]]:
+    def _choose(self, around: tuple[str | None, ...]) -> list[tuple[int, list[Rule]]]:
+        """The rules, by level, that may match at a node of this operator with these at its inputs (None: no operator)."""
+        op, above = str(around[0]), around[1:]
+        found = [(level, [r for r in rules if self._everything or may_match(r, op, above)]) for level, rules in self._groups[op].items()]
+        return [(level, rules) for level, rules in found if rules]
+
+    def __iter__(self) -> Iterator[tuple[Node, list[Rule]]]:
         while self._queue or self._unblock():
             level, _, _, node = heapq.heappop(self._queue)
-            self._waiting.discard((level, id(node)))
-            if self.graph.live.get(id(node)) is node:
-                yield node, self._groups.get((level, canonical(node)), [])
+            rules = self._waiting.pop((level, id(node)))
+            if node.graph is self.graph:
+                yield node, rules
 
-    def block(self, node: gs.Node) -> None:
+    def block(self, node: Node) -> None:
         """A rule fits at `node` but for another reader of a value inside: worth a second look once readers are gone."""
         self._blocked.append(node)
 
@@ -74,7 +99,7 @@ class Worklist:
             self.push(node)
         return bool(self._queue)
 
-    def revisit(self, touched: list[gs.Node], changed: list[gs.Node]) -> None:
+    def revisit(self, touched: list[Node], changed: list[Node]) -> None:
         """`touched` nodes read something new; `changed` ones are new, or compute what a pattern may now find below."""
         self._changed = True
         for node in touched:
@@ -82,14 +107,15 @@ class Worklist:
         for node in changed:
             self._climb(node)
 
-    def _climb(self, start: gs.Node) -> None:
-        rules = self._mentions.get(canonical(start), ())
+    def _climb(self, start: Node) -> None:
+        rules = self._mentions.get(start.canonical)
+        if rules is None:
+            return
         front, seen = [start], {id(start)}
-        for distance in range(1, max((height for height, _, _ in rules), default=0)):
+        for distance in range(1, max(height for height, _, _ in rules)):
             front = [u for n in front for t in n.outputs for u in self.graph.consumers(t) if id(u) not in seen]
             seen.update(map(id, front))
             for node in front:
-                op = canonical(node)
-                for height, level, roots in rules:
-                    if distance < height and op in roots:
-                        self._enter(level, node)
+                levels = [level for height, level, roots in rules if distance < height and node.canonical in roots]
+                if levels:
+                    self._enter(node, levels)

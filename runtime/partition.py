@@ -224,7 +224,7 @@ class _Cutter:
             if not all(self.is_weight(t) or self.is_constant(t) for t in operands):
                 continue
             arrays = [self.weights[self.folded[id(t)]] if id(t) in self.folded else self.constant(t) for t in operands]
-            result = _evaluate(self.imported.sources[id(node)], operands, arrays, self.graph.opset)
+            result = _evaluate(node.source, operands, arrays, self.graph.opset)
             if result is not None and result.nbytes <= 2 * max(a.nbytes for a in arrays):
                 self.weights[node.outputs[0].name] = result
                 self.folded[id(node.outputs[0])] = node.outputs[0].name
@@ -315,7 +315,7 @@ class _Segment:
     def _copy(self, node: gs.Node) -> onnx.NodeProto:
         names = {t.name: self._read(t) for t in reads(node) if not t.is_empty()}
         proto = onnx.NodeProto()
-        proto.CopyFrom(self.cutter.imported.sources[id(node)])
+        proto.CopyFrom(node.source)
         proto.input[:] = [names.get(n, "") for n in proto.input]
         proto.output[:] = [self._name(t) if not t.is_empty() else "" for t in node.outputs]
         proto.doc_string = ""
