@@ -234,11 +234,12 @@ def compare(
                 return Verdict(False, np.inf, f"{where} differs in {int(np.sum(want != got))} of {want.size} elements")
             continue
         limits = tolerance.get(want.dtype.name, TOLERANCE["float32"])
-        difference, bound = _difference(want, got, limits)
+        largest = 0.0 if exact is None else _largest(exact[index], want.dtype)
+        difference, bound = _difference(want, got, limits, largest)
         if exact is not None:
             with np.errstate(over="ignore"):
                 rounded = exact[index].astype(got.dtype)
-            other, other_bound = _difference(rounded, got, limits)
+            other, other_bound = _difference(rounded, got, limits, largest)
             closer = other / np.maximum(other_bound, 1e-300) < difference / np.maximum(bound, 1e-300)
             difference, bound = np.where(closer, other, difference), np.where(closer, other_bound, bound)
         alone = int(np.isinf(difference).sum())
@@ -251,17 +252,24 @@ def compare(
     return Verdict(True, worst)
 
 
-def _difference(want: np.ndarray, got: np.ndarray, limits: tuple[float, float]) -> tuple[np.ndarray, np.ndarray]:
+def _largest(exact: np.ndarray, dtype: np.dtype[Any]) -> float:
+    """The largest value that a 16-bit result would have, those that overflow in it counted as the largest that does not."""
+    import ml_dtypes
+
+    return min(float(np.abs(exact[np.isfinite(exact)]).max(initial=0.0)), float(ml_dtypes.finfo(dtype).max))
+
+
+def _difference(want: np.ndarray, got: np.ndarray, limits: tuple[float, float], largest: float = 0.0) -> tuple[np.ndarray, np.ndarray]:
     """How far apart each element is (infinitely, if only one is finite), and how far it may be.
 
-    The absolute part is relative to the largest value: rounding in a sum is of its largest term.
+    The absolute part is relative to the largest value, `largest` if that is more: rounding in a sum is of its largest term.
     """
     wide, found = want.astype(np.float64), got.astype(np.float64)
     finite = np.isfinite(wide)
     same = np.where(finite, np.isfinite(found), (np.isnan(wide) & np.isnan(found)) | (wide == found))
     size = np.where(finite, np.abs(wide), 0)
     difference = np.where(same, np.abs(np.where(finite & same, found, 0) - np.where(finite & same, wide, 0)), np.inf)
-    return difference, limits[0] * size + limits[1] * max(1e-6, float(size.max(initial=0.0)))
+    return difference, limits[0] * size + limits[1] * max(1e-6, largest, float(size.max(initial=0.0)))
 
 
 def same_bits(one: Any, other: Any) -> bool:

@@ -282,6 +282,16 @@ def test_compare_accepts_what_is_exact_where_the_subgraph_overflows():
     assert not compare([want], [np.array([90.0, 1.0], np.float16)], TOLERANCE, [exact]).ok
 
 
+def test_what_overflows_counts_as_the_largest_value_of_a_result():
+    """Elsewhere in a product whose terms are near 6e4, a difference of 0.003 is rounding."""
+    want, got, exact = np.array([np.inf, 0.578], np.float16), np.array([np.inf, 0.5747], np.float16), np.array([5e9, 0.578], np.float32)
+    assert compare([want], [got], TOLERANCE, [exact]).ok
+    small, near = np.array([0.9, 0.578], np.float32), np.array([0.9, 0.5747], np.float16)
+    assert not compare([small.astype(np.float16)], [near], TOLERANCE, [small]).ok
+    masked = np.array([-np.inf, 0.578], np.float32)  # infinite in float32, too: that is no overflow
+    assert not compare([masked.astype(np.float16)], [np.array([-np.inf, 0.5747], np.float16)], TOLERANCE, [masked]).ok
+
+
 # --- whole models ------------------------------------------------------------------------------------------------------
 def test_whole_model_inputs_use_the_whole_vocabulary_and_pad_on_both_sides():
     body = "g = Gather(table, input_ids) c = Cast<to = 1>(attention_mask) ax = Constant<value_ints = [-1]>() u = Unsqueeze(c, ax) y = Mul(g, u)"
