@@ -248,14 +248,14 @@ def _write_json(path: str, data: Any) -> None:
 
 def print_report(report: Report, model: str, output: str | None) -> None:
     """The outcome for people: rules that fired, operators before and after, and what was verified."""
-    from rewrite.report import summarize_scopes
+    from rewrite.report import largest_error, summarize_scopes
 
     rows = []
     for name, stats in report.rules.items():
         for note in dict.fromkeys(s.note for s in report.sites if s.rule == name):
             sites = [s for s in report.sites if s.rule == name and s.note == note]
             becomes = (sites[0].plugin or "(plain)") + (f": {note}" if note else "")
-            rows.append([stats.tier, name, becomes, str(len(sites)), f"{max(s.error for s in sites):.1e}" if report.verified else "-", summarize_scopes([s.where for s in sites])])
+            rows.append([stats.tier, name, becomes, str(len(sites)), largest_error(sites) if report.verified else "-", summarize_scopes([s.where for s in sites])])
     if rows:
         table("", ["tier", "rule", "becomes", "sites", "largest error", "where"], rows)
     before, after = sum(report.operators_before.values()), sum(report.operators_after.values())

@@ -53,11 +53,15 @@ class Spec:
 
 @dataclass(frozen=True)
 class Verdict:
-    """The outcome of a check. `error` is the largest difference seen, absolute, over all outputs and inputs tried."""
+    """The outcome of a check. `error` is the largest difference seen, absolute, over all outputs and inputs tried.
+
+    `reduced`: the sizes over 256 were divided by it for the check; 1 if it was made at those of the model.
+    """
 
     ok: bool
     error: float
     reason: str = ""
+    reduced: int = 1
 
 
 _BINARY = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.FloorDiv: operator.floordiv, ast.Div: operator.floordiv}
@@ -301,16 +305,17 @@ def check_site(
     small = None if bitwise else shrink(specs)
     try:
         if small is not None:
-            verdict = _compare_site(body, needed, small, replacement, tolerance, sample, bitwise)
+            smaller, factor = small
+            verdict = _compare_site(body, needed, smaller, replacement, tolerance, sample, bitwise)
             if verdict.ok:
-                return verdict
+                return replace(verdict, reduced=factor)
         return _compare_site(body, needed, specs, replacement, tolerance, sample, bitwise)
     except Unfinished as error:  # it took its time once; other inputs would take it again
         return Verdict(False, np.inf, str(error))
 
 
-def shrink(specs: list[Spec]) -> list[Spec] | None:
-    """The inputs with all large dimensions divided by one power of two; None if none is `LARGE`, or they have none in common."""
+def shrink(specs: list[Spec]) -> tuple[list[Spec], int] | None:
+    """The inputs with all large dimensions divided by one power of two, and that; None if none is `LARGE`, or they have none in common."""
     sizes = [d for s in specs for d in s.shape or () if isinstance(d, int) and d > 256]
     largest = max((math.prod(d for d in s.shape or () if isinstance(d, int)) for s in specs), default=0)
     if not sizes or largest <= LARGE or any(s.content is not None or s.value is not None or s.shape is None for s in specs):
@@ -320,7 +325,7 @@ def shrink(specs: list[Spec]) -> list[Spec] | None:
         factor *= 2
     if factor == 1:
         return None
-    return [replace(s, shape=tuple(d // factor if isinstance(d, int) and d > 256 else d for d in s.shape or ())) for s in specs]
+    return [replace(s, shape=tuple(d // factor if isinstance(d, int) and d > 256 else d for d in s.shape or ())) for s in specs], factor
 
 
 def _compare_site(

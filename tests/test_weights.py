@@ -16,7 +16,9 @@ from conftest import parse
 
 import rewrite
 from rewrite import weights
-from rewrite.cli import main
+from rewrite.cli import main, print_report
+from rewrite.registry import library
+from rewrite.report import Report, Site
 from rewrite.verify import LARGE, TOLERANCE, Spec, check_site, shrink
 
 HUGE = 3 << 30
@@ -151,8 +153,8 @@ def specs(*shapes):
 
 
 def test_large_sizes_shrink_in_proportion():
-    made = shrink(specs(("n", 4096), (4096, 14336), (14336,)))
-    assert made is not None
+    made, factor = shrink(specs(("n", 4096), (4096, 14336), (14336,)))
+    assert factor == 128
     (_, k), (rows, columns), (bias,) = (s.shape for s in made)
     assert (k, bias) == (rows, columns)
     assert columns * 4096 == rows * 14336
@@ -175,3 +177,18 @@ def test_large_sites_are_checked(wrong, fixed):
 
     verdict = check_site(found, [], specs((3, 2048), (2048, 4096), (4096,)), replacement, TOLERANCE, None)
     assert verdict.ok is not wrong, verdict
+    assert verdict.reduced == (1 if fixed or wrong else 64)  # else the sizes of the model decided
+
+
+def test_the_report_says_where_a_site_was_checked_at_reduced_sizes(capsys):
+    """In the table, one for all sites of a rule, and for each site in the JSON."""
+    report = Report(verified=True, model_error=0.0)
+    report.start([r for r in library([]).rules if r.name in ("linear", "linear_bias", "gelu_erf")])
+    for rule, error, reduced in (("linear", 1e-5, 64), ("linear", 2e-5, 32), ("linear_bias", 3e-6, 64), ("linear_bias", 4e-6, 1), ("gelu_erf", 5e-6, 1)):
+        report.add(Site(rule, "", ["y"], ["MatMul 'm'"], error, reduced=reduced))
+    print_report(report, "m.onnx", None)
+    table = capsys.readouterr().out
+    assert "2.0e-05 at sizes / 32-64" in table
+    assert "4.0e-06 at sizes / 64 (some)" in table
+    assert "5.0e-06 at" not in table
+    assert [s["reduced"] for s in report.as_json()["sites"]] == [64, 32, 64, 1, 1]
