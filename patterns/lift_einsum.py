@@ -24,7 +24,7 @@ class EinsumProduct:
             return f"the equation '{equation}' sums over {', '.join(sorted(summed | lonely)) or 'nothing'}, expected one letter, which both operands have"
         rows, columns = [[c for c in result if c in x and c not in shared] for x in (one, two)]
         batched = shared & set(result)
-        if not columns or not rows or (len(rows) > 1 or len(columns) > 1) and (batched or min(len(rows), len(columns)) > 1):
+        if not columns or not rows or (max(len(rows), len(columns)) > 1 and (batched or min(len(rows), len(columns)) > 1)):
             return f"the equation '{equation}' keeps {len(rows)} and {len(columns)} letters of one operand alone; a product of matrices keeps one of each"
         if (a.rank, b.rank) != (len(one), len(two)):
             return f"the operands have shapes {a.shape} and {b.shape}, expected {len(one)} and {len(two)} dimensions"

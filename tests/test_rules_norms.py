@@ -164,7 +164,8 @@ def test_layer_norm_is_ours_before_opset_17():
 def test_layer_norm_in_half_precision_with_its_variance_in_float32(axis, left):
     """x.var(-1, keepdim=True) by the dynamo exporter; the mean that joins it may be over another axis."""
     variance = f"c32 = Cast<to = 1>(x) mu2 = ReduceMean(c32, {axis}) c2 = Sub(c32, mu2) p = Mul(c2, c2) v0 = ReduceMean<keepdims = 0>(p, last) v1 = Unsqueeze(v0, last)"
-    body = f"{CENTRE} {variance} sh = Shape<start = 0, end = 1>(x) es = Concat<axis = 0>(sh, second) v2 = Expand(v1, es) v = Cast<to = 10>(v2) a = Add(v, e16) r = Sqrt(a) cw = Mul(w16, c) d = Div(cw, r) y = Add(d, b16)"
+    spread = "sh = Shape<start = 0, end = 1>(x) es = Concat<axis = 0>(sh, second) v2 = Expand(v1, es) v = Cast<to = 10>(v2)"
+    body = f"{CENTRE} {variance} {spread} a = Add(v, e16) r = Sqrt(a) cw = Mul(w16, c) d = Div(cw, r) y = Add(d, b16)"
     half = {"w16": WEIGHTS["w"].astype(np.float16), "b16": WEIGHTS["b"].astype(np.float16), "e16": np.float16(1e-5)}
     found = after(body, dtype="float16", **half)
     assert found == left if left else "LayerNormalization" not in found
