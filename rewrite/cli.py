@@ -355,7 +355,9 @@ def explain(model: str, rule_name: str | None, node: str | None, files: tuple[st
         table("Not fused", ["looks like", "at", "nearest rule", "why not"], [[u.kind, u.node, u.rule or "-", u.reason] for u in left])
     if misses:
         click.echo()
-        table("Near misses" if left or rule_name or node else "Other near misses", ["rule", "at", "why not"], [[m.rule, m.at, m.why()] for m in misses])
+        asked = rule_name is not None or node is not None
+        rows = [[m.rule, m.at, m.why(), *([m.there()] if asked else [])] for m in misses]
+        table("Near misses" if left or asked else "Other near misses", ["rule", "at", "why not", *(["what is there"] if asked else [])], rows)
     if not left and not misses:
         of = "".join((f" of rule '{rule_name}'" if rule_name else "", f" at node '{node}'" if node else ""))
         click.echo(f"{'' if taken else 'nothing fused; '}no near miss{of}")

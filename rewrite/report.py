@@ -120,6 +120,11 @@ class NearMiss:
         where = f"at {self.node}: " if self.node and self.node != self.at else ""
         return f"{where}{self.reason} ({int(self.depth)} of at least {self.size} operators found)"
 
+    def there(self) -> str:
+        """The part of the pattern that is there: the nodes found, and what its variables stand for."""
+        named = ", ".join(f"{name} = {value}" for name, value in self.bound.items())
+        return "; ".join(filter(None, (", ".join(self.covered), named)))
+
     def __str__(self) -> str:
         return f"{self.rule} at {self.at}: {self.why()}"
 

@@ -401,7 +401,7 @@ def index_ranges(proto: onnx.ModelProto) -> dict[str, int]:
 def model_inputs(proto: onnx.ModelProto, attempt: int, sizes: Mapping[str, int] | None = None) -> dict[str, np.ndarray]:
     """Inputs for a whole model: named dimensions are those of `sizes`; others are drawn once and used everywhere.
 
-    Integer inputs named for masks are padding, by attempt: on the right, on the left, none. Token ids range over the
+    Integer inputs named for masks are padding, by attempt: on the right, on the left, anywhere. Token ids range over the
     table they are looked up in; other integers are 0 or 1.
     """
     rng = np.random.default_rng(1000 + attempt)
@@ -433,10 +433,13 @@ def model_inputs(proto: onnx.ModelProto, attempt: int, sizes: Mapping[str, int] 
 
 
 def _padding(rng: np.random.Generator, shape: tuple[int, ...], attempt: int) -> np.ndarray:
-    """1 for tokens, 0 for padding: on the right, on the left, none. The first of several rows is full."""
+    """1 for tokens, 0 for padding: on the right, on the left, anywhere. The first of several rows is full."""
     rows, length = shape
-    if attempt % 3 == 2:
-        return np.ones(shape, np.int64)
+    if attempt % 3 == 2 and length:
+        anywhere = rng.random(shape) < 0.7
+        anywhere[np.arange(rows), rng.integers(0, length, rows)] = True
+        anywhere[0] = True
+        return anywhere
     lengths = rng.integers(1, max(length, 2), rows)
     if rows > 1:
         lengths[0] = length

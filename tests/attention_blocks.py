@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from blocks import B, D, E, G, H, Block, S, given
+from blocks import B, Block, D, E, G, H, S, given
 from torch import nn
 
 P = 5  # cached positions

@@ -53,6 +53,23 @@ def test_expectations_count_by_attribute(tmp_path):
     assert "expected matmul_act:gelu=2, found 1" in done.output
 
 
+def test_an_expectation_that_does_not_hold_is_explained(tmp_path):
+    """At least, at most and exactly so many; what fails is told with the reason of the nearest miss, and nothing is written."""
+    path, out = tmp_path / "m.onnx", tmp_path / "o.onnx"
+    heads = "float[b, 2, s, 8] q, float[b, 2, s, 8] k, float[b, 2, s, 8] v"
+    body = "kt = Transpose<perm = [0, 1, 3, 2]>(k) m = MatMul(q, kt) p = Softmax<axis = 2>(m) a = MatMul(p, v) h = MatMul(a, w) y = MatMul(h, w)"
+    onnx.save(parse(f"({heads}) => (float[b, 2, s, 8] y) {{ {body} }}", w=np.eye(8, dtype=np.float32)), path)
+    for holds in ("matmul_act>=2", "matmul_act>=1", "matmul_act=2", "attention<=0", "linear<=2", "attention=0"):
+        assert run("optimize", str(path), "--expect", holds).exit_code == 0, holds
+    for fails in ("matmul_act>=3", "linear<=1", "attention>=1"):
+        done = run("optimize", str(path), "-o", str(out), "--expect", "matmul_act=2", "--expect", fails)
+        assert done.exit_code == 1
+        assert f"expected {fails}, found {0 if 'attention' in fails else 2}" in done.stderr
+        assert "attention at MatMul 'a': the pattern fits, but the softmax is over axis 2 of 4, not over the last" in done.stderr
+        assert "nothing was written" in done.stderr
+        assert not out.exists()
+
+
 @pytest.mark.parametrize("content", [b"", b"not a model", b"\x08\x0a" * 7])
 def test_what_is_no_model_is_exit_code_2_in_one_line(tmp_path, content):
     path = tmp_path / "bad.onnx"

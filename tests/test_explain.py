@@ -122,6 +122,15 @@ def test_the_number_that_is_wrong_is_named(explain, rng):
     assert "'one' is 1.1, not 1" in one["reason"]
 
 
+def test_what_is_there_of_a_near_miss_is_told_when_asked(tmp_path, rng):
+    """The nodes that were found, and what the pattern's variables stand for."""
+    onnx.save(parse(GELU.format(one=1.1), w=rng.standard_normal((8, 16)).astype(np.float32)), tmp_path / "m.onnx")
+    words = " ".join(run("explain", tmp_path / "m.onnx", "--rule", "gelu_erf").stdout.split())
+    assert "'one' is 1.1, not 1 (4 of at least 4 operators found)" in words
+    assert "Mul 'y', Mul 'h', Add 's', Erf 'e', Div 'd'; x = m" in words
+    assert "x = m" not in run("explain", tmp_path / "m.onnx").stdout
+
+
 def test_operators_that_merely_share_a_root_are_no_near_miss(explain, rng):
     """A plain product or sum is the root of many rules, and none of them came near."""
     model = parse("(float[n, 8] x, float[n, 8] z) => (float[n, 8] y) { a = Add(x, z) b = Mul(a, z) c = Transpose(b) d = Transpose(c) y = Sub(d, x) }")

@@ -293,18 +293,22 @@ def test_what_overflows_counts_as_the_largest_value_of_a_result():
 
 
 # --- whole models ------------------------------------------------------------------------------------------------------
-def test_whole_model_inputs_use_the_whole_vocabulary_and_pad_on_both_sides():
+def test_whole_model_inputs_use_the_whole_vocabulary_and_pad_on_both_sides_and_anywhere():
     body = "g = Gather(table, input_ids) c = Cast<to = 1>(attention_mask) ax = Constant<value_ints = [-1]>() u = Unsqueeze(c, ax) y = Mul(g, u)"
     table = RNG.standard_normal((1000, 4)).astype(np.float32)
     proto = parse(f"(int64[batch, seq] input_ids, int64[batch, seq] attention_mask) => (float[batch, seq, 4] y) {{ {body} }}", table=table)
     seen = [model_inputs(proto, i) for i in range(3)]
     assert max(int(s["input_ids"].max()) for s in seen) > 100
-    right, left, none = (s["attention_mask"] for s in seen)
+    right, left, anywhere = (s["attention_mask"] for s in seen)
     assert (np.diff(right) <= 0).all()
     assert (right == 0).any()
     assert (np.diff(left) >= 0).all()
     assert (left == 0).any()
-    assert (none == 1).all()
+    assert (anywhere[0] == 1).all()
+    steps = np.diff(anywhere[1:].astype(int))
+    assert (steps > 0).any()
+    assert (steps < 0).any()
+    assert (anywhere.sum(1) > 0).all()
 
 
 def test_a_wrong_body_is_found_by_the_check_of_the_whole_model():
