@@ -104,6 +104,15 @@ def attention(dtype, mask="float", cap=False):
     return typed(parse(text(body, f"float[B, 4, S, 8] q, float[B, 4, T, 8] key, float[B, 4, T, 8] v{given}", "float[B, 4, S, 8] y", "float")), dtype)
 
 
+def grouped(dtype):
+    """Two key heads for four query heads."""
+    repeat = "u{0} = Unsqueeze({0}, two) e{0} = Expand(u{0}, times) {1} = Reshape(e{0}, heads)"
+    body = f"""two = Constant<value_ints = [2]>() times = Constant<value_ints = [1, 1, 2, 1, 1]>() heads = Constant<value_ints = [0, 4, -1, 8]>()
+        {repeat.format("key", "k4")} {repeat.format("v", "v4")} k = Transpose<perm = [0, 1, 3, 2]>(k4) c = Constant<value_float = 0.35355339>()
+        m = MatMul(q, k) s = Mul(m, c) p = Softmax<axis = -1>(s) y = MatMul(p, v4)"""
+    return typed(parse(text(body, "float[B, 4, S, 8] q, float[B, 2, T, 8] key, float[B, 2, T, 8] v", "float[B, 4, S, 8] y", "float")), dtype)
+
+
 def rotary(dtype, interleaved=False):
     if interleaved:
         turn = """zero = Constant<value_ints = [0]>() one = Constant<value_ints = [1]>() two = Constant<value_ints = [2]>() last = Constant<value_ints = [-1]>() big = Constant<value_ints = [8]>()
@@ -152,6 +161,16 @@ def swapped_halves(x):
     return np.concatenate(np.split(x, 2, -1)[::-1], -1)
 
 
+def in_turn(reference):
+    """The wrong grouping: query heads take the key heads by turns, 0 1 0 1, where it is 0 0 1 1."""
+    return lambda q, k, v, *others, **attributes: reference(q, np.tile(k, (1, 2, 1, 1)), np.tile(v, (1, 2, 1, 1)), *others, **attributes)
+
+
+def without_cast(y):
+    """The result as it was computed, in float32."""
+    return y.astype(np.float32)
+
+
 def skewed(y):
     y = y.copy()
     y.reshape(-1)[-1] *= 1.01  # one element, by one percent
@@ -182,6 +201,8 @@ PLANTED = [
         ("bool", altered(3, np.logical_not), "mask inverted"),
         ("none", altered(2, lambda v: v[:, ::-1]), "heads reversed"),
     )],
+    *[("FusedAttention", grouped, (t,), in_turn, "wrong grouping") for t in TYPES],
+    *[(p, m, ("float16",), output(without_cast), "lost cast") for p, m in (("FusedAttention", attention), ("RMSNormalization", rms_norm), ("MatMulAct", matmul), ("Rotary", rotary))],
     *[("FusedAttention", attention, (t, "none", True), b, n) for t in TYPES for b, n in ((bug(softcap=0.0), "no soft cap"), (bug(softcap=lambda c: c * 1.02), "soft cap 2 % off"))],
     *[("Rotary", rotary, (t,), b, n) for t in TYPES for b, n in ((bug(interleaved=1), "interleaved"), (altered(2, np.negative), "other way"), (altered(1, swapped_halves), "halves swapped"))],
     *[("Rotary", rotary, (t, True), bug(interleaved=0), "not interleaved") for t in TYPES],
