@@ -20,17 +20,3 @@ class FactorOne:
 
     def replace(op, x):
         return x
-
-
-@rule(tier="lift", priority=15, exact=True)
-class IdleExpand:
-    """Expand to the shape that it has -> x: what the dynamo exporter leaves of a mean that keeps its dimension."""
-
-    def pattern(op, x, shape):
-        return op.Expand(x, shape)
-
-    def check(x, output):
-        return None if x.shape is not None and None not in x.shape and x.shape == output.shape else f"from {x.shape} to {output.shape} it may repeat"
-
-    def replace(op, x):
-        return x

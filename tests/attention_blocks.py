@@ -132,6 +132,25 @@ def attend_grouped(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.T
     return attend_eager(q, repeat_kv(k, H // G), repeat_kv(v, H // G))
 
 
+def attend_bloom(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    """Heads folded into the batch for both products, but not for the softmax."""
+    b, h, s, e = q.shape
+    scores = torch.baddbmm(bias.repeat(b, 1, 1), q.reshape(b * h, s, e), k.reshape(b * h, -1, e).transpose(1, 2), beta=1.0, alpha=E**-0.5)
+    weights = F.softmax(scores.view(b, h, s, -1), dim=-1).view(b * h, s, -1)
+    return torch.bmm(weights, v.reshape(b * h, -1, e)).view(b, h, s, e)
+
+
+def attend_repeated_first(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """Key heads repeated while positions still come first."""
+
+    def repeat(x: torch.Tensor) -> torch.Tensor:
+        x = x.transpose(1, 2)
+        b, t, g, e = x.shape
+        return x[:, :, :, None, :].expand(b, t, g, H // g, e).reshape(b, t, H, e).transpose(1, 2)
+
+    return attend_eager(q, repeat(k), repeat(v))
+
+
 def attend_sinks(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     """gpt-oss: a column more in the softmax, dropped after it."""
     scores = torch.matmul(q, k.transpose(2, 3)) * E**-0.5
@@ -189,6 +208,35 @@ def sdpa_padding(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.
 def sdpa_causal_padding(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     keep = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool, device=q.device).tril()
     return F.scaled_dot_product_attention(q, k, v, attn_mask=keep & mask[:, None, None, :].bool())
+
+
+def attend_two_fills(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    keep = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool, device=q.device).tril()
+    scores = torch.matmul(q, k.transpose(2, 3)) * E**-0.5
+    return masked(scores.masked_fill(~keep, torch.finfo(q.dtype).min), mask[:, None, None, :].bool(), v)
+
+
+def attend_filled_and_added(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """GPT-J, CodeGen: a triangle chooses, padding is added."""
+    keep = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool, device=q.device).tril()
+    scores = torch.where(keep, torch.matmul(q, k.transpose(2, 3)) * E**-0.5, torch.finfo(q.dtype).min)
+    return torch.matmul(torch.softmax(scores + mask, dim=-1), v)
+
+
+def attend_two_added(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    return torch.matmul(torch.softmax(torch.matmul(q, k.transpose(2, 3)) * E**-0.5 + bias + mask, dim=-1), v)
+
+
+def attend_scaled_bias(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Falcon scales its bias, too."""
+    return torch.matmul(torch.softmax((torch.matmul(q, k.transpose(2, 3)) + bias) * E**-0.5 + mask, dim=-1), v)
+
+
+def attend_unmasked(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """transformers' eager without a mask: one that hides nothing is made and added."""
+    keep = torch.ones(1, 1, q.shape[2], k.shape[2], dtype=torch.bool, device=q.device)
+    mask = torch.where(keep, torch.tensor(0.0, dtype=q.dtype), torch.finfo(q.dtype).min)
+    return torch.matmul(torch.softmax(torch.matmul(q, k.transpose(2, 3)) * E**-0.5 + mask, dim=-1), v)
 
 
 def attend_alibi(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
@@ -256,6 +304,10 @@ ATTENTIONS = {
     "cross_eager": Block("eager over another sequence", lambda: (CrossAttention(attend_eager), (given(), given(B, S + 3, D))), ATTENTION),
     "qkv_split": Block("q, k, v from one product by split: GPT-2", lambda: (MergedProjection(cut_split), (given(),)), ONE),
     "qkv_unbind": Block("q, k, v from one product by permute and unbind: timm", lambda: (MergedProjection(cut_unbind), (given(),)), ONE),
+    "bloom": Block("heads folded for the products alone, baddbmm: BLOOM", _self(attend_bloom, lambda: given(H, 1, S)), ATTENTION),
+    "repeated_first": Block("key heads repeated before the transpose", _self(attend_repeated_first, groups=G), ATTENTION),
+    "two_added": Block("a bias and a mask added", _self(attend_two_added, lambda: given(1, H, S, S), _float_mask), {**ATTENTION, "Add": 1}),
+    "scaled_bias": Block("(scores + bias) * scale + mask: Falcon", _self(attend_scaled_bias, lambda: given(1, H, S, S), _float_mask), {**ATTENTION, "Mul": 1, "Add": 1}),
     "sinks": Block("a column of sinks in the softmax: gpt-oss", _self(attend_sinks), ATTENTION),
     "mha": Block("nn.MultiheadAttention", lambda: (Mha(False), (given(),)), ONE),
     "mha_weights": Block("the same, need_weights", lambda: (Mha(True), (given(),)), ONE),
@@ -284,6 +336,9 @@ MASKS = {
     "sdpa_padding": Block("sdpa with mask[:, None, None, :].bool()", _self(sdpa_padding, _padding), KNOWN),
     "sdpa_causal_padding": Block("sdpa with tril & padding", _self(sdpa_causal_padding, _padding), KNOWN),
     "cached": Block("causal over cached and new keys", _self(attend_cached, lambda: given(B, H, P, E), lambda: given(B, H, P, E)), KNOWN),
+    "two_fills": Block("masked_fill by a triangle, then by padding", _self(attend_two_fills, _padding), KNOWN),
+    "filled_and_added": Block("where(triangle, scores, lowest) + mask given: GPT-J", _self(attend_filled_and_added, _float_mask), ATTENTION),
+    "unmasked": Block("a mask of ones made and added: transformers' eager without one", _self(attend_unmasked), ATTENTION),
     "alibi": Block("slopes * distance added, causal: ALiBi", _self(attend_alibi), KNOWN),
 }
 BLOCKS = {"attentions": ATTENTIONS, "masks": MASKS}

@@ -220,6 +220,12 @@ def rope_halves(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.
     return (x * cos) + (rotate_half(x) * sin)
 
 
+def rope_angles(x: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:
+    """Llama, from the product of positions and frequencies on."""
+    both = torch.cat((angles, angles), dim=-1)
+    return rope_halves(x, both.cos(), both.sin())
+
+
 def rope_partial(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
     r = cos.shape[-1]
@@ -338,7 +344,8 @@ NORMS = {
 ROTARY = {"Rotary": 1}
 ROTATIONS = {
     "rope_halves": Block("x * cos + cat(-x2, x1) * sin: Llama", _rope(rope_halves, E), ROTARY),
-    "rope_partial": Block("the same for the first half of each head: Phi, GPT-NeoX", _rope(rope_partial, E // 2), ROTARY),
+    "rope_angles": Block("the same from angles: cat(f, f), cos, sin", lambda: (Call(rope_angles), (_heads(), torch.rand(B, S, E // 2) * 6)), {**ROTARY, "Cos": 1, "Sin": 1}),
+    "rope_partial": Block("x * cos + cat(-x2, x1) * sin for the first half of each head: Phi, GPT-NeoX", _rope(rope_partial, E // 2), ROTARY),
     "rope_chunk": Block("cat(x1 * cos - x2 * sin, x2 * cos + x1 * sin): gpt-oss", _rope(rope_chunk, E // 2), ROTARY),
     "rope_gptj": Block("x * cos + interleave(-odd, even) * sin, cos and sin repeated: GPT-J", lambda: (Call(rope_gptj), (given(B, S, H, E), *_turn(E // 2))), ROTARY),
     "rope_cohere": Block("the same, cos and sin given in full: Cohere", _rope(rope_cohere, E), ROTARY),

@@ -440,14 +440,6 @@ def factor_one(b: Block, wrong: int | None = None) -> str:
     return b.mul(x, b.scalar(off(b, 1.0, wrong)))
 
 
-def idle_expand(b: Block, wrong: int | None = None) -> str:
-    if wrong is None:
-        x = b.value("B", "S", 8)
-        return str(b.op("Expand", x, _shape_of(b, x, 0, 1, (b.pick(1, 8),))))
-    x, size = b.value("B", 1, 8) if wrong % 2 else b.value(1, "S", 8), int(b.rng.integers(2, 30))
-    return str(b.op("Expand", x, b.ints(1, size, 8) if wrong % 2 else b.ints(size, 1, 1)))
-
-
 def key_transpose(b: Block, wrong: int | None = None) -> str:
     k = b.value("B", 2, "T", 8)
     folded = b.op("Reshape", k, _shape_of(b, k, (-1,), 2, 3))
@@ -692,7 +684,7 @@ PLANTS: dict[str, Make] = {
     f.__name__: f for f in (
         gelu_erf, gelu_tanh, swish_sigmoid, rms_norm, rms_norm_plain, layer_norm_plain, layer_norm_no_bias, layer_norm, linear, linear_bias,
         linear_activation, linear_activation_residual, linear_bias_residual, linear_residual, gated_linear, merged_gated_linear, flat_gemm,
-        einsum_product, rotary_halves, rotary_parts, rotary_pairs, rotary_pair_parts, rotary_partial, native_rotary, static_reshape, factor_one, idle_expand, key_transpose,
+        einsum_product, rotary_halves, rotary_parts, rotary_pairs, rotary_pair_parts, rotary_partial, native_rotary, static_reshape, factor_one, key_transpose,
         merged_key_transpose, merged_folded_key_transpose, unfolded_scores, unfolded_weighting, static_repeat, repeat_before_transpose,
         attention, native_attention, added_masks, chosen_and_added_masks, chosen_masks, attention_mask,
         squared_relu, linear_squared_relu, unfolded_product, scaled_masks, chosen_bias, nothing_hidden,

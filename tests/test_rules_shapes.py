@@ -139,14 +139,6 @@ def test_a_factor_of_one(body, left):
     assert [n for n in nodes(after(body, "float[n, 8] x", "float[n, 8] y")) if n != "Identity"] == left
 
 
-@pytest.mark.parametrize(("x", "y", "to", "left"), [("n, 8", "n, 8", "sh = Shape(x) to = Identity(sh)", []), ("n, 8", "n, 8", "to = Constant<value_ints = [1, 8]>()", []),
-                                                    ("1, 8", "3, 8", "to = Constant<value_ints = [3, 8]>()", ["Expand"]), ("n, 8", "m, 8", "to = Shape(z)", ["Shape", "Expand"])])  # fmt: skip
-def test_an_expand_to_the_shape_that_it_has(x, y, to, left):
-    """A dimension of 1 that is repeated stays, and one that may be."""
-    proto = after(f"e = Exp(x) {to} y = Expand(e, to)", f"float[{x}] x, float[m, 8] z", f"float[{y}] y")
-    assert [n for n in nodes(proto) if n not in ("Identity", "Exp")] == left
-
-
 def test_a_factor_of_ones_that_broadcasts_stays():
     assert nodes(after("e = Exp(x) y = Mul(e, wide)", "float[1, n, 8] x", "float[3, n, 8] y")) == ["Exp", "Mul"]
 

@@ -11,7 +11,7 @@ from rewrite import verify
 from rewrite.registry import _program
 
 I = {n: np.array(v, np.int64) for n, v in {
-    "i0": 0, "i1": 1, "im1": -1, "v0": [0], "v1": [1], "v2": [2], "v3": [3], "vm1": [-1], "vm2": [-2], "big": [2**63 - 1], "v01": [0, 1], "v12": [1, 2], "ones3": [1, 1, 1], "pad": [1, 4], "s2": 2, "s3": 3,
+    "i0": 0, "i1": 1, "im1": -1, "v0": [0], "v1": [1], "v2": [2], "v3": [3], "vm1": [-1], "vm2": [-2], "big": [2**63 - 1], "v01": [0, 1], "v12": [1, 2], "ones3": [1, 1, 1],
 }.items()}  # fmt: skip
 
 # Nodes that compute the integers `d` from x [batch, seq, 8] and z [batch, 1, 8], and what is known of them.
