@@ -97,6 +97,24 @@ def test_the_activation_that_no_rule_knows_is_the_one_told(explain, rng):
     assert "no rule" in told["unfused"][0]["reason"] or "expected" in told["unfused"][0]["reason"]
 
 
+def test_an_attention_of_onnx_that_stays_is_told(explain):
+    """With three dimensions and a cache it is not the plain one that is fused."""
+    text = "(float[b, s, 16] q, float[b, s, 16] k, float[b, s, 16] v) => (float[b, s, 16] y) { y = Attention<q_num_heads = 2, kv_num_heads = 2>(q, k, v) }"
+    (one,) = explain(parse(text, 23))["unfused"]
+    assert (one["kind"], one["node"], one["rule"]) == ("attention", "Attention 'y'", "native_attention")
+    assert "expected four dimensions" in one["reason"]
+
+
+def test_an_attention_with_a_column_more_is_told(explain):
+    """gpt-oss: its sinks are cut off between the softmax and the product."""
+    body = """kt = Transpose<perm = [0, 1, 3, 2]>(k) s0 = MatMul(q, kt) s = Concat<axis = -1>(s0, sinks) p = Softmax<axis = -1>(s)
+        zero = Constant<value_ints = [0]>() end = Constant<value_ints = [-1]>() p1 = Slice(p, zero, end, end) y = MatMul(p1, v)"""
+    text = f"(float[b, 2, s, 8] q, float[b, 2, s, 8] k, float[b, 2, s, 8] v, float[b, 2, s, 1] sinks) => (float[b, 2, s, 8] y) {{ {body} }}"
+    (one,) = explain(parse(text))["unfused"]
+    assert (one["kind"], one["node"], one["rule"]) == ("attention", "Softmax 'p'", "attention")
+    assert "at Slice 'p1': expected Where or Cast or Softmax, found Slice" in one["reason"]
+
+
 def test_nothing_is_told_where_all_is_fused(explain, rng):
     told = explain(mlp("Gelu", rng))
     assert told["unfused"] == []

@@ -14,7 +14,7 @@ import rewrite
 from rewrite import registry
 from rewrite.errors import CheckFailed
 from rewrite.model import load
-from rewrite.verify import TOLERANCE, check_models, compare, model_inputs
+from rewrite.verify import TOLERANCE, Spec, check_models, check_site, compare, model_inputs
 
 RNG = np.random.default_rng(7)
 W, W2, B = RNG.standard_normal((8, 8)), RNG.standard_normal((8, 8)), RNG.standard_normal(8)
@@ -330,6 +330,60 @@ def test_whole_model_inputs_use_the_whole_vocabulary_and_pad_on_both_sides_and_a
     assert (steps > 0).any()
     assert (steps < 0).any()
     assert (anywhere.sum(1) > 0).all()
+
+
+def value(name, kind, shape):
+    return onnx.helper.make_tensor_value_info(name, kind, shape)
+
+
+@pytest.mark.parametrize(("given", "told"), [
+    (value("x", onnx.TensorProto.COMPLEX64, [2]), "input 'x' is complex64; give inputs with --inputs FILE.npz"),
+    (value("x", onnx.TensorProto.FLOAT, None), "input 'x' has no known tensor shape; give inputs with --inputs FILE.npz"),
+    (onnx.helper.make_tensor_sequence_value_info("x", onnx.TensorProto.FLOAT, [2]), "input 'x' has no known tensor shape"),
+])  # fmt: skip
+def test_inputs_that_cannot_be_made_are_asked_for(given, told):
+    model = onnx.helper.make_model(onnx.helper.make_graph([], "g", [given], []))
+    with pytest.raises(rewrite.RewriteError) as error:
+        model_inputs(model, 0)
+    assert told in str(error.value)
+
+
+def test_positions_count_and_sizes_are_computed_from_names():
+    proto = parse("(int64[b, s] position_ids, float[b] x) => (float[b] y) { y = Neg(x) }")
+    proto.graph.input.append(value("z", onnx.TensorProto.FLOAT, ["2*s + 1", "s - b", "no formula at all", "b"]))
+    made = model_inputs(proto, 0)
+    b, s = made["position_ids"].shape
+    assert made["position_ids"].tolist() == [list(range(s))] * b
+    assert made["z"].shape == (2 * s + 1, s - b, made["z"].shape[2], b)
+
+
+def test_models_with_other_outputs_or_that_fail_are_told_apart():
+    one, renamed = parse("(float[b, 8] x) => (float[b, 8] y) { y = Neg(x) }"), parse("(float[b, 8] x) => (float[b, 8] z) { z = Neg(x) }")
+    failing = parse("(float[b, 8] x) => (float[p, q] y) { s = Constant<value_ints = [3, 5]>() y = Reshape(x, s) }")
+    with pytest.raises(CheckFailed, match=r"the outputs differ: \['y'\] and \['z'\]"):
+        check_models(load(one), load(renamed))
+    with pytest.raises(CheckFailed, match="the rewritten model fails on the inputs"):
+        check_models(load(one), load(failing))
+    with pytest.raises(rewrite.RewriteError, match="fails on the inputs.*give inputs with --inputs"):
+        check_models(load(failing), load(one))
+    assert check_models(load(one), load(one)) == 0.0
+
+
+def test_a_site_of_which_a_shape_is_unknown_or_that_cannot_run_is_not_verified():
+    body = onnx.helper.make_function("rewrite", "F", ["x"], ["y"], [onnx.helper.make_node("Neg", ["x"], ["y"])], [onnx.helper.make_opsetid("", 18)])
+    shapeless = check_site(body, [], [Spec("x", np.dtype(np.float32), None)], lambda a: [-a["x"]], TOLERANCE, None)
+    assert (shapeless.ok, shapeless.reason) == (False, "the replaced subgraph cannot be computed on its own: the shape of 'x' is unknown")
+    failing = onnx.helper.make_function("rewrite", "F", ["x"], ["y"], [onnx.helper.make_node("Gather", ["x", "x"], ["y"])], [onnx.helper.make_opsetid("", 18)])
+    for function, reason in ((failing, "cannot be computed on its own"), (body, "the replacement fails: ValueError: no")):
+        verdict = check_site(function, [], [Spec("x", np.dtype(np.float32), (2, 2))], _no, TOLERANCE, None)
+        assert not verdict.ok
+        assert reason in verdict.reason
+    few = check_site(body, [], [Spec("x", np.dtype(np.float32), (2, 2))], lambda a: [], TOLERANCE, None)
+    assert (few.ok, few.reason) == (False, "0 outputs instead of 1")
+
+
+def _no(arrays):
+    raise ValueError("no")
 
 
 def test_a_wrong_body_is_found_by_the_check_of_the_whole_model():
