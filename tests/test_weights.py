@@ -133,6 +133,53 @@ def test_embedded_weights(tmp_path):
     assert onnx.load(path, load_external_data=False).graph.initializer[0].data_location == onnx.TensorProto.EXTERNAL
 
 
+@pytest.mark.parametrize(("what", "told"), [("cut", "the weights of 'w' end too early; the file changed since the model was read"), ("gone", "the weights cannot be read: No such file")])
+def test_weights_that_changed_since_they_were_found_are_not_embedded(tmp_path, what, told):
+    path = sparse(tmp_path / "a", 512, 1024)
+    model = rewrite.load(path)
+    file = tmp_path / "a" / "w.bin"
+    if what == "cut":
+        os.truncate(file, 1000)
+    else:
+        file.unlink()
+    with pytest.raises(rewrite.RewriteError, match=told):
+        model.save(tmp_path / "out.onnx", embed=True)
+    assert not (tmp_path / "out.onnx").exists()
+
+
+def test_a_copy_that_the_kernel_cuts_off_or_that_fails_is_told(tmp_path, monkeypatch):
+    """Not every failure means that the filesystem cannot: then nothing is tried in another way."""
+    path = sparse(tmp_path / "a", 512, 1024)
+    (tmp_path / "b").mkdir()
+    for name, fails, told in (
+        ("copy_file_range", lambda *_: 0, "the weights were cut off while they were copied"),
+        ("lseek", _fail(errno.EIO), os.strerror(errno.EIO)),
+        ("ioctl", _fail(errno.EIO), os.strerror(errno.EIO)),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(weights.fcntl, "ioctl", _fail(errno.EOPNOTSUPP))
+            patch.setattr(weights.fcntl if name == "ioctl" else os, name, fails)
+            with pytest.raises(rewrite.RewriteError, match=told):
+                rewrite.load(path).save(tmp_path / "b" / "m.onnx")
+        assert list((tmp_path / "b").iterdir()) == []
+
+
+def test_a_hole_at_the_end_is_no_data(tmp_path):
+    source, target = tmp_path / "s", tmp_path / "t"
+    source.write_bytes(b"abc")
+    os.truncate(source, 1 << 20)
+    with target.open("wb") as file:
+        weights.copy(source, file)
+    assert target.read_bytes() == b"abc" + bytes((1 << 20) - 3)
+
+
+def _fail(number):
+    def fail(*_):
+        raise OSError(number, os.strerror(number))
+
+    return fail
+
+
 def test_embedding_what_is_too_large_is_refused(tmp_path):
     path = sparse(tmp_path / "a", 1 << 15, HUGE // 4 >> 15)
     done = run("optimize", path, "-o", tmp_path / "m.onnx", "--embed", "--no-verify")
