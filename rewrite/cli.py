@@ -356,8 +356,8 @@ def explain(model: str, rule_name: str | None, node: str | None, files: tuple[st
     if misses:
         click.echo()
         asked = rule_name is not None or node is not None
-        rows = [[m.rule, m.at, m.why(), *([m.there()] if asked else [])] for m in misses]
-        table("Near misses" if left or asked else "Other near misses", ["rule", "at", "why not", *(["what is there"] if asked else [])], rows)
+        lines = [[m.rule, m.at, m.why(), *([m.there()] if asked else [])] for m in misses]
+        table("Near misses" if left or asked else "Other near misses", ["rule", "at", "why not", *(["what is there"] if asked else [])], lines)
     if not left and not misses:
         of = "".join((f" of rule '{rule_name}'" if rule_name else "", f" at node '{node}'" if node else ""))
         click.echo(f"{'' if taken else 'nothing fused; '}no near miss{of}")

@@ -821,7 +821,7 @@ def test_a_plugin_may_not_have_a_name_with_an_underscore_nor_a_built_in_one():
         rewrite.plugin(type("My_Gelu", (), parts))
     try:
         rewrite.plugin(type("Gelu", (), parts))
-        with pytest.raises(rewrite.RewriteError, match="plugin Gelu of .* has the name of a built-in one; rename the class"):
+        with pytest.raises(rewrite.RewriteError, match=r"plugin Gelu of .* has the name of a built-in one; rename the class"):
             library()
     finally:
         registry._program.plugins.pop("Gelu")

@@ -76,7 +76,7 @@ def test_without_an_interpreter_a_file_is_not_read_but_a_protobuf_is(monkeypatch
     rewrite.load(parse(MODEL)).save(tmp_path / "m.onnx")
     sandbox.stop()
     monkeypatch.setattr(sys, "executable", "")
-    with pytest.raises(rewrite.RewriteError, match="there is no Python interpreter .* give an onnx.ModelProto instead of a path"):
+    with pytest.raises(rewrite.RewriteError, match=r"there is no Python interpreter .* give an onnx.ModelProto instead of a path"):
         rewrite.load(tmp_path / "m.onnx")
     assert rewrite.load(parse(MODEL)).opset == 18
 

@@ -364,7 +364,7 @@ def test_models_with_other_outputs_or_that_fail_are_told_apart():
         check_models(load(one), load(renamed))
     with pytest.raises(CheckFailed, match="the rewritten model fails on the inputs"):
         check_models(load(one), load(failing))
-    with pytest.raises(rewrite.RewriteError, match="fails on the inputs.*give inputs with --inputs"):
+    with pytest.raises(rewrite.RewriteError, match=r"fails on the inputs.*give inputs with --inputs"):
         check_models(load(failing), load(one))
     assert check_models(load(one), load(one)) == 0.0
 
