@@ -73,7 +73,7 @@ class RmsNorm:
 
     def pattern(op, x, scale, restored):
         wide = maybe(op.Cast, x)
-        mean = _mean(op, _square(op, wide), restored=restored)
+        mean = _mean(op, _square(op, maybe(op.Cast, x)), restored=restored)  # TorchScript casts for each use
         normed = any_of(wide * maybe(op.Cast, _inverse(op, mean)), op.Div(wide, op.Sqrt(_offset(mean))))
         return any_of(_scaled(op, wide, scale, mean), op.Cast(normed) * scale, wide * op.Cast(_inverse(op, mean)) * scale, op.Cast(_scaled(op, wide, scale, mean)))
 
@@ -92,7 +92,7 @@ class RmsNormPlain:
 
     def pattern(op, x, restored):
         wide = maybe(op.Cast, x)
-        mean = _mean(op, _square(op, wide), restored=restored)
+        mean = _mean(op, _square(op, maybe(op.Cast, x)), restored=restored)
         normed = any_of(wide * _inverse(op, mean), op.Div(wide, op.Sqrt(_offset(mean))))
         return maybe(op.Cast, normed)
 
@@ -108,8 +108,8 @@ def _centred(op, x, axes):
 
 
 def _variance(op, x, restored):
-    """Mean square of x - mean(x), which exporters of `var` compute apart from the numerator."""
-    return _mean(op, _square(op, _centred(op, x, "axes_inner")), restored=restored)
+    """Mean square of x - mean(x), which exporters of `var` compute apart from the numerator, float16 in float32 and back."""
+    return maybe(op.Cast, _mean(op, _square(op, _centred(op, maybe(op.Cast, x), "axes_inner")), restored=restored))
 
 
 def _layer_norm(op, x, scale, restored):

@@ -250,14 +250,14 @@ def _write_json(path: str, data: Any) -> None:
 
 def print_report(report: Report, model: str, output: str | None) -> None:
     """The outcome for people: rules that fired, operators before and after, and what was verified."""
-    from rewrite.report import summarize_scopes
+    from rewrite.report import largest_error, summarize_scopes
 
     rows = []
     for name, stats in report.rules.items():
         for note in dict.fromkeys(s.note for s in report.sites if s.rule == name):
             sites = [s for s in report.sites if s.rule == name and s.note == note]
             becomes = (sites[0].plugin or "(plain)") + (f": {note}" if note else "")
-            rows.append([stats.tier, name, becomes, str(len(sites)), f"{max(s.error for s in sites):.1e}" if report.verified else "-", summarize_scopes([s.where for s in sites])])
+            rows.append([stats.tier, name, becomes, str(len(sites)), largest_error(sites) if report.verified else "-", summarize_scopes([s.where for s in sites])])
     if rows:
         table("", ["tier", "rule", "becomes", "sites", "largest error", "where"], rows)
     before, after = sum(report.operators_before.values()), sum(report.operators_after.values())
@@ -357,7 +357,9 @@ def explain(model: str, rule_name: str | None, node: str | None, files: tuple[st
         table("Not fused", ["looks like", "at", "nearest rule", "why not"], [[u.kind, u.node, u.rule or "-", u.reason] for u in left])
     if misses:
         click.echo()
-        table("Near misses" if left or rule_name or node else "Other near misses", ["rule", "at", "why not"], [[m.rule, m.at, m.why()] for m in misses])
+        asked = rule_name is not None or node is not None
+        lines = [[m.rule, m.at, m.why(), *([m.there()] if asked else [])] for m in misses]
+        table("Near misses" if left or asked else "Other near misses", ["rule", "at", "why not", *(["what is there"] if asked else [])], lines)
     if not left and not misses:
         of = "".join((f" of rule '{rule_name}'" if rule_name else "", f" at node '{node}'" if node else ""))
         click.echo(f"{'' if taken else 'nothing fused; '}no near miss{of}")

@@ -12,10 +12,10 @@ from rewrite.report import NearMiss, Report
 from rewrite.validity import subgraphs
 
 ACTIVATIONS = {"Gelu", "Swish", "Relu", "Tanh", "Sigmoid", "Erf", "HardSwish", "LeakyRelu", "Elu", "Softplus", "Mish"}
-PRODUCTS = {"MatMul", "Gemm", "MatMulAct"}
+PRODUCTS = {"MatMul", "Gemm", "Einsum", "MatMulAct"}
 # What may stand between the product and the softmax, the softmax and the product, the product and its activation.
-BEFORE_SOFTMAX = {"Add", "Sub", "Mul", "Div", "Where", "Cast", "Tanh", "Reshape", "Transpose", "Identity", "Clip", "Max", "Min"}
-AFTER_SOFTMAX = {"Cast", "Where", "IsNaN", "Dropout", "Identity", "Reshape", "Mul", "Div", "Add", "Transpose", "Relu", "Clip"}
+BEFORE_SOFTMAX = {"Add", "Sub", "Mul", "Div", "Where", "Cast", "Tanh", "Reshape", "Transpose", "Identity", "Clip", "Max", "Min", "Concat"}
+AFTER_SOFTMAX = {"Cast", "Where", "IsNaN", "Dropout", "Identity", "Reshape", "Mul", "Div", "Add", "Transpose", "Relu", "Clip", "Slice"}
 BEFORE_ACTIVATION = {"Add", "Reshape", "Cast", "Identity", "Mul", "Div"}
 # Every model is full of these: a pattern of which nothing else is there says little.
 COMMON = {

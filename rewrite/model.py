@@ -344,6 +344,8 @@ def close_graph(imported: Imported, functions: dict[str, onnx.FunctionProto]) ->
     proto.functions.extend(f for name, f in functions.items() if name in used)
     if used and DOMAIN not in {o.domain for o in proto.opset_import}:
         proto.opset_import.append(onnx.helper.make_opsetid(DOMAIN, 1))
+    brought = {n.domain for n in all_nodes(proto.graph)} - {"", "ai.onnx"} - {o.domain for o in proto.opset_import}
+    proto.opset_import.extend(onnx.helper.make_opsetid(domain, 1) for domain in sorted(brought))  # by a user's replacement
     if used and proto.ir_version < 8:
         proto.ir_version = 8  # the first in which a model carries functions
     return Model(proto, source.folder, source.name, dict(source.external))

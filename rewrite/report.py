@@ -25,7 +25,8 @@ class RuleStats:
 class Site:
     """One replacement: the rule, the plugin (empty for plain rewrites), the values computed, the nodes replaced.
 
-    `where` is the PyTorch module they came from, if the exporter tells.
+    `where` is the PyTorch module they came from, if the exporter tells. `reduced`: for the check, its sizes over 256 were
+    divided by this (the weights are very large); 1 if it was checked at its own sizes.
     """
 
     rule: str
@@ -36,6 +37,7 @@ class Site:
     attributes: dict[str, Any] = field(default_factory=dict)  # of the plugin node, without those left at their defaults
     note: str = ""  # what the site is, in a few words, where that says more than the plugin's name: "causal + padding"
     where: str = ""
+    reduced: int = 1
 
 
 def common_scope(scopes: list[str]) -> str:
@@ -60,6 +62,13 @@ def summarize_scopes(scopes: list[str]) -> str:
         columns = [sorted(set(column)) for column in zip(*numbers, strict=True)]
         texts.append(template.format(*(_ranges(c) for c in columns)))
     return ", ".join(t for t in texts if t)
+
+
+def largest_error(sites: list[Site]) -> str:
+    """The largest difference seen at these sites, and whether their sizes were reduced to check them: `1.5e-05 at sizes / 64`."""
+    factors = sorted({s.reduced for s in sites} - {1})
+    of = " (some)" if factors and any(s.reduced == 1 for s in sites) else ""
+    return f"{max(s.error for s in sites):.1e}" + (f" at sizes / {'-'.join(map(str, dict.fromkeys((factors[0], factors[-1]))))}{of}" if factors else "")
 
 
 def _ranges(numbers: list[int]) -> str:
@@ -110,6 +119,11 @@ class NearMiss:
             return f"REJECTED: {self.reason}"
         where = f"at {self.node}: " if self.node and self.node != self.at else ""
         return f"{where}{self.reason} ({int(self.depth)} of at least {self.size} operators found)"
+
+    def there(self) -> str:
+        """The part of the pattern that is there: the nodes found, and what its variables stand for."""
+        named = ", ".join(f"{name} = {value}" for name, value in self.bound.items())
+        return "; ".join(filter(None, (", ".join(self.covered), named)))
 
     def __str__(self) -> str:
         return f"{self.rule} at {self.at}: {self.why()}"

@@ -53,11 +53,15 @@ class Spec:
 
 @dataclass(frozen=True)
 class Verdict:
-    """The outcome of a check. `error` is the largest difference seen, absolute, over all outputs and inputs tried."""
+    """The outcome of a check. `error` is the largest difference seen, absolute, over all outputs and inputs tried.
+
+    `reduced`: the sizes over 256 were divided by it for the check; 1 if it was made at those of the model.
+    """
 
     ok: bool
     error: float
     reason: str = ""
+    reduced: int = 1
 
 
 _BINARY = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.FloorDiv: operator.floordiv, ast.Div: operator.floordiv}
@@ -234,11 +238,12 @@ def compare(
                 return Verdict(False, np.inf, f"{where} differs in {int(np.sum(want != got))} of {want.size} elements")
             continue
         limits = tolerance.get(want.dtype.name, TOLERANCE["float32"])
-        difference, bound = _difference(want, got, limits)
+        largest = 0.0 if exact is None else _largest(exact[index], want.dtype)
+        difference, bound = _difference(want, got, limits, largest)
         if exact is not None:
             with np.errstate(over="ignore"):
                 rounded = exact[index].astype(got.dtype)
-            other, other_bound = _difference(rounded, got, limits)
+            other, other_bound = _difference(rounded, got, limits, largest)
             closer = other / np.maximum(other_bound, 1e-300) < difference / np.maximum(bound, 1e-300)
             difference, bound = np.where(closer, other, difference), np.where(closer, other_bound, bound)
         alone = int(np.isinf(difference).sum())
@@ -251,17 +256,23 @@ def compare(
     return Verdict(True, worst)
 
 
-def _difference(want: np.ndarray, got: np.ndarray, limits: tuple[float, float]) -> tuple[np.ndarray, np.ndarray]:
+def _largest(exact: np.ndarray, dtype: np.dtype[Any]) -> float:
+    """The largest value that a 16-bit result would have, those that overflow in it counted as the largest that does not."""
+    largest = float(np.finfo(np.float16).max) if dtype == np.float16 else np.inf  # bfloat16 overflows where float32 does
+    return min(float(np.abs(exact[np.isfinite(exact)]).max(initial=0.0)), largest)
+
+
+def _difference(want: np.ndarray, got: np.ndarray, limits: tuple[float, float], largest: float = 0.0) -> tuple[np.ndarray, np.ndarray]:
     """How far apart each element is (infinitely, if only one is finite), and how far it may be.
 
-    The absolute part is relative to the largest value: rounding in a sum is of its largest term.
+    The absolute part is relative to the largest value, `largest` if that is more: rounding in a sum is of its largest term.
     """
     wide, found = want.astype(np.float64), got.astype(np.float64)
     finite = np.isfinite(wide)
     same = np.where(finite, np.isfinite(found), (np.isnan(wide) & np.isnan(found)) | (wide == found))
     size = np.where(finite, np.abs(wide), 0)
     difference = np.where(same, np.abs(np.where(finite & same, found, 0) - np.where(finite & same, wide, 0)), np.inf)
-    return difference, limits[0] * size + limits[1] * max(1e-6, float(size.max(initial=0.0)))
+    return difference, limits[0] * size + limits[1] * max(1e-6, largest, float(size.max(initial=0.0)))
 
 
 def same_bits(one: Any, other: Any) -> bool:
@@ -293,16 +304,17 @@ def check_site(
     small = None if bitwise else shrink(specs)
     try:
         if small is not None:
-            verdict = _compare_site(body, needed, small, replacement, tolerance, sample, bitwise)
+            smaller, factor = small
+            verdict = _compare_site(body, needed, smaller, replacement, tolerance, sample, bitwise)
             if verdict.ok:
-                return verdict
+                return replace(verdict, reduced=factor)
         return _compare_site(body, needed, specs, replacement, tolerance, sample, bitwise)
     except Unfinished as error:  # it took its time once; other inputs would take it again
         return Verdict(False, np.inf, str(error))
 
 
-def shrink(specs: list[Spec]) -> list[Spec] | None:
-    """The inputs with all large dimensions divided by one power of two; None if none is `LARGE`, or they have none in common."""
+def shrink(specs: list[Spec]) -> tuple[list[Spec], int] | None:
+    """The inputs with all large dimensions divided by one power of two, and that; None if none is `LARGE`, or they have none in common."""
     sizes = [d for s in specs for d in s.shape or () if isinstance(d, int) and d > 256]
     largest = max((math.prod(d for d in s.shape or () if isinstance(d, int)) for s in specs), default=0)
     if not sizes or largest <= LARGE or any(s.content is not None or s.value is not None or s.shape is None for s in specs):
@@ -312,7 +324,7 @@ def shrink(specs: list[Spec]) -> list[Spec] | None:
         factor *= 2
     if factor == 1:
         return None
-    return [replace(s, shape=tuple(d // factor if isinstance(d, int) and d > 256 else d for d in s.shape or ())) for s in specs]
+    return [replace(s, shape=tuple(d // factor if isinstance(d, int) and d > 256 else d for d in s.shape or ())) for s in specs], factor
 
 
 def _compare_site(
@@ -388,7 +400,7 @@ def index_ranges(proto: onnx.ModelProto) -> dict[str, int]:
 def model_inputs(proto: onnx.ModelProto, attempt: int, sizes: Mapping[str, int] | None = None) -> dict[str, np.ndarray]:
     """Inputs for a whole model: named dimensions are those of `sizes`; others are drawn once and used everywhere.
 
-    Integer inputs named for masks are padding, by attempt: on the right, on the left, none. Token ids range over the
+    Integer inputs named for masks are padding, by attempt: on the right, on the left, anywhere. Token ids range over the
     table they are looked up in; other integers are 0 or 1.
     """
     rng = np.random.default_rng(1000 + attempt)
@@ -420,10 +432,13 @@ def model_inputs(proto: onnx.ModelProto, attempt: int, sizes: Mapping[str, int] 
 
 
 def _padding(rng: np.random.Generator, shape: tuple[int, ...], attempt: int) -> np.ndarray:
-    """1 for tokens, 0 for padding: on the right, on the left, none. The first of several rows is full."""
+    """1 for tokens, 0 for padding: on the right, on the left, anywhere. The first of several rows is full."""
     rows, length = shape
-    if attempt % 3 == 2:
-        return np.ones(shape, np.int64)
+    if attempt % 3 == 2 and length:
+        anywhere = rng.random(shape) < 0.7
+        anywhere[np.arange(rows), rng.integers(0, length, rows)] = True
+        anywhere[0] = True
+        return anywhere
     lengths = rng.integers(1, max(length, 2), rows)
     if rows > 1:
         lengths[0] = length

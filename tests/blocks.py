@@ -1,22 +1,28 @@
-"""Building blocks of transformers as people write them in PyTorch, and their export to ONNX: material of the tests.
+"""Building blocks of transformers as people write them in PyTorch: material of `benchmarks/forms.py` and the tests.
 
-Where a block is known from a model in `transformers`, its forward pass is spelled as there. Every entry of `BLOCKS`
-makes a module and its example inputs, with dimension 0 (batch) and 1 (positions) of rank-3 inputs dynamic.
+Where a block is known from a model in `transformers`, its forward pass is spelled as there.
 """
 
 from __future__ import annotations
 
-import io
 import math
-import warnings
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
-import onnx
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 B, S, D, H, G, E = 2, 6, 32, 4, 2, 8  # batch, positions, width, query heads, key heads, size of a head
+
+
+class Block(NamedTuple):
+    """What it computes, a function that makes a module and its example inputs, and the operators that it should become
+    besides those that only move data; activations and layouts stand for the attributes of plugin nodes."""
+
+    what: str
+    make: Callable[[], tuple[nn.Module, tuple[torch.Tensor, ...]]]
+    goal: dict[str, int]
 
 
 class Call(nn.Module):
@@ -43,8 +49,57 @@ class Mlp(nn.Module):
         return x + y if self.residual else y
 
 
+def gelu_python(x: torch.Tensor) -> torch.Tensor:
+    return x * 0.5 * (1.0 + torch.erf(x / math.sqrt(2.0)))
+
+
+def gelu_bloom(x: torch.Tensor) -> torch.Tensor:
+    return x * 0.5 * (1.0 + torch.tanh(0.79788456 * x * (1 + 0.044715 * x * x)))
+
+
+def quick_gelu(x: torch.Tensor) -> torch.Tensor:
+    return x * torch.sigmoid(1.702 * x)
+
+
+def relu_squared(x: torch.Tensor) -> torch.Tensor:
+    return torch.square(F.relu(x))
+
+
 def gelu_new(x: torch.Tensor) -> torch.Tensor:
     return 0.5 * x * (1.0 + torch.tanh(math.sqrt(2.0 / math.pi) * (x + 0.044715 * torch.pow(x, 3.0))))
+
+
+class Linear(nn.Module):
+    """after(x @ w + b), and what is made of it with x."""
+
+    def __init__(self, after: Any, bias: bool = True):
+        super().__init__()
+        self.linear, self.after = nn.Linear(D, D, bias=bias), after
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.after(self.linear(x), x)
+
+
+class Conv1d(nn.Module):
+    """GPT-2's: the weight as [in, out], all positions in one dimension."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.randn(D, 3 * D) * 0.2), nn.Parameter(torch.rand(3 * D))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.addmm(self.bias, x.view(-1, x.size(-1)), self.weight).view(*x.shape[:-1], 3 * D)
+
+
+class Tied(nn.Module):
+    """The logits of a language model whose embedding is its last weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(3 * D, D)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return F.linear(torch.tanh(self.table(ids)), self.table.weight)
 
 
 class GatedMlp(nn.Module):
@@ -79,6 +134,13 @@ class SlicedMlp(Phi3Mlp):
         return self.down(self.activation(both[..., : 3 * D]) * both[..., 3 * D :])
 
 
+class GluMlp(Phi3Mlp):
+    """PyTorch's own gated linear unit: a * sigmoid(b)."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down(F.glu(self.gate_up(x), dim=-1))
+
+
 # --- norms --------------------------------------------------------------------------------------------------------
 class LlamaNorm(nn.Module):
     def __init__(self, eps: float = 1e-5):
@@ -97,6 +159,15 @@ class GemmaNorm(LlamaNorm):
         y = x.float()
         y = y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + self.eps)
         return (y * (1.0 + self.weight.float())).type_as(x)
+
+
+class T5Norm(LlamaNorm):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        variance = x.to(torch.float32).pow(2).mean(-1, keepdim=True)
+        x = x * torch.rsqrt(variance + self.eps)
+        if self.weight.dtype in (torch.float16, torch.bfloat16):
+            x = x.to(self.weight.dtype)
+        return self.weight * x
 
 
 class SqrtNorm(LlamaNorm):
@@ -121,8 +192,10 @@ class HandLayerNorm(nn.Module):
         if self.form == "var":
             return self.weight * (x - mean) / torch.sqrt(x.var(-1, keepdim=True, unbiased=False) + 1e-5) + self.bias
         centred = x - mean
-        variance = centred.pow(2).mean(-1, keepdim=True)
-        return self.weight * (centred * torch.rsqrt(variance + 1e-5)) + self.bias
+        normed = centred * torch.rsqrt(centred.pow(2).mean(-1, keepdim=True) + 1e-5)
+        if self.form == "plain":
+            return normed
+        return self.weight * normed if self.form == "no bias" else self.weight * normed + self.bias
 
 
 class ResidualNorm(nn.Module):
@@ -145,6 +218,12 @@ def rotate_half(x: torch.Tensor) -> torch.Tensor:
 def rope_halves(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
     return (x * cos) + (rotate_half(x) * sin)
+
+
+def rope_angles(x: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:
+    """Llama, from the product of positions and frequencies on."""
+    both = torch.cat((angles, angles), dim=-1)
+    return rope_halves(x, both.cos(), both.sin())
 
 
 def rope_partial(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
@@ -186,118 +265,8 @@ def rope_pairs(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.T
     return torch.stack((a * cos - b * sin, a * sin + b * cos), -1).flatten(-2)
 
 
-# --- attention ----------------------------------------------------------------------------------------------------
-class SelfAttention(nn.Module):
-    """Projections around `attend(q, k, v, *extra)`, on [B, heads, S, E]."""
-
-    def __init__(self, attend: Any, groups: int = H, flat: bool = False):
-        super().__init__()
-        self.q, self.k, self.v = nn.Linear(D, H * E), nn.Linear(D, groups * E), nn.Linear(D, groups * E)
-        self.o, self.attend, self.groups = nn.Linear(H * E, D), attend, groups
-
-    def forward(self, x: torch.Tensor, *extra: torch.Tensor) -> torch.Tensor:
-        b, s, _ = x.shape
-        q = self.q(x).view(b, s, H, E).transpose(1, 2)
-        k = self.k(x).view(b, s, self.groups, E).transpose(1, 2)
-        v = self.v(x).view(b, s, self.groups, E).transpose(1, 2)
-        return self.o(self.attend(q, k, v, *extra).transpose(1, 2).reshape(b, s, H * E))
-
-
-class CrossAttention(SelfAttention):
-    def forward(self, x: torch.Tensor, *extra: torch.Tensor) -> torch.Tensor:
-        memory, extra = extra[0], extra[1:]
-        b, s, _ = x.shape
-        t = memory.shape[1]
-        q = self.q(x).view(b, s, H, E).transpose(1, 2)
-        k = self.k(memory).view(b, t, self.groups, E).transpose(1, 2)
-        v = self.v(memory).view(b, t, self.groups, E).transpose(1, 2)
-        return self.o(self.attend(q, k, v, *extra).transpose(1, 2).reshape(b, s, H * E))
-
-
-def attend_eager(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    return torch.matmul(torch.softmax(torch.matmul(q, k.transpose(2, 3)) * E**-0.5, dim=-1), v)
-
-
-def attend_divided(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    return torch.matmul(torch.softmax(torch.matmul(q, k.transpose(2, 3)) / math.sqrt(E), dim=-1), v)
-
-
-def attend_scaled_query(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    return torch.matmul(torch.softmax(torch.matmul(q * E**-0.5, k.transpose(2, 3)), dim=-1), v)
-
-
-def attend_unscaled(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-    """T5: no scale, a learned bias of relative positions is added to the scores."""
-    scores = torch.matmul(q, k.transpose(3, 2)) + bias
-    return torch.matmul(nn.functional.softmax(scores.float(), dim=-1).type_as(scores), v)
-
-
-def repeat_kv(x: torch.Tensor, n: int) -> torch.Tensor:
-    b, g, s, e = x.shape
-    return x[:, :, None, :, :].expand(b, g, n, s, e).reshape(b, g * n, s, e)
-
-
-def attend_gemma2(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    k, v = repeat_kv(k, H // G), repeat_kv(v, H // G)
-    scores = torch.matmul(q, k.transpose(2, 3)) * 0.25
-    scores = torch.tanh(scores / 50.0) * 50.0
-    scores = scores + mask
-    return torch.matmul(nn.functional.softmax(scores, dim=-1, dtype=torch.float32).to(q.dtype), v)
-
-
-def attend_interleaved(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    return attend_eager(q, k.repeat_interleave(H // G, dim=1), v.repeat_interleave(H // G, dim=1))
-
-
-def attend_masked_fill(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    scores = torch.matmul(q, k.transpose(-2, -1)) / math.sqrt(E)
-    return torch.matmul(scores.masked_fill(~mask, torch.finfo(scores.dtype).min).softmax(-1), v)
-
-
-def attend_normed(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    def norm(x: torch.Tensor) -> torch.Tensor:
-        return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6) * torch.linspace(0.5, 1.5, E)
-
-    return attend_eager(norm(q), norm(k), v)
-
-
-def sdpa(**options: Any) -> Any:
-    return lambda q, k, v, *mask: F.scaled_dot_product_attention(q, k, v, *mask, **options)
-
-
-class Mha(nn.Module):
-    """nn.MultiheadAttention; with `weights` it takes the path through baddbmm and bmm on [B * H, S, E]."""
-
-    def __init__(self, weights: bool, batch_first: bool = True):
-        super().__init__()
-        self.attention, self.weights = nn.MultiheadAttention(D, H, batch_first=batch_first), weights
-
-    def forward(self, x: torch.Tensor, memory: torch.Tensor | None = None, mask: torch.Tensor | None = None) -> torch.Tensor:
-        memory = x if memory is None else memory
-        return self.attention(x, memory, memory, attn_mask=mask, need_weights=self.weights)[0]
-
-
-class Bmm(nn.Module):
-    """Attention of fairseq's kin (OPT, BART before 2024): heads folded into the batch."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.q, self.k, self.v, self.o = (nn.Linear(D, D) for _ in range(4))
-
-    def forward(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        b, s, _ = x.shape
-
-        def heads(y: torch.Tensor) -> torch.Tensor:
-            return y.view(b, s, H, E).transpose(1, 2).reshape(b * H, s, E)
-
-        scores = torch.bmm(heads(self.q(x) * E**-0.5), heads(self.k(x)).transpose(1, 2))
-        scores = (scores.view(b, H, s, s) + mask).view(b * H, s, s)
-        y = torch.bmm(F.softmax(scores, dim=-1), heads(self.v(x)))
-        return self.o(y.view(b, H, s, E).transpose(1, 2).reshape(b, s, D))
-
-
-def _x() -> torch.Tensor:
-    return torch.randn(B, S, D)
+def given(*shape: int) -> torch.Tensor:
+    return torch.randn(*(shape or (B, S, D)))
 
 
 def _heads() -> torch.Tensor:
@@ -309,100 +278,77 @@ def _turn(size: int) -> tuple[torch.Tensor, torch.Tensor]:
     return angle.cos(), angle.sin()
 
 
-def _bool_mask() -> torch.Tensor:
-    return torch.ones(S, S, dtype=torch.bool).tril()[None, None].repeat(B, 1, 1, 1)
+def _of(function: Any) -> Callable[[], tuple[nn.Module, tuple[torch.Tensor, ...]]]:
+    return lambda: (Call(function), (given(),))
 
 
-def _float_mask() -> torch.Tensor:
-    return torch.where(_bool_mask(), 0.0, -1e9)
+def _rope(function: Any, size: int) -> Callable[[], tuple[nn.Module, tuple[torch.Tensor, ...]]]:
+    return lambda: (Call(function), (_heads(), *_turn(size)))
 
 
-BLOCKS: dict[str, Any] = {
-    "gelu": lambda: (Call(F.gelu), (_x(),)),
-    "gelu_tanh": lambda: (Call(lambda x: F.gelu(x, approximate="tanh")), (_x(),)),
-    "gelu_new": lambda: (Call(gelu_new), (_x(),)),
-    "silu": lambda: (Call(F.silu), (_x(),)),
-    "mlp_gelu": lambda: (Mlp(nn.GELU()), (_x(),)),
-    "mlp_gelu_new": lambda: (Mlp(gelu_new, residual=True), (_x(),)),
-    "mlp_relu": lambda: (Mlp(nn.ReLU(), residual=True), (_x(),)),
-    "mlp_silu": lambda: (Mlp(nn.SiLU(), bias=False), (_x(),)),
-    "swiglu": lambda: (GatedMlp(nn.SiLU()), (_x(),)),
-    "geglu": lambda: (GatedMlp(nn.GELU(), bias=True), (_x(),)),
-    "geglu_tanh": lambda: (GatedMlp(nn.GELU(approximate="tanh")), (_x(),)),
-    "phi3_mlp": lambda: (Phi3Mlp(nn.SiLU()), (_x(),)),
-    "phi3_mlp_bias": lambda: (Phi3Mlp(nn.GELU(), bias=True), (_x(),)),
-    "phi3_mlp_swapped": lambda: (Phi3Mlp(nn.SiLU(), swapped=True), (_x(),)),
-    "sliced_mlp": lambda: (SlicedMlp(nn.GELU()), (_x(),)),
-    "llama_norm": lambda: (LlamaNorm(), (_x(),)),
-    "gemma_norm": lambda: (GemmaNorm(), (_x(),)),
-    "sqrt_norm": lambda: (SqrtNorm(), (_x(),)),
-    "plain_norm": lambda: (PlainNorm(), (_x(),)),
-    "torch_rms_norm": lambda: (nn.RMSNorm(D, eps=1e-6), (_x(),)),
-    "layer_norm": lambda: (nn.LayerNorm(D), (_x(),)),
-    "layer_norm_no_bias": lambda: (nn.LayerNorm(D, bias=False), (_x(),)),
-    "layer_norm_no_weight": lambda: (nn.LayerNorm(D, elementwise_affine=False), (_x(),)),
-    "hand_layer_norm": lambda: (HandLayerNorm(), (_x(),)),
-    "hand_layer_norm_pow": lambda: (HandLayerNorm("pow"), (_x(),)),
-    "residual_rms_norm": lambda: (ResidualNorm(LlamaNorm()), (_x(), _x())),
-    "rope_halves": lambda: (Call(rope_halves), (_heads(), *_turn(E))),
-    "rope_partial": lambda: (Call(rope_partial), (_heads(), *_turn(E // 2))),
-    "rope_chunk": lambda: (Call(rope_chunk), (_heads(), *_turn(E // 2))),
-    "rope_gptj": lambda: (Call(rope_gptj), (_heads().transpose(1, 2), *_turn(E // 2))),
-    "rope_cohere": lambda: (Call(rope_cohere), (_heads(), *_turn(E))),
-    "rope_pairs": lambda: (Call(rope_pairs), (_heads(), *_turn(E // 2))),
-    "eager": lambda: (SelfAttention(attend_eager), (_x(),)),
-    "divided": lambda: (SelfAttention(attend_divided), (_x(),)),
-    "scaled_query": lambda: (SelfAttention(attend_scaled_query), (_x(),)),
-    "t5": lambda: (SelfAttention(attend_unscaled), (_x(), torch.randn(1, H, S, S))),
-    "gemma2": lambda: (SelfAttention(attend_gemma2, G), (_x(), _float_mask())),
-    "repeat_interleave": lambda: (SelfAttention(attend_interleaved, G), (_x(),)),
-    "masked_fill": lambda: (SelfAttention(attend_masked_fill), (_x(), _bool_mask())),
-    "normed": lambda: (SelfAttention(attend_normed), (_x(),)),
-    "sdpa": lambda: (SelfAttention(sdpa()), (_x(),)),
-    "sdpa_bool": lambda: (SelfAttention(sdpa()), (_x(), _bool_mask())),
-    "sdpa_float": lambda: (SelfAttention(sdpa()), (_x(), _float_mask())),
-    "sdpa_scale": lambda: (SelfAttention(sdpa(scale=0.25)), (_x(),)),
-    "sdpa_causal": lambda: (SelfAttention(sdpa(is_causal=True)), (_x(),)),
-    "sdpa_gqa": lambda: (SelfAttention(sdpa(enable_gqa=True), G), (_x(),)),
-    "cross": lambda: (CrossAttention(sdpa()), (_x(), torch.randn(B, S + 3, D))),
-    "cross_eager": lambda: (CrossAttention(attend_eager), (_x(), torch.randn(B, S + 3, D))),
-    "mha": lambda: (Mha(False), (_x(),)),
-    "mha_weights": lambda: (Mha(True), (_x(),)),
-    "mha_cross": lambda: (Mha(True), (_x(), torch.randn(B, S + 3, D))),
-    "mha_masked": lambda: (Mha(True), (_x(), _x(), torch.triu(torch.full((S, S), -1e9), 1))),
-    "mha_batch_second": lambda: (Mha(True, batch_first=False), (_x(),)),
-    "bmm": lambda: (Bmm(), (_x(), _float_mask())),
-    "encoder_layer": lambda: (nn.TransformerEncoderLayer(D, H, 3 * D, batch_first=True, activation="gelu"), (_x(),)),
-    "encoder_layer_norm_first": lambda: (nn.TransformerEncoderLayer(D, H, 3 * D, batch_first=True, norm_first=True), (_x(),)),
-    "decoder_layer": lambda: (nn.TransformerDecoderLayer(D, H, 3 * D, batch_first=True), (_x(), torch.randn(B, S + 3, D))),
+TWO = {"MatMulAct": 2}
+GATED = {"GatedMatMulAct": 1, "MatMulAct": 1}
+
+ACTIVATIONS = {
+    "gelu": Block("F.gelu(x)", _of(F.gelu), {"Gelu": 1}),
+    "gelu_python": Block("x * 0.5 * (1 + erf(x / sqrt(2)))", _of(gelu_python), {"Gelu": 1}),
+    "gelu_tanh": Block('F.gelu(x, approximate="tanh")', _of(lambda x: F.gelu(x, approximate="tanh")), {"Gelu": 1}),
+    "gelu_new": Block("0.5 * x * (1 + tanh(sqrt(2 / pi) * (x + 0.044715 * x^3))): GPT-2", _of(gelu_new), {"Gelu": 1}),
+    "gelu_bloom": Block("x * 0.5 * (1 + tanh(0.79788456 * x * (1 + 0.044715 * x * x))): BLOOM", _of(gelu_bloom), {"Gelu": 1}),
+    "quick_gelu": Block("x * sigmoid(1.702 * x): CLIP", _of(quick_gelu), {"Swish": 1}),
+    "silu": Block("F.silu(x)", _of(F.silu), {"Swish": 1}),
+    "relu_squared": Block("square(relu(x)): Nemotron", _of(relu_squared), {"Relu": 1, "Pow": 1}),
 }
-
-
-def export(name: str, exporter: str, dynamic: bool = True) -> onnx.ModelProto:
-    """Export a block: `exporter` is "dyn18" (dynamo, opset 18), "ts17" (TorchScript) and so on."""
-    torch.manual_seed(0)
-    module, inputs = BLOCKS[name]()
-    module = module.eval()
-    for parameter in module.parameters():
-        if parameter.ndim == 1:
-            nn.init.uniform_(parameter, 0.2, 1.0)  # biases of nn.MultiheadAttention start at zero
-    opset = int(exporter.lstrip("dynts"))
-    stream = io.BytesIO()
-    names = [f"in{i}" for i in range(len(inputs))]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        if exporter.startswith("ts"):
-            axes = {n: _axes(x) for n, x in zip(names, inputs, strict=True)} if dynamic else {}
-            torch.onnx.export(module, inputs, stream, opset_version=opset, dynamo=False, input_names=names, dynamic_axes=axes)
-            return onnx.load_model_from_string(stream.getvalue())
-        shapes = tuple(_axes(x) for x in inputs) if dynamic else None
-        if isinstance(module, (Call, SelfAttention)) and shapes is not None:
-            shapes = (shapes,) if isinstance(module, Call) else (shapes[0], shapes[1:]) if len(shapes) > 1 else shapes
-        program = torch.onnx.export(module, inputs, dynamo=True, opset_version=opset, dynamic_shapes=shapes, verbose=False, input_names=names)
-        return program.model_proto
-
-
-def _axes(x: torch.Tensor) -> dict[int, str]:
-    """Names of the dynamic dimensions of an input: batch and positions, wherever their sizes stand."""
-    sizes = {B: "batch", S: "seq", S + 3: "memory"}
-    return {i: sizes[n] if i in (0, 1, 2, 3) else "" for i, n in enumerate(x.shape) if n in sizes and (i == 0 or n != B)}
+PRODUCTS = {
+    "linear": Block("nn.Linear, 3 dimensions", lambda: (nn.Linear(D, 3 * D), (given(),)), {"MatMulAct": 1}),
+    "linear_no_bias": Block("nn.Linear without bias", lambda: (nn.Linear(D, 3 * D, bias=False), (given(),)), {"MatMulAct": 1}),
+    "linear_2d": Block("nn.Linear, 2 dimensions", lambda: (nn.Linear(D, 3 * D), (given(S, D),)), {"MatMulAct": 1}),
+    "conv1d": Block("addmm on [-1, width]: GPT-2's Conv1D", lambda: (Conv1d(), (given(),)), {"MatMulAct": 1}),
+    "tied": Block("logits with the weight of the embedding", lambda: (Tied(), (torch.arange(B * S).view(B, S),)), {"Tanh": 1, "MatMulAct": 1}),
+    "residual": Block("x + linear(x)", lambda: (Linear(lambda y, x: x + y), (given(),)), {"MatMulAct": 1}),
+    "residual_no_bias": Block("linear(x) + x, without bias", lambda: (Linear(lambda y, x: y + x, bias=False), (given(),)), {"MatMulAct": 1}),
+    "activation_residual": Block("x + gelu(linear(x))", lambda: (Linear(lambda y, x: x + F.gelu(y)), (given(),)), {"MatMulAct": 1, "gelu": 1}),
+    "mlp_gelu": Block("down(gelu(up(x)))", lambda: (Mlp(nn.GELU()), (given(),)), {**TWO, "gelu": 1}),
+    "mlp_gelu_new": Block("x + down(gelu_new(up(x))): GPT-2", lambda: (Mlp(gelu_new, residual=True), (given(),)), {**TWO, "gelu_tanh": 1}),
+    "mlp_quick_gelu": Block("down(quick_gelu(up(x))): CLIP", lambda: (Mlp(quick_gelu), (given(),)), {**TWO, "quick_gelu": 1}),
+    "mlp_relu": Block("x + down(relu(up(x)))", lambda: (Mlp(nn.ReLU(), residual=True), (given(),)), {**TWO, "relu": 1}),
+    "mlp_relu_squared": Block("down(square(relu(up(x)))): Nemotron", lambda: (Mlp(relu_squared, bias=False), (given(),)), {**TWO, "relu2": 1}),
+    "mlp_silu": Block("down(silu(up(x))), no bias", lambda: (Mlp(nn.SiLU(), bias=False), (given(),)), {**TWO, "swish": 1}),
+    "mlp_tanh": Block("down(tanh(up(x)))", lambda: (Mlp(nn.Tanh()), (given(),)), {**TWO, "tanh": 1}),
+    "swiglu": Block("down(silu(gate(x)) * up(x)): Llama", lambda: (GatedMlp(nn.SiLU()), (given(),)), {**GATED, "swish": 1}),
+    "geglu": Block("down(gelu(gate(x)) * up(x)), biases", lambda: (GatedMlp(nn.GELU(), bias=True), (given(),)), {**GATED, "gelu": 1}),
+    "geglu_tanh": Block('down(gelu(gate(x), "tanh") * up(x)): Gemma', lambda: (GatedMlp(nn.GELU(approximate="tanh")), (given(),)), {**GATED, "gelu_tanh": 1}),
+    "phi3_mlp": Block("gate, up = chunk(gate_up(x)); down(up * silu(gate)): Phi-3", lambda: (Phi3Mlp(nn.SiLU()), (given(),)), {**GATED, "swish": 1, "gate_up": 1}),
+    "phi3_mlp_bias": Block("the same with gelu and biases", lambda: (Phi3Mlp(nn.GELU(), bias=True), (given(),)), {**GATED, "gelu": 1, "gate_up": 1}),
+    "phi3_mlp_swapped": Block("the same with the gate in the second half", lambda: (Phi3Mlp(nn.SiLU(), swapped=True), (given(),)), {**GATED, "swish": 1, "up_gate": 1}),
+    "sliced_mlp": Block("the same, cut by slices", lambda: (SlicedMlp(nn.GELU()), (given(),)), {**GATED, "gelu": 1, "gate_up": 1}),
+    "glu_mlp": Block("down(F.glu(gate_up(x)))", lambda: (GluMlp(None), (given(),)), {**GATED, "sigmoid": 1, "up_gate": 1}),
+}
+RMS, LAYER = {"RMSNormalization": 1}, {"LayerNormalization": 1}
+NORMS = {
+    "llama_norm": Block("weight * (x * rsqrt(mean(x^2) + eps)), in float32: Llama", lambda: (LlamaNorm(), (given(),)), RMS),
+    "gemma_norm": Block("x * rsqrt(mean(x^2) + eps) * (1 + weight), in float32: Gemma", lambda: (GemmaNorm(), (given(),)), RMS),
+    "t5_norm": Block("weight * (x * rsqrt(mean(float(x)^2) + eps)): T5", lambda: (T5Norm(), (given(),)), RMS),
+    "sqrt_norm": Block("weight * (x / sqrt(mean(x * x) + eps))", lambda: (SqrtNorm(), (given(),)), RMS),
+    "plain_norm": Block("x * rsqrt(mean(x^2) + eps), no weight: Llama 4", lambda: (PlainNorm(), (given(),)), RMS),
+    "torch_rms_norm": Block("nn.RMSNorm", lambda: (nn.RMSNorm(D, eps=1e-6), (given(),)), RMS),
+    "layer_norm": Block("nn.LayerNorm", lambda: (nn.LayerNorm(D), (given(),)), LAYER),
+    "layer_norm_no_bias": Block("nn.LayerNorm without bias", lambda: (nn.LayerNorm(D, bias=False), (given(),)), LAYER),
+    "layer_norm_no_weight": Block("nn.LayerNorm without weight and bias", lambda: (nn.LayerNorm(D, elementwise_affine=False), (given(),)), LAYER),
+    "hand_layer_norm": Block("weight * (x - mean) / sqrt(x.var() + eps) + bias", lambda: (HandLayerNorm(), (given(),)), LAYER),
+    "hand_layer_norm_pow": Block("c = x - mean; weight * (c * rsqrt(mean(c^2) + eps)) + bias", lambda: (HandLayerNorm("pow"), (given(),)), LAYER),
+    "hand_layer_norm_no_bias": Block("the same without bias", lambda: (HandLayerNorm("no bias"), (given(),)), LAYER),
+    "hand_layer_norm_plain": Block("the same without weight and bias", lambda: (HandLayerNorm("plain"), (given(),)), LAYER),
+    "residual_rms_norm": Block("t = x + y; llama_norm(t), t", lambda: (ResidualNorm(LlamaNorm()), (given(), given())), {**RMS, "Add": 1}),
+}
+ROTARY = {"Rotary": 1}
+ROTATIONS = {
+    "rope_halves": Block("x * cos + cat(-x2, x1) * sin: Llama", _rope(rope_halves, E), ROTARY),
+    "rope_angles": Block("the same from angles: cat(f, f), cos, sin", lambda: (Call(rope_angles), (_heads(), torch.rand(B, S, E // 2) * 6)), {**ROTARY, "Cos": 1, "Sin": 1}),
+    "rope_partial": Block("x * cos + cat(-x2, x1) * sin for the first half of each head: Phi, GPT-NeoX", _rope(rope_partial, E // 2), ROTARY),
+    "rope_chunk": Block("cat(x1 * cos - x2 * sin, x2 * cos + x1 * sin): gpt-oss", _rope(rope_chunk, E // 2), ROTARY),
+    "rope_gptj": Block("x * cos + interleave(-odd, even) * sin, cos and sin repeated: GPT-J", lambda: (Call(rope_gptj), (given(B, S, H, E), *_turn(E // 2))), ROTARY),
+    "rope_cohere": Block("the same, cos and sin given in full: Cohere", _rope(rope_cohere, E), ROTARY),
+    "rope_pairs": Block("pairs by reshape, stack(a * cos - b * sin, a * sin + b * cos): Meta's Llama", _rope(rope_pairs, E // 2), ROTARY),
+}
+BLOCKS = {"activations": ACTIVATIONS, "products": PRODUCTS, "norms": NORMS, "rotary embeddings": ROTATIONS}

@@ -451,6 +451,30 @@ def key_transpose(b: Block, wrong: int | None = None) -> str:
     return str(b.op("Reshape", turned, _shape_of(b, k, 0, 1, 3, 2)))
 
 
+def einsum_product(b: Block, wrong: int | None = None) -> str:
+    """Scores or linear layers; near misses: other letters are summed, an outer product, a size that may be 1."""
+    q, k = b.value("B", 2, "S", 8), b.value("B", 2, "T", 8)
+    if wrong is None:
+        form = b.pick("scores", "turned", "heads last", "linear")
+        if form == "linear":
+            return str(b.op("Einsum", b.value("B", "S", 8), b.matrix(8, 6), equation=b.pick("bsd,de->bse", "b s d, d e -> b s e", "bsd,de->ebs")))
+        if form == "heads last":
+            return str(b.op("Einsum", b.value("B", "S", 2, 8), b.value("B", "T", 2, 8), equation="bqhd,bkhd->bhqk"))
+        return str(b.op("Einsum", q, k, equation="bhqd,bhkd->bhqk" if form == "scores" else "bhqd,bhkd->bkqh"))
+    letters = b.rng.permutation(list("abcdefghij"))
+    names = dict(zip("bhqkde", (str(c) for c in letters), strict=False))
+
+    def spelled(equation: str) -> str:
+        return "".join(names.get(c, c) for c in equation)
+
+    equations = ("bhqd,bhkd->bhq", "bhqd,bhkd->bqk", "bhqd,bhkd->bhqkd", "bhqd,bhkd->hk", "bhqd,bhkd->b", "bhqd,bhkd->qkh", "bhqd,bhkd->dqk")
+    if wrong % 3 == 0:
+        return str(b.op("Einsum", q, k, equation=spelled(equations[(wrong // 3) % len(equations)])))
+    if wrong % 3 == 1:
+        return str(b.op("Einsum", q, b.matrix(2, 8, 6), equation=spelled(b.pick("bhqd,hde->bhqe", "bhqd,hde->bqe", "bhqd,hde->bqhe"))))
+    return str(b.op("Einsum", b.value("B", "S", 8), b.value("S", 1, 4), equation=spelled("bqd,qke->bqdke")))
+
+
 def merged_key_transpose(b: Block, wrong: int | None = None) -> str:
     q, k = b.value("B", 2, "S", 8), b.value("B", "T", 2, 8)
     turned = b.op("Transpose", k, perm=[0, 2, 3, 1])
@@ -660,7 +684,7 @@ PLANTS: dict[str, Make] = {
     f.__name__: f for f in (
         gelu_erf, gelu_tanh, swish_sigmoid, rms_norm, rms_norm_plain, layer_norm_plain, layer_norm_no_bias, layer_norm, linear, linear_bias,
         linear_activation, linear_activation_residual, linear_bias_residual, linear_residual, gated_linear, merged_gated_linear, flat_gemm,
-        rotary_halves, rotary_parts, rotary_pairs, rotary_pair_parts, rotary_partial, native_rotary, static_reshape, factor_one, key_transpose,
+        einsum_product, rotary_halves, rotary_parts, rotary_pairs, rotary_pair_parts, rotary_partial, native_rotary, static_reshape, factor_one, key_transpose,
         merged_key_transpose, merged_folded_key_transpose, unfolded_scores, unfolded_weighting, static_repeat, repeat_before_transpose,
         attention, native_attention, added_masks, chosen_and_added_masks, chosen_masks, attention_mask,
         squared_relu, linear_squared_relu, unfolded_product, scaled_masks, chosen_bias, nothing_hidden,

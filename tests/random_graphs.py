@@ -53,15 +53,16 @@ class Case:
     sizes: dict[str, int] = field(default_factory=dict)
 
 
-def make_case(seed: int, only: str | None = None) -> Case:
-    """The graph of this seed: the same seed gives the same bytes. `only`: plants of one rule."""
-    rng = np.random.default_rng(seed)
+def make_case(seed: int, only: str | None = None, rng: Any = None, least: int = 2) -> Case:
+    """The graph of this seed: the same seed gives the same bytes. `only`: plants of one rule. `rng`: where its structure comes
+    from instead. `least`: plants, of at most five."""
+    rng = rng or np.random.default_rng(seed)
     opset = int(rng.choice(OPSETS))
     names = [n for n in PLANTS if opset >= 23 or n not in NEWEST]
     if only is not None:
         names, opset = [only], 23 if only in NEWEST else opset
     block, plants = Block(rng, opset), []
-    for index in range(int(rng.integers(2, 6))):
+    for index in range(int(rng.integers(least, 6))):
         noise(block)
         plants.append(plant(block, str(rng.choice(names)), f"p{index}_"))
     noise(block)

@@ -53,6 +53,23 @@ def test_expectations_count_by_attribute(tmp_path):
     assert "expected matmul_act:gelu=2, found 1" in done.output
 
 
+def test_an_expectation_that_does_not_hold_is_explained(tmp_path):
+    """At least, at most and exactly so many; what fails is told with the reason of the nearest miss, and nothing is written."""
+    path, out = tmp_path / "m.onnx", tmp_path / "o.onnx"
+    heads = "float[b, 2, s, 8] q, float[b, 2, s, 8] k, float[b, 2, s, 8] v"
+    body = "kt = Transpose<perm = [0, 1, 3, 2]>(k) m = MatMul(q, kt) p = Softmax<axis = 2>(m) a = MatMul(p, v) h = MatMul(a, w) y = MatMul(h, w)"
+    onnx.save(parse(f"({heads}) => (float[b, 2, s, 8] y) {{ {body} }}", w=np.eye(8, dtype=np.float32)), path)
+    for holds in ("matmul_act>=2", "matmul_act>=1", "matmul_act=2", "attention<=0", "linear<=2", "attention=0"):
+        assert run("optimize", str(path), "--expect", holds).exit_code == 0, holds
+    for fails in ("matmul_act>=3", "linear<=1", "attention>=1"):
+        done = run("optimize", str(path), "-o", str(out), "--expect", "matmul_act=2", "--expect", fails)
+        assert done.exit_code == 1
+        assert f"expected {fails}, found {0 if 'attention' in fails else 2}" in done.stderr
+        assert "attention at MatMul 'a': the pattern fits, but the softmax is over axis 2 of 4, not over the last" in done.stderr
+        assert "nothing was written" in done.stderr
+        assert not out.exists()
+
+
 @pytest.mark.parametrize("content", [b"", b"not a model", b"\x08\x0a" * 7])
 def test_what_is_no_model_is_exit_code_2_in_one_line(tmp_path, content):
     path = tmp_path / "bad.onnx"
@@ -110,3 +127,70 @@ def test_modules_are_summed_up():
     assert common_scope(["a.b", "a.b"]) == "a.b"
     assert common_scope(["", ""]) == ""
     assert summarize_scopes(["l.0.a", "l.1.a", "l.2.a", "l.5.a", "h.m", ""]) == "l.{0-2,5}.a, h.m"
+
+
+# --- what is printed for people, and for programs ---------------------------------------------------------------------
+@pytest.fixture
+def plan(tmp_path):
+    w, source = np.eye(8, dtype=np.float32), str(tmp_path / "source.onnx")
+    onnx.save(parse("(float[n, 8] x) => (float[n, 8] y) { a = MatMul(x, w) y = Gelu(a) }", 20, w=w), source)
+    made = str(tmp_path / "fused.onnx")
+    assert run("optimize", source, "-o", made).exit_code == 0
+    return made, str(tmp_path / "plan")
+
+
+def test_a_plan_is_built_shown_and_run(plan, tmp_path):
+    model, folder = plan
+    told = json.loads(run("build", model, "-o", folder, "--no-engines", "--json").stdout)
+    assert [s["kind"] for s in told["steps"]] == ["plugin"]
+    shown = " ".join(run("inspect", folder, "--steps").stdout.split())
+    assert "plugin attributes calls MatMulAct" in shown
+    assert "activation=gelu" in shown
+    assert "step calls inputs outputs 0" in shown
+    x = np.arange(16, dtype=np.float32).reshape(2, 8)
+    np.save(tmp_path / "x.npy", x)
+    np.savez(tmp_path / "x.npz", x=x)
+    for file in ("x.npy", "x.npz"):  # a single input needs no name
+        out = tmp_path / f"{file}.out.npz"
+        done = run("run", folder, "--inputs", str(tmp_path / file), "-o", str(out))
+        assert done.exit_code == 0, done.output
+        assert "y float32 [2, 8] 0 " in " ".join(done.stdout.split())
+        np.testing.assert_allclose(np.load(out)["y"][0, :3], [0, 0.841345, 1.9545], rtol=1e-4)
+    refused = run("run", model, "--inputs", str(tmp_path / "x.npz"), "--device", "cuda")
+    assert refused.exit_code == 2
+    assert "a model runs on the CPU; `rewrite build` makes a plan of it" in refused.stderr
+
+
+def test_one_array_for_several_inputs_is_refused(tmp_path):
+    path = tmp_path / "m.onnx"
+    onnx.save(parse("(float[n] a, float[n] b) => (float[n] y) { y = Add(a, b) }"), path)
+    np.save(tmp_path / "x.npy", np.ones(3, np.float32))
+    done = run("run", str(path), "--inputs", str(tmp_path / "x.npy"))
+    assert done.exit_code == 2
+    assert "an .npy file holds one array, but there are 2 inputs (a, b); give an .npz file" in done.stderr
+
+
+def test_a_model_is_shown_as_json_and_as_text(plan):
+    model, _ = plan
+    assert json.loads(run("inspect", model, "--json").stdout) == {"opset": 20, "operators": {"rewrite::MatMulAct": 1}, "plugins": {"MatMulAct": 1}}
+    assert "plugin nodes: MatMulAct 1" in run("inspect", model).stdout
+
+
+def test_rules_and_plugins_are_listed_in_tables():
+    words = " ".join(run("list").stdout.split())
+    assert "Rules tier rule what" in words
+    assert "Plugins plugin what" in words
+    assert "AttentionMask The mask of an attention" in words
+
+
+def test_without_a_command_the_help_is_shown():
+    done = run()
+    assert "Usage:" in done.output
+    assert "optimize" in done.output
+
+
+def test_a_reader_that_goes_away_is_no_traceback(model):
+    """`rewrite list | head -1`"""
+    done = subprocess.run(["bash", "-c", f"{sys.executable} -m rewrite.cli list | head -1"], capture_output=True, text=True, timeout=120)
+    assert done.stdout.strip() == "Rules"
+    assert "Traceback" not in done.stderr

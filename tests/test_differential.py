@@ -1,22 +1,30 @@
 """Random graphs: rules alone, together and in random subsets change no output; planted patterns are found, near misses left.
 
-`python tests/random_graphs.py --count 10000 --record` is the long run.
+`python tests/random_graphs.py --count 10000 --record` is the long run. Hypothesis draws the structure of further graphs, and
+makes one at which something is wrong as small as it can.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 
 import numpy as np
 import onnx
 import pytest
+from drawn_graphs import graphs
+from hypothesis import HealthCheck, find, given, settings
+from hypothesis import strategies as st
 from planted import NEWEST, PLANTS, Block
 from random_graphs import Case, check, difference, expected, finish, make_case, plant, problems
 
 import rewrite
+from rewrite import optimizer
 from rewrite.registry import library
 
 PARTS, GRAPHS = 20, 1000
+RULES = [r.name for r in library([]).rules]
+DRAWN = settings(derandomize=True, database=None, deadline=None, max_examples=150, suppress_health_check=list(HealthCheck))
 MISSES = 20  # near misses of each rule, at least
 
 
@@ -30,8 +38,38 @@ def test_random_graphs_compute_the_same(part):
     assert counts["sites"] > GRAPHS // PARTS
 
 
+@DRAWN
+@given(graphs(), st.lists(st.sampled_from(RULES), min_size=1, max_size=12, unique=True))
+def test_graphs_of_drawn_structure_compute_the_same(case, some):
+    want = expected(case)
+    assert problems(case, want, None) + problems(case, want, some) == []
+
+
+def test_the_graph_at_which_a_wrong_rule_shows_is_made_small(monkeypatch):
+    """A GELU of another scale: from some thirty nodes among noise to those that the rule replaces, and one that reads them."""
+    everything = library([])
+    right = next(r for r in everything.rules if r.name == "gelu_erf")
+    wrong = dataclasses.replace(right, replace=lambda op, x: op.Gelu(op.Mul(x, op.constant(1.1, x.dtype))))
+    rules = dataclasses.replace(everything, rules=[wrong if r is right else r for r in everything.rules])
+    sizes, apply = [], optimizer.apply_rules
+
+    def shows(case):
+        if not any("differs" in p for p in problems(case, expected(case), None)):
+            return False
+        sizes.append(len(case.model.graph.node))
+        return True
+
+    monkeypatch.setattr(optimizer, "apply_rules", lambda source, _, **options: apply(source, rules, **options))
+    case = find(graphs(), shows, settings=settings(DRAWN, max_examples=400))
+    left = [n.op_type for n in case.model.graph.node if n.op_type != "Constant"]
+    assert sorted(left[:5]) == ["Add", "Div", "Erf", "Mul", "Mul"]
+    assert len(left) <= 6
+    assert [p.rule for p in case.plants] == ["gelu_erf"]
+    assert sizes[0] >= 3 * len(case.model.graph.node)
+
+
 def test_every_rule_is_planted():
-    assert set(PLANTS) == {r.name for r in library([]).rules}
+    assert set(PLANTS) == set(RULES)
 
 
 def one_plant(rule: str, seed: int, wrong: bool) -> Case | None:

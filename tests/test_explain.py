@@ -97,6 +97,24 @@ def test_the_activation_that_no_rule_knows_is_the_one_told(explain, rng):
     assert "no rule" in told["unfused"][0]["reason"] or "expected" in told["unfused"][0]["reason"]
 
 
+def test_an_attention_of_onnx_that_stays_is_told(explain):
+    """With three dimensions and a cache it is not the plain one that is fused."""
+    text = "(float[b, s, 16] q, float[b, s, 16] k, float[b, s, 16] v) => (float[b, s, 16] y) { y = Attention<q_num_heads = 2, kv_num_heads = 2>(q, k, v) }"
+    (one,) = explain(parse(text, 23))["unfused"]
+    assert (one["kind"], one["node"], one["rule"]) == ("attention", "Attention 'y'", "native_attention")
+    assert "expected four dimensions" in one["reason"]
+
+
+def test_an_attention_with_a_column_more_is_told(explain):
+    """gpt-oss: its sinks are cut off between the softmax and the product."""
+    body = """kt = Transpose<perm = [0, 1, 3, 2]>(k) s0 = MatMul(q, kt) s = Concat<axis = -1>(s0, sinks) p = Softmax<axis = -1>(s)
+        zero = Constant<value_ints = [0]>() end = Constant<value_ints = [-1]>() p1 = Slice(p, zero, end, end) y = MatMul(p1, v)"""
+    text = f"(float[b, 2, s, 8] q, float[b, 2, s, 8] k, float[b, 2, s, 8] v, float[b, 2, s, 1] sinks) => (float[b, 2, s, 8] y) {{ {body} }}"
+    (one,) = explain(parse(text))["unfused"]
+    assert (one["kind"], one["node"], one["rule"]) == ("attention", "Softmax 'p'", "attention")
+    assert "at Slice 'p1': expected Where or Cast or Softmax, found Slice" in one["reason"]
+
+
 def test_nothing_is_told_where_all_is_fused(explain, rng):
     told = explain(mlp("Gelu", rng))
     assert told["unfused"] == []
@@ -120,6 +138,15 @@ def test_the_number_that_is_wrong_is_named(explain, rng):
     (one,) = explain(parse(GELU.format(one=1.1), w=rng.standard_normal((8, 16)).astype(np.float32)))["unfused"]
     assert (one["node"], one["rule"]) == ("Erf 'e'", "gelu_erf")
     assert "'one' is 1.1, not 1" in one["reason"]
+
+
+def test_what_is_there_of_a_near_miss_is_told_when_asked(tmp_path, rng):
+    """The nodes that were found, and what the pattern's variables stand for."""
+    onnx.save(parse(GELU.format(one=1.1), w=rng.standard_normal((8, 16)).astype(np.float32)), tmp_path / "m.onnx")
+    words = " ".join(run("explain", tmp_path / "m.onnx", "--rule", "gelu_erf").stdout.split())
+    assert "'one' is 1.1, not 1 (4 of at least 4 operators found)" in words
+    assert "Mul 'y', Mul 'h', Add 's', Erf 'e', Div 'd'; x = m" in words
+    assert "x = m" not in run("explain", tmp_path / "m.onnx").stdout
 
 
 def test_operators_that_merely_share_a_root_are_no_near_miss(explain, rng):

@@ -78,6 +78,9 @@ def test_same_bits():
     assert not same_bits(zero, np.zeros((2, 1), np.float32))
     assert same_bits(zero * np.nan, -(zero * np.nan))
     assert not same_bits(zero, zero + np.float32(1e-45))
+    assert same_bits(np.array(["a", "b"]), np.array(["a", "b"]))
+    assert not same_bits(np.array(["a", "b"]), np.array(["a", "c"]))
+    assert same_bits(np.zeros((0, 2), np.float32), np.zeros((0, 2), np.float32))
 
 
 def test_the_page_names_the_exact_rules():

@@ -728,3 +728,100 @@ def test_random_graphs_stay_right(steps):
     result = rewrite.optimize(model, rules=[], explain=True, tolerance=1e-3)
     onnx.checker.check_model(result.model.proto, full_check=True)
     assert [o.name for o in result.model.proto.graph.output] == [o.name for o in model.graph.output]
+
+
+# --- what a replacement is made of ------------------------------------------------------------------------------------
+def test_operators_of_another_domain_in_a_replacement():
+    """As in a pattern: `op.domain("com.acme")`; what ONNX Runtime does not know cannot be verified."""
+    made = declare(lambda op, x: op.Relu(x), lambda op, x: op.domain("com.acme").Rectify(x, [1, 2], slope=0.5))
+    proto = rewrite.optimize(parse("(float[4] x) => (float[4] y) { y = Relu(x) }"), rules=[made], only=["tried"], verify=False).model.proto
+    assert nodes(proto) == ["com.acme.Rectify"]
+    assert [o.version for o in proto.opset_import if o.domain == "com.acme"] == [1]
+    assert onnx.numpy_helper.to_array(proto.graph.initializer[0]).tolist() == [1, 2]
+
+
+def test_arrays_and_the_opset_in_a_replacement():
+    def replace(op, x):
+        return op.Mul(x, np.full(3, 2.0, np.float32)) if op.opset < 20 else op.Add(x, x)
+
+    made = declare(lambda op, x: x * 2.0, replace)
+    for opset, expected in ((18, ["Mul"]), (20, ["Add"])):
+        once = parse("(float[4, 3] x) => (float[4, 3] y) { y = Mul(two, x) }", opset, two=np.float32(2))
+        result = rewrite.optimize(once, rules=[made], only=["tried"])
+        assert nodes(result.model.proto) == expected
+        assert result.report.model_error == 0.0
+
+
+@pytest.mark.parametrize(
+    ("replace", "told"),
+    [
+        (lambda op, x: op.Mul(x, 2.0), "operand 2.0: a float constant needs its type; write op.constant(value, dtype)"),
+        (lambda op, x: [op.Neg(x), op.Abs(x)], "return the value of op.Name(...), or a tuple of such values"),
+    ],
+)
+def test_a_replacement_that_is_none_is_named(replace, told):
+    made = declare(lambda op, x: op.Relu(x), replace)
+    with pytest.raises(rewrite.RewriteError, match="tried") as error:
+        rewrite.optimize(parse("(float[4] x) => (float[4] y) { y = Relu(x) }"), rules=[made], only=["tried"])
+    assert told in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(("replace", "told"), [
+    (lambda op, x: op.Neg(op.Gelu(x)), "a replacement is either one plugin node or standard nodes only"),
+    (lambda op, x: op.Gelu(x, made_up=3), "plugin Gelu takes ['x'] and attributes ['approximate'], not ['made_up']"),
+    (lambda op, x: op.Gelu(x, x), "plugin Gelu takes ['x'] and attributes ['approximate'], not 2"),
+])  # fmt: skip
+def test_a_plugin_node_that_cannot_be_is_rejected_at_its_site(replace, told):
+    result = rewrite.optimize(parse("(float[4] x) => (float[4] y) { y = Relu(x) }"), rules=[declare(lambda op, x: op.Relu(x), replace, tier="fuse")], only=["tried"])
+    (miss,) = result.report.rejected
+    assert told in miss.reason
+    assert nodes(result.model.proto) == ["Relu"]
+
+
+# --- what a pattern is made of ----------------------------------------------------------------------------------------
+def test_a_number_before_a_minus():
+    text = "(float[4] x) => (float[4] y) {{ y = Sub({}) }}"
+    assert len(fits(lambda op, x: 1.0 - x, parse(text.format("one, x"), one=np.float32(1)))) == 1
+    assert fits(lambda op, x: 1.0 - x, parse(text.format("x, one"), one=np.float32(1))) == []
+
+
+@pytest.mark.parametrize(("pattern", "told"), [
+    (lambda op, x: op.Relu("x"), "a pattern is made of values, numbers, lists of integers or None, not 'x'"),
+    (lambda op, x: op.Relu(typed(x, ..., 3, ...)), "'...' may stand once in a shape"),
+    (lambda op, x: op._Relu(x), "_Relu"),
+])  # fmt: skip
+def test_a_pattern_that_is_none_is_told_when_it_is_declared(pattern, told):
+    with pytest.raises(rewrite.RewriteError, match="its pattern cannot be traced") as error:
+        declare(pattern)
+    assert told in str(error.value)
+
+
+def test_a_rule_that_finds_its_matches_cannot_stand_in_a_pattern():
+    mask = next(r for r in library([]).rules if r.name == "attention_mask")
+    with pytest.raises(rewrite.RewriteError, match="rule 'attention_mask' finds its matches itself; it has no pattern that could stand in another"):
+        declare(lambda op, x: op.Relu(mask(op, x)))
+
+
+@pytest.mark.parametrize(("parts", "told"), [
+    ({"inputs": ("x",), "tolerance": {}}, "it has no 'reference'; add one"),
+    ({"inputs": ("x",), "tolerance": {}, "reference": lambda x, y: x}, "its reference cannot be called with inputs ['x']"),
+])  # fmt: skip
+def test_a_plugin_that_lacks_something_is_refused(parts, told):
+    with pytest.raises(rewrite.RewriteError, match="plugin Lacking") as error:
+        rewrite.plugin(type("Lacking", (), parts))
+    assert told in str(error.value)
+
+
+def test_a_plugin_may_not_have_a_name_with_an_underscore_nor_a_built_in_one():
+    from rewrite import registry
+
+    parts = {"inputs": ("x",), "tolerance": {}, "reference": lambda x: x}
+    with pytest.raises(rewrite.RewriteError, match="the name may not contain '_'"):
+        rewrite.plugin(type("My_Gelu", (), parts))
+    try:
+        rewrite.plugin(type("Gelu", (), parts))
+        with pytest.raises(rewrite.RewriteError, match=r"plugin Gelu of .* has the name of a built-in one; rename the class"):
+            library()
+    finally:
+        registry._program.plugins.pop("Gelu")

@@ -88,6 +88,14 @@ def test_rms_norm_in_half_precision(cast):
         assert after(f"{wide} n2 = Mul(n1, w) y = Cast<to = 10>(n2)", dtype="float16") == ["rewrite.RMSNormalization", "Cast"]
 
 
+def test_rms_norm_that_casts_for_each_use():
+    """T5 in float16, by TorchScript."""
+    body = "c = Cast<to = 1>(x) p = Pow(c, two) m = ReduceMean(p, last) a = Add(m, eps) r = Sqrt(a) c2 = Cast<to = 1>({}) n1 = Div(c2, r) h = Cast<to = 10>(n1) y = Mul(w16, h)"
+    half = WEIGHTS["w"].astype(np.float16)
+    assert after(body.format("x"), dtype="float16", w16=half) == ["rewrite.RMSNormalization"]
+    assert "rewrite.RMSNormalization" not in after("z = Exp(x) " + body.format("z"), dtype="float16", w16=half)
+
+
 def test_rms_norm_without_a_weight_and_wider_than_small_constants():
     assert after("p = Pow(x, two) m = ReduceMean(p, last) a = Add(m, eps) r = Sqrt(a) y = Div(x, r)") == ["rewrite.RMSNormalization"]
     assert after("p = Pow(x, two) m = ReduceMean(p, last) a = Add(m, eps) r = Sqrt(a) y = Div(x, r)", shape="n, 8192") == ["rewrite.RMSNormalization"]
@@ -150,6 +158,17 @@ def test_layer_norm_from_an_rms_norm_of_the_centred_value():
 def test_layer_norm_is_ours_before_opset_17():
     body = " ".join([CENTRE, VARIANCE["pow"], NORMED["divided"], TAIL["bias last"]]).replace("(x, last)", "<axes = [-1]>(x)").replace("(p, last)", "<axes = [-1]>(p)")
     assert after(body, opset=16) == ["rewrite.LayerNormalization"]
+
+
+@pytest.mark.parametrize(("axis", "left"), [("last", ["LayerNormalization"]), ("first", None)])
+def test_layer_norm_in_half_precision_with_its_variance_in_float32(axis, left):
+    """x.var(-1, keepdim=True) by the dynamo exporter; the mean that joins it may be over another axis."""
+    variance = f"c32 = Cast<to = 1>(x) mu2 = ReduceMean(c32, {axis}) c2 = Sub(c32, mu2) p = Mul(c2, c2) v0 = ReduceMean<keepdims = 0>(p, last) v1 = Unsqueeze(v0, last)"
+    spread = "sh = Shape<start = 0, end = 1>(x) es = Concat<axis = 0>(sh, second) v2 = Expand(v1, es) v = Cast<to = 10>(v2)"
+    body = f"{CENTRE} {variance} {spread} a = Add(v, e16) r = Sqrt(a) cw = Mul(w16, c) d = Div(cw, r) y = Add(d, b16)"
+    half = {"w16": WEIGHTS["w"].astype(np.float16), "b16": WEIGHTS["b"].astype(np.float16), "e16": np.float16(1e-5)}
+    found = after(body, dtype="float16", **half)
+    assert found == left if left else "LayerNormalization" not in found
 
 
 NEAR_LAYER = {

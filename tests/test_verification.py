@@ -14,7 +14,7 @@ import rewrite
 from rewrite import registry
 from rewrite.errors import CheckFailed
 from rewrite.model import load
-from rewrite.verify import TOLERANCE, check_models, compare, model_inputs
+from rewrite.verify import TOLERANCE, Spec, check_models, check_site, compare, model_inputs
 
 RNG = np.random.default_rng(7)
 W, W2, B = RNG.standard_normal((8, 8)), RNG.standard_normal((8, 8)), RNG.standard_normal(8)
@@ -104,6 +104,15 @@ def attention(dtype, mask="float", cap=False):
     return typed(parse(text(body, f"float[B, 4, S, 8] q, float[B, 4, T, 8] key, float[B, 4, T, 8] v{given}", "float[B, 4, S, 8] y", "float")), dtype)
 
 
+def grouped(dtype):
+    """Two key heads for four query heads."""
+    repeat = "u{0} = Unsqueeze({0}, two) e{0} = Expand(u{0}, times) {1} = Reshape(e{0}, heads)"
+    body = f"""two = Constant<value_ints = [2]>() times = Constant<value_ints = [1, 1, 2, 1, 1]>() heads = Constant<value_ints = [0, 4, -1, 8]>()
+        {repeat.format("key", "k4")} {repeat.format("v", "v4")} k = Transpose<perm = [0, 1, 3, 2]>(k4) c = Constant<value_float = 0.35355339>()
+        m = MatMul(q, k) s = Mul(m, c) p = Softmax<axis = -1>(s) y = MatMul(p, v4)"""
+    return typed(parse(text(body, "float[B, 4, S, 8] q, float[B, 2, T, 8] key, float[B, 2, T, 8] v", "float[B, 4, S, 8] y", "float")), dtype)
+
+
 def rotary(dtype, interleaved=False):
     if interleaved:
         turn = """zero = Constant<value_ints = [0]>() one = Constant<value_ints = [1]>() two = Constant<value_ints = [2]>() last = Constant<value_ints = [-1]>() big = Constant<value_ints = [8]>()
@@ -152,6 +161,16 @@ def swapped_halves(x):
     return np.concatenate(np.split(x, 2, -1)[::-1], -1)
 
 
+def in_turn(reference):
+    """The wrong grouping: query heads take the key heads by turns, 0 1 0 1, where it is 0 0 1 1."""
+    return lambda q, k, v, *others, **attributes: reference(q, np.tile(k, (1, 2, 1, 1)), np.tile(v, (1, 2, 1, 1)), *others, **attributes)
+
+
+def without_cast(y):
+    """The result as it was computed, in float32."""
+    return y.astype(np.float32)
+
+
 def skewed(y):
     y = y.copy()
     y.reshape(-1)[-1] *= 1.01  # one element, by one percent
@@ -182,6 +201,8 @@ PLANTED = [
         ("bool", altered(3, np.logical_not), "mask inverted"),
         ("none", altered(2, lambda v: v[:, ::-1]), "heads reversed"),
     )],
+    *[("FusedAttention", grouped, (t,), in_turn, "wrong grouping") for t in TYPES],
+    *[(p, m, ("float16",), output(without_cast), "lost cast") for p, m in (("FusedAttention", attention), ("RMSNormalization", rms_norm), ("MatMulAct", matmul), ("Rotary", rotary))],
     *[("FusedAttention", attention, (t, "none", True), b, n) for t in TYPES for b, n in ((bug(softcap=0.0), "no soft cap"), (bug(softcap=lambda c: c * 1.02), "soft cap 2 % off"))],
     *[("Rotary", rotary, (t,), b, n) for t in TYPES for b, n in ((bug(interleaved=1), "interleaved"), (altered(2, np.negative), "other way"), (altered(1, swapped_halves), "halves swapped"))],
     *[("Rotary", rotary, (t, True), bug(interleaved=0), "not interleaved") for t in TYPES],
@@ -282,19 +303,87 @@ def test_compare_accepts_what_is_exact_where_the_subgraph_overflows():
     assert not compare([want], [np.array([90.0, 1.0], np.float16)], TOLERANCE, [exact]).ok
 
 
+def test_what_overflows_counts_as_the_largest_value_of_a_result():
+    """Elsewhere in a product whose terms are near 6e4, a difference of 0.003 is rounding."""
+    want, got, exact = np.array([np.inf, 0.578], np.float16), np.array([np.inf, 0.5747], np.float16), np.array([5e9, 0.578], np.float32)
+    assert compare([want], [got], TOLERANCE, [exact]).ok
+    small, near = np.array([0.9, 0.578], np.float32), np.array([0.9, 0.5747], np.float16)
+    assert not compare([small.astype(np.float16)], [near], TOLERANCE, [small]).ok
+    masked = np.array([-np.inf, 0.578], np.float32)  # infinite in float32, too: that is no overflow
+    assert not compare([masked.astype(np.float16)], [np.array([-np.inf, 0.5747], np.float16)], TOLERANCE, [masked]).ok
+
+
 # --- whole models ------------------------------------------------------------------------------------------------------
-def test_whole_model_inputs_use_the_whole_vocabulary_and_pad_on_both_sides():
+def test_whole_model_inputs_use_the_whole_vocabulary_and_pad_on_both_sides_and_anywhere():
     body = "g = Gather(table, input_ids) c = Cast<to = 1>(attention_mask) ax = Constant<value_ints = [-1]>() u = Unsqueeze(c, ax) y = Mul(g, u)"
     table = RNG.standard_normal((1000, 4)).astype(np.float32)
     proto = parse(f"(int64[batch, seq] input_ids, int64[batch, seq] attention_mask) => (float[batch, seq, 4] y) {{ {body} }}", table=table)
     seen = [model_inputs(proto, i) for i in range(3)]
     assert max(int(s["input_ids"].max()) for s in seen) > 100
-    right, left, none = (s["attention_mask"] for s in seen)
+    right, left, anywhere = (s["attention_mask"] for s in seen)
     assert (np.diff(right) <= 0).all()
     assert (right == 0).any()
     assert (np.diff(left) >= 0).all()
     assert (left == 0).any()
-    assert (none == 1).all()
+    assert (anywhere[0] == 1).all()
+    steps = np.diff(anywhere[1:].astype(int))
+    assert (steps > 0).any()
+    assert (steps < 0).any()
+    assert (anywhere.sum(1) > 0).all()
+
+
+def value(name, kind, shape):
+    return onnx.helper.make_tensor_value_info(name, kind, shape)
+
+
+@pytest.mark.parametrize(("given", "told"), [
+    (value("x", onnx.TensorProto.COMPLEX64, [2]), "input 'x' is complex64; give inputs with --inputs FILE.npz"),
+    (value("x", onnx.TensorProto.FLOAT, None), "input 'x' has no known tensor shape; give inputs with --inputs FILE.npz"),
+    (onnx.helper.make_tensor_sequence_value_info("x", onnx.TensorProto.FLOAT, [2]), "input 'x' has no known tensor shape"),
+])  # fmt: skip
+def test_inputs_that_cannot_be_made_are_asked_for(given, told):
+    model = onnx.helper.make_model(onnx.helper.make_graph([], "g", [given], []))
+    with pytest.raises(rewrite.RewriteError) as error:
+        model_inputs(model, 0)
+    assert told in str(error.value)
+
+
+def test_positions_count_and_sizes_are_computed_from_names():
+    proto = parse("(int64[b, s] position_ids, float[b] x) => (float[b] y) { y = Neg(x) }")
+    proto.graph.input.append(value("z", onnx.TensorProto.FLOAT, ["2*s + 1", "s - b", "no formula at all", "b"]))
+    made = model_inputs(proto, 0)
+    b, s = made["position_ids"].shape
+    assert made["position_ids"].tolist() == [list(range(s))] * b
+    assert made["z"].shape == (2 * s + 1, s - b, made["z"].shape[2], b)
+
+
+def test_models_with_other_outputs_or_that_fail_are_told_apart():
+    one, renamed = parse("(float[b, 8] x) => (float[b, 8] y) { y = Neg(x) }"), parse("(float[b, 8] x) => (float[b, 8] z) { z = Neg(x) }")
+    failing = parse("(float[b, 8] x) => (float[p, q] y) { s = Constant<value_ints = [3, 5]>() y = Reshape(x, s) }")
+    with pytest.raises(CheckFailed, match=r"the outputs differ: \['y'\] and \['z'\]"):
+        check_models(load(one), load(renamed))
+    with pytest.raises(CheckFailed, match="the rewritten model fails on the inputs"):
+        check_models(load(one), load(failing))
+    with pytest.raises(rewrite.RewriteError, match=r"fails on the inputs.*give inputs with --inputs"):
+        check_models(load(failing), load(one))
+    assert check_models(load(one), load(one)) == 0.0
+
+
+def test_a_site_of_which_a_shape_is_unknown_or_that_cannot_run_is_not_verified():
+    body = onnx.helper.make_function("rewrite", "F", ["x"], ["y"], [onnx.helper.make_node("Neg", ["x"], ["y"])], [onnx.helper.make_opsetid("", 18)])
+    shapeless = check_site(body, [], [Spec("x", np.dtype(np.float32), None)], lambda a: [-a["x"]], TOLERANCE, None)
+    assert (shapeless.ok, shapeless.reason) == (False, "the replaced subgraph cannot be computed on its own: the shape of 'x' is unknown")
+    failing = onnx.helper.make_function("rewrite", "F", ["x"], ["y"], [onnx.helper.make_node("Gather", ["x", "x"], ["y"])], [onnx.helper.make_opsetid("", 18)])
+    for function, reason in ((failing, "cannot be computed on its own"), (body, "the replacement fails: ValueError: no")):
+        verdict = check_site(function, [], [Spec("x", np.dtype(np.float32), (2, 2))], _no, TOLERANCE, None)
+        assert not verdict.ok
+        assert reason in verdict.reason
+    few = check_site(body, [], [Spec("x", np.dtype(np.float32), (2, 2))], lambda a: [], TOLERANCE, None)
+    assert (few.ok, few.reason) == (False, "0 outputs instead of 1")
+
+
+def _no(arrays):
+    raise ValueError("no")
 
 
 def test_a_wrong_body_is_found_by_the_check_of_the_whole_model():

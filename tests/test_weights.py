@@ -16,7 +16,9 @@ from conftest import parse
 
 import rewrite
 from rewrite import weights
-from rewrite.cli import main
+from rewrite.cli import main, print_report
+from rewrite.registry import library
+from rewrite.report import Report, Site
 from rewrite.verify import LARGE, TOLERANCE, Spec, check_site, shrink
 
 HUGE = 3 << 30
@@ -131,6 +133,53 @@ def test_embedded_weights(tmp_path):
     assert onnx.load(path, load_external_data=False).graph.initializer[0].data_location == onnx.TensorProto.EXTERNAL
 
 
+@pytest.mark.parametrize(("what", "told"), [("cut", "the weights of 'w' end too early; the file changed since the model was read"), ("gone", "the weights cannot be read: No such file")])
+def test_weights_that_changed_since_they_were_found_are_not_embedded(tmp_path, what, told):
+    path = sparse(tmp_path / "a", 512, 1024)
+    model = rewrite.load(path)
+    file = tmp_path / "a" / "w.bin"
+    if what == "cut":
+        os.truncate(file, 1000)
+    else:
+        file.unlink()
+    with pytest.raises(rewrite.RewriteError, match=told):
+        model.save(tmp_path / "out.onnx", embed=True)
+    assert not (tmp_path / "out.onnx").exists()
+
+
+def test_a_copy_that_the_kernel_cuts_off_or_that_fails_is_told(tmp_path, monkeypatch):
+    """Not every failure means that the filesystem cannot: then nothing is tried in another way."""
+    path = sparse(tmp_path / "a", 512, 1024)
+    (tmp_path / "b").mkdir()
+    for name, fails, told in (
+        ("copy_file_range", lambda *_: 0, "the weights were cut off while they were copied"),
+        ("lseek", _fail(errno.EIO), os.strerror(errno.EIO)),
+        ("ioctl", _fail(errno.EIO), os.strerror(errno.EIO)),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(weights.fcntl, "ioctl", _fail(errno.EOPNOTSUPP))
+            patch.setattr(weights.fcntl if name == "ioctl" else os, name, fails)
+            with pytest.raises(rewrite.RewriteError, match=told):
+                rewrite.load(path).save(tmp_path / "b" / "m.onnx")
+        assert list((tmp_path / "b").iterdir()) == []
+
+
+def test_a_hole_at_the_end_is_no_data(tmp_path):
+    source, target = tmp_path / "s", tmp_path / "t"
+    source.write_bytes(b"abc")
+    os.truncate(source, 1 << 20)
+    with target.open("wb") as file:
+        weights.copy(source, file)
+    assert target.read_bytes() == b"abc" + bytes((1 << 20) - 3)
+
+
+def _fail(number):
+    def fail(*_):
+        raise OSError(number, os.strerror(number))
+
+    return fail
+
+
 def test_embedding_what_is_too_large_is_refused(tmp_path):
     path = sparse(tmp_path / "a", 1 << 15, HUGE // 4 >> 15)
     done = run("optimize", path, "-o", tmp_path / "m.onnx", "--embed", "--no-verify")
@@ -151,8 +200,8 @@ def specs(*shapes):
 
 
 def test_large_sizes_shrink_in_proportion():
-    made = shrink(specs(("n", 4096), (4096, 14336), (14336,)))
-    assert made is not None
+    made, factor = shrink(specs(("n", 4096), (4096, 14336), (14336,)))
+    assert factor == 128
     (_, k), (rows, columns), (bias,) = (s.shape for s in made)
     assert (k, bias) == (rows, columns)
     assert columns * 4096 == rows * 14336
@@ -175,3 +224,18 @@ def test_large_sites_are_checked(wrong, fixed):
 
     verdict = check_site(found, [], specs((3, 2048), (2048, 4096), (4096,)), replacement, TOLERANCE, None)
     assert verdict.ok is not wrong, verdict
+    assert verdict.reduced == (1 if fixed or wrong else 64)  # else the sizes of the model decided
+
+
+def test_the_report_says_where_a_site_was_checked_at_reduced_sizes(capsys):
+    """In the table, one for all sites of a rule, and for each site in the JSON."""
+    report = Report(verified=True, model_error=0.0)
+    report.start([r for r in library([]).rules if r.name in ("linear", "linear_bias", "gelu_erf")])
+    for rule, error, reduced in (("linear", 1e-5, 64), ("linear", 2e-5, 32), ("linear_bias", 3e-6, 64), ("linear_bias", 4e-6, 1), ("gelu_erf", 5e-6, 1)):
+        report.add(Site(rule, "", ["y"], ["MatMul 'm'"], error, reduced=reduced))
+    print_report(report, "m.onnx", None)
+    table = capsys.readouterr().out
+    assert "2.0e-05 at sizes / 32-64" in table
+    assert "4.0e-06 at sizes / 64 (some)" in table
+    assert "5.0e-06 at" not in table
+    assert [s["reduced"] for s in report.as_json()["sites"]] == [64, 32, 64, 1, 1]
