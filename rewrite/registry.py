@@ -83,6 +83,7 @@ class Plugin:
     sample: Callable[..., Any] | None
     cuda: Callable[..., Any] | None
     strided: bool
+    updates: Mapping[str, str]
     source: str
 
     @property
@@ -217,7 +218,8 @@ def plugin(cls: type) -> Plugin:
     makes an input for the check of a fused site, or returns None for the default; `cuda(inputs, outputs, **attributes)`,
     on CuPy arrays at fixed addresses, returns a function that enqueues the kernels on the current stream, or None where it
     has none for these types (then the reference runs on the GPU); `strided` = True tells that `cuda` takes inputs and outputs
-    that are not packed; `since` is the opset from which
+    that are not packed; `updates` names inputs that `reference` overwrites, and the output that each of them becomes: who
+    needs the old values passes copies; `since` is the opset from which
     ONNX itself has the operator.
 
     Raises RewriteError if the class is incomplete.
@@ -240,6 +242,7 @@ def plugin(cls: type) -> Plugin:
         sample=getattr(cls, "sample", None),
         cuda=getattr(cls, "cuda", None),
         strided=bool(getattr(cls, "strided", False)),
+        updates=dict(getattr(cls, "updates", {})),
         source=_origin(cls.__module__),
     )
     try:
