@@ -201,11 +201,13 @@ def check_expectations(expectations: list[tuple[str, str, int]], report: Report,
 @click.option("--inputs", multiple=True, metavar="FILE", help=".npz with inputs by name, for the check of the whole model (repeatable); generated if absent.")
 @click.option("--tolerance", default=1e-4, show_default=True, help="Largest relative difference of the whole model's outputs.")
 @click.option("--bitwise", is_flag=True, help="Use only rules that change no bit of any result (docs/numerics.md).")
+@click.option("--generate", is_flag=True, help="Make a generator of a decoder exported without a cache: paged caches, packed tokens, logits where they are wanted.")
+@click.option("--block-size", default=16, show_default=True, help="Positions of a block of a generator's caches.")
 @click.option("--embed", is_flag=True, help="Put external weights into the file (models up to 2 GiB).")
 @click.option("--report", "report_file", metavar="FILE", help="Write a JSON report: rules, matches, refusals, sites, times.")
 @json_option
 def optimize(model: str, output: str | None, files: tuple[str, ...], only: tuple[str, ...], expect: tuple[str, ...], verify: bool,
-             inputs: tuple[str, ...], tolerance: float, bitwise: bool, embed: bool, report_file: str | None, as_json: bool) -> None:  # fmt: skip
+             inputs: tuple[str, ...], tolerance: float, bitwise: bool, generate: bool, block_size: int, embed: bool, report_file: str | None, as_json: bool) -> None:  # fmt: skip
     """Rewrite MODEL with all rules, verify it, and write it to --output (which may be MODEL itself)."""
     sandbox.start()
     from rewrite.files import check_target
@@ -220,7 +222,8 @@ def optimize(model: str, output: str | None, files: tuple[str, ...], only: tuple
     check_names(expectations, set(known.plugins), {r.name for r in known.rules} if not only else set(only))
     source = load(model)
     feeds = _load_inputs(inputs, source)
-    result = run(source, rules=list(files), only=list(only) or None, verify=verify, inputs=feeds, tolerance=tolerance, explain=bool(expect), bitwise=bitwise)
+    made = {"generate": generate, "block_size": block_size}
+    result = run(source, rules=list(files), only=list(only) or None, verify=verify, inputs=feeds, tolerance=tolerance, explain=bool(expect), bitwise=bitwise, **made)
     if not result.report.sites and not expect:  # the user will want to know why
         result = run(source, rules=list(files), only=list(only) or None, verify=verify, explain=True, bitwise=bitwise)
     report = result.report
@@ -260,6 +263,10 @@ def print_report(report: Report, model: str, output: str | None) -> None:
         table("", ["tier", "rule", "becomes", "sites", "largest error", "where"], rows)
     before, after = sum(report.operators_before.values()), sum(report.operators_after.values())
     click.echo(f"\n{model}: {before} operators -> {after}, in {report.seconds - report.verify_seconds:.1f} s" if rows else f"{model}: {before} operators")
+    if report.generator is not None:
+        from rewrite.patterns.transform_generate import describe_generator
+
+        click.echo(describe_generator(report.generator))
     for miss in report.rejected:
         click.echo(str(miss))
     for operator, nodes in report.unknown.items():
@@ -275,6 +282,10 @@ def _what_was_verified(report: Report) -> str:
         return "No rule matched; the model is unchanged."
     if not report.verified:
         return "NOT verified (--no-verify)"
+    if report.not_run and report.generator is not None:
+        return f"each site verified; the generator was NOT run: {report.not_run}"
+    if report.generator is not None:
+        return f"verified against the original, texts in ragged steps: largest relative difference of a logit {report.model_error:.1e}"
     if report.not_run:
         return f"each site verified; the whole model was NOT run: {report.not_run} (--inputs FILE.npz runs it all the same)"
     if report.model_error is None:

@@ -1,0 +1,198 @@
+"""A generator against the decoder it was made of: random texts in ragged steps, each logit against the text computed whole.
+
+Steps mix beginnings, chunks and single tokens of several sequences, whose blocks lie scattered over the pool; what the
+decoder says at a position must be what the generator says, however the text came to be there.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import ml_dtypes  # noqa: F401  gives NumPy the names of its types
+import numpy as np
+import onnx
+
+from rewrite.errors import CheckFailed, RewriteError
+from rewrite.functions import FunctionTable
+from rewrite.graph import DOMAIN
+from rewrite.model import Model, base_name
+from rewrite.registry import Plugin
+from rewrite.verify import TOLERANCE, compare, file_session, run_function
+
+KEY = "rewrite.generator"  # of the model's metadata: what the runtime must know, as JSON
+WINDOW = 64  # positions: windows up to this length are exceeded by the texts of a check
+Array = np.ndarray[Any, Any]
+Run = Callable[[dict[str, Array]], dict[str, Array]]
+
+
+def generator_of(proto: onnx.ModelProto) -> dict[str, Any] | None:
+    """What the model says of itself as a generator; None if it is none."""
+    text = next((p.value for p in proto.metadata_props if p.key == KEY), None)
+    if text is None:
+        return None
+    found: dict[str, Any] = json.loads(text)
+    return found
+
+
+@dataclass
+class Texts:
+    """Random texts, and the blocks of a pool in which each lies."""
+
+    tokens: list[Array]
+    tables: Array
+    blocks: int
+    block_size: int
+
+    @staticmethod
+    def random(rng: np.random.Generator, found: Mapping[str, Any]) -> Texts:
+        block = found["block_size"]
+        windows = [layer["window"] for layer in found["layers"] if 0 < layer["window"] <= WINDOW]
+        lengths = [1, block + 3, 7, max([2 * block + 1, *(w + 5 for w in windows)])]
+        lengths = [min(n, found["positions"] or n) for n in lengths]
+        needed = [-(-n // block) for n in lengths]
+        blocks = sum(needed) + 3
+        order, tables, first = rng.permutation(blocks), np.full((len(lengths), max(needed)), -1, np.int32), 0
+        for row, count in zip(tables, needed, strict=True):
+            row[:count] = order[first : first + count]
+            first += count
+        return Texts([rng.integers(0, found["tokens"], n) for n in lengths], tables, blocks, block)
+
+    def caches(self, found: Mapping[str, Any]) -> dict[str, Array]:
+        """Empty caches, by the names of the inputs."""
+        made = {}
+        for layer in found["layers"]:
+            dtype = np.dtype(layer["dtype"])
+            made[layer["key_cache"]] = np.zeros((self.blocks, self.block_size, layer["kv_heads"], layer["size"]), dtype)
+            made[layer["value_cache"]] = np.zeros((self.blocks, self.block_size, layer["kv_heads"], layer["value_size"]), dtype)
+        return made
+
+    def steps(self, rng: np.random.Generator) -> Iterator[list[tuple[int, int, int]]]:
+        """Chunks (text, from, to) of each step, until all texts are read: a few tokens at once at first, then one by one."""
+        done = [0] * len(self.tokens)
+        while any(d < len(t) for d, t in zip(done, self.tokens, strict=True)):
+            chunks = []
+            for i in rng.permutation(len(self.tokens)):
+                left = len(self.tokens[i]) - done[i]
+                if not left or (chunks and rng.random() < 0.2):
+                    continue
+                early = done[i] < len(self.tokens[i]) - 8
+                count = int(rng.integers(1, left + 1)) if early else 1
+                chunks.append((int(i), done[i], done[i] + count))
+                done[i] += count
+            if chunks:
+                yield chunks
+
+    def feeds(self, chunks: list[tuple[int, int, int]], rng: np.random.Generator) -> tuple[dict[str, Array], list[tuple[int, int]]]:
+        """The integer inputs of a step, and of which text and position each row of its logits is: some, the last ones among them."""
+        starts = np.cumsum([0] + [end - begin for _, begin, end in chunks])
+        positions = np.concatenate([np.arange(begin, end) for _, begin, end in chunks])
+        owner = np.repeat(np.arange(len(chunks)), np.diff(starts))
+        tables = self.tables[[i for i, _, _ in chunks]]
+        rows = sorted({int(s) - 1 for s in starts[1:]} | {int(r) for r in rng.integers(0, starts[-1], 2)})
+        feeds = {
+            "input_ids": np.concatenate([self.tokens[i][begin:end] for i, begin, end in chunks])[None],
+            "position_ids": positions[None],
+            "slots": (tables[owner, positions // self.block_size] * self.block_size + positions % self.block_size).astype(np.int32),
+            "block_tables": tables,
+            "query_starts": starts.astype(np.int32),
+            "context_lengths": np.array([end for _, _, end in chunks], np.int32),
+            "logit_rows": np.array(rows, np.int64),
+        }
+        return feeds, [(chunks[owner[r]][0], int(positions[r])) for r in rows]
+
+
+def check_generator(before: Model, after: Model, tolerance: float = 1e-4, attempts: int = 2) -> float:
+    """Compare the logits of a generator with those of the decoder it was made of, both in ONNX Runtime; returns the largest relative difference.
+
+    Raises CheckFailed, naming the position, if one is larger than `tolerance`, RewriteError if a model cannot run.
+    """
+    found = generator_of(after.proto)
+    assert found is not None
+    decoder, generator = file_session(before), file_session(after)
+    names = [o.name for o in generator.get_outputs()]
+
+    def whole(tokens: Array) -> Array:
+        return run_decoder(decoder, found["inputs"], tokens)
+
+    def step(feeds: dict[str, Array]) -> dict[str, Array]:
+        return dict(zip(names, generator.run(None, feeds), strict=True))
+
+    try:
+        return max(compare_steps(found, whole, step, seed, tolerance, "the generator") for seed in range(attempts))
+    except (CheckFailed, RewriteError):
+        raise
+    except Exception as error:
+        raise RewriteError(f"{after.name}: it cannot be run on generated texts: {str(error).strip().splitlines()[0][:300]}; leave the check out with --no-verify") from error
+
+
+def run_decoder(session: Any, inputs: Mapping[str, str], tokens: Array) -> Array:
+    """The logits [positions, vocabulary] of one text, computed whole. `inputs` are the decoder's inputs by what they are for."""
+    values = {"tokens": tokens, "mask": np.ones_like(tokens), "positions": np.arange(len(tokens))}
+    types = {i.name: _numpy_type(i.type) for i in session.get_inputs()}
+    result = session.run(None, {name: values[role][None].astype(types[name]) for role, name in inputs.items() if name})[0]
+    return np.asarray(result).reshape(len(tokens), -1)
+
+
+def _numpy_type(text: str) -> Any:
+    """Of what ONNX Runtime says: `tensor(int64)`."""
+    return np.dtype(text.removeprefix("tensor(").removesuffix(")"))
+
+
+def compare_steps(found: Mapping[str, Any], whole: Callable[[Array], Array], step: Run, seed: int, tolerance: float, what: str) -> float:
+    """Read random texts step by step; returns the largest difference of a logit, relative to the largest of its row.
+
+    `whole` gives the logits of a text at all positions; `step` the outputs of one step, caches among them.
+    Raises CheckFailed if a difference is above `tolerance`.
+    """
+    rng = np.random.default_rng(seed)
+    texts = Texts.random(rng, found)
+    expected = [whole(t) for t in texts.tokens]
+    caches, worst = texts.caches(found), 0.0
+    for chunks in texts.steps(rng):
+        feeds, rows = texts.feeds(chunks, rng)
+        results = step({**feeds, **caches})
+        for layer in found["layers"]:
+            caches[layer["key_cache"]], caches[layer["value_cache"]] = results[layer["keys"]], results[layer["values"]]
+        for got, (text, position) in zip(results["logits"], rows, strict=True):
+            want = expected[text][position].astype(np.float64)
+            error = float(np.abs(want - got).max()) / max(float(np.abs(want).max()), 1e-6)
+            if not error <= tolerance:
+                where = f"position {position} of {len(texts.tokens[text])}, in a step of {len(chunks)} sequences and {feeds['slots'].size} tokens"
+                raise CheckFailed(f"{what} differs from the model by {error:.1e} of the largest logit, allowed {tolerance:.0e}, at {where}")
+            worst = max(worst, error)
+    return worst
+
+
+def check_attentions(proto: onnx.ModelProto, plugin: Plugin) -> float:
+    """Each distinct PagedAttention's body in ONNX against the plugin's reference; returns the largest difference. Raises CheckFailed."""
+    found = generator_of(proto)
+    assert found is not None
+    table, worst = FunctionTable(list(proto.functions)), 0.0
+    done: set[str] = set()
+    layers = {layer["keys"]: layer for layer in found["layers"]}
+    for node in proto.graph.node:
+        if node.domain != DOMAIN or base_name(node) != plugin.name or node.op_type in done:
+            continue
+        done.add(node.op_type)
+        layer, attributes = layers[node.output[1]], {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
+        rng = np.random.default_rng(0)
+        texts = Texts.random(rng, found)
+        caches = texts.caches({**found, "layers": [layer]})
+        caches = {n: rng.standard_normal(c.shape).astype(c.dtype) for n, c in caches.items()}
+        for _, chunks in zip(range(6), texts.steps(rng), strict=False):
+            integers, _ = texts.feeds(chunks, rng)
+            count = integers["slots"].size
+            sizes = {"q": (layer["heads"], layer["size"]), "k": (layer["kv_heads"], layer["size"]), "v": (layer["kv_heads"], layer["value_size"])}
+            feeds = {n: rng.standard_normal((1, heads, count, size)).astype(caches[layer["key_cache"]].dtype) for n, (heads, size) in sizes.items()}
+            feeds.update(zip(("key_cache", "value_cache"), (c.copy() for c in caches.values()), strict=True))
+            feeds.update({n: integers[n] for n in plugin.inputs[5:]})
+            expected = run_function(table.functions[node.op_type], [], feeds)
+            actual = plugin.reference(*(feeds[n].copy() for n in plugin.inputs), **{**plugin.attributes, **attributes})
+            verdict = compare(expected, list(actual), {**TOLERANCE, **plugin.tolerance})
+            if not verdict.ok:
+                raise CheckFailed(f"plugin {plugin.name} at '{node.name}' differs from the function it stands for: {verdict.reason}")
+            worst = max(worst, verdict.error)
+    return worst
