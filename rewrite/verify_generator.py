@@ -114,8 +114,8 @@ def check_generator(before: Model, after: Model, tolerance: float = 1e-4, attemp
     decoder, generator = file_session(before), file_session(after)
     names = [o.name for o in generator.get_outputs()]
 
-    def whole(tokens: Array) -> Array:
-        return run_decoder(decoder, found["inputs"], tokens)
+    def whole(texts: Texts) -> list[Array]:
+        return [run_decoder(decoder, found["inputs"], t) for t in texts.tokens]
 
     def step(feeds: dict[str, Array]) -> dict[str, Array]:
         return dict(zip(names, generator.run(None, feeds), strict=True))
@@ -141,15 +141,28 @@ def _numpy_type(text: str) -> Any:
     return np.dtype(text.removeprefix("tensor(").removesuffix(")"))
 
 
-def compare_steps(found: Mapping[str, Any], whole: Callable[[Array], Array], step: Run, seed: int, tolerance: float, what: str) -> float:
+def at_once(found: Mapping[str, Any], run: Run) -> Callable[[Texts], list[Array]]:
+    """The logits of each text at all positions from one step of a generator, `run`, that takes all texts whole."""
+
+    def whole(texts: Texts) -> list[Array]:
+        chunks = [(i, 0, len(t)) for i, t in enumerate(texts.tokens)]
+        feeds, _ = texts.feeds(chunks, np.random.default_rng(0))
+        feeds["logit_rows"] = np.arange(feeds["slots"].size)
+        logits = run({**feeds, **texts.caches(found)})["logits"]
+        return np.split(logits, feeds["query_starts"][1:-1])
+
+    return whole
+
+
+def compare_steps(found: Mapping[str, Any], whole: Callable[[Texts], list[Array]], step: Run, seed: int, tolerance: float, what: str) -> float:
     """Read random texts step by step; returns the largest difference of a logit, relative to the largest of its row.
 
-    `whole` gives the logits of a text at all positions; `step` the outputs of one step, caches among them.
+    `whole` gives the logits of each text at all positions; `step` the outputs of one step, caches among them.
     Raises CheckFailed if a difference is above `tolerance`.
     """
     rng = np.random.default_rng(seed)
     texts = Texts.random(rng, found)
-    expected = [whole(t) for t in texts.tokens]
+    expected = whole(texts)
     caches, worst = texts.caches(found), 0.0
     for chunks in texts.steps(rng):
         feeds, rows = texts.feeds(chunks, rng)

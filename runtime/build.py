@@ -8,6 +8,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -22,7 +23,9 @@ from rewrite.runtime import engine, weights
 from rewrite.runtime.partition import Partition, partition
 from rewrite.runtime.plan import MANIFEST, Manifest, Plan, digest
 from rewrite.runtime.profile import Profile
+from rewrite.runtime.tokenizer import copy_tokenizer, eos_of, tokenizer_folder
 from rewrite.verify import SIZES, TOLERANCE, compare, model_inputs
+from rewrite.verify_generator import at_once, compare_steps, generator_of
 
 Progress = Callable[[str], None]
 UNCHECKED = "build with --no-verify and compare yourself"
@@ -36,6 +39,7 @@ def build(
     engines: bool = True,
     verify: bool = True,
     tolerance: float = 1e-4,
+    tokenizer: str | os.PathLike[str] | None = None,
     progress: Progress | None = None,
 ) -> Plan:
     """Compile a model, rewritten or not, into a plan.
@@ -47,6 +51,8 @@ def build(
         engines: compile the segments with TensorRT; without, the plan runs on the CPU alone.
         verify: run the plan on the CPU and compare its outputs with the model's in ONNX Runtime.
         tolerance: largest difference allowed, relative to each output's largest value.
+        tokenizer: of a text generator, the folder of its tokenizer, which is copied into the plan; None: the one that the
+            model says it was exported with, if it is there.
         progress: called with a line on each step that takes time.
 
     Raises:
@@ -61,6 +67,10 @@ def build(
         raise RewriteError(f"{target}: the folder {target.parent} does not exist; make it first")
     say("cutting the model at its plugin nodes")
     cut = partition(source, library().plugins)
+    generator, folder = generator_of(source.proto), None
+    if generator is not None:
+        folder = tokenizer_folder(source, tokenizer)
+        generator = {**generator, "eos": eos_of(source), "tokenizer": "tokenizer" if folder is not None else None}
     names = dict.fromkeys(d for v in cut.inputs.values() for d in v.shape if isinstance(d, str))
     sizes = Profile.parse(profile, names)
     compiled = _compile(cut, sizes, say) if engines else {}
@@ -68,7 +78,9 @@ def build(
     try:
         work = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent))
         say("writing the plan")
-        _write(work, source, cut, sizes, compiled)
+        if folder is not None:
+            copy_tokenizer(folder, work / "tokenizer")
+        _write(work, source, cut, sizes, compiled, generator)
         if verify:
             say("comparing the plan's outputs with the model's")
             check_plan(Plan(work), source, tolerance)
@@ -92,7 +104,7 @@ def _compile(cut: Partition, profile: Profile, say: Progress) -> dict[str, bytes
     return engines
 
 
-def _write(work: Path, source: Model, cut: Partition, profile: Profile, engines: Mapping[str, bytes]) -> None:
+def _write(work: Path, source: Model, cut: Partition, profile: Profile, engines: Mapping[str, bytes], generator: dict[str, Any] | None) -> None:
     os.chmod(work, 0o777 & ~_umask())
     for folder in ("segments", "engines"):
         (work / folder).mkdir()
@@ -108,7 +120,7 @@ def _write(work: Path, source: Model, cut: Partition, profile: Profile, engines:
     if engines:
         versions["tensorrt"] = engine.version()
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    manifest = Manifest(source.name, source.opset, cut.inputs, cut.outputs, cut.values, cut.steps, profile, versions, now)
+    manifest = Manifest(source.name, source.opset, cut.inputs, cut.outputs, cut.values, cut.steps, profile, versions, now, generator=generator)
     for file_path in sorted(p for p in work.rglob("*") if p.is_file()):
         manifest.files[file_path.relative_to(work).as_posix()] = (file_path.stat().st_size, digest(file_path))
     (work / MANIFEST).write_text(manifest.to_json())
@@ -126,6 +138,8 @@ def check_plan(plan: Plan, model: Model, tolerance: float, attempts: int = 2) ->
     The model is run first, in a child under limits: what it does not survive, the plan does not come to.
     Raises CheckFailed, naming the output, if they differ by more than `tolerance`.
     """
+    if plan.manifest.generator is not None:
+        return check_generator_plan(plan, model, tolerance)
     worst, done = 0.0, 0
     for attempt in range(attempts):
         ranges = plan.manifest.profile.ranges if plan.has_engines else {}
@@ -150,3 +164,10 @@ def check_plan(plan: Plan, model: Model, tolerance: float, attempts: int = 2) ->
             largest = float(np.abs(np.asarray(want, np.float64)).max(initial=0.0)) if np.asarray(want).dtype.kind == "f" else 0.0
             worst = max(worst, verdict.error / max(largest, 1e-6))
     return worst
+
+
+def check_generator_plan(plan: Plan, model: Model, tolerance: float) -> float:
+    """The same for a text generator: random texts in ragged steps by the plan, against the model that reads them at once."""
+    found = plan.manifest.generator
+    assert found is not None
+    return compare_steps(found, at_once(found, lambda feeds: sandbox.run(model, feeds, UNCHECKED)), plan.run, 0, tolerance, "the plan")

@@ -4,6 +4,7 @@
     plan/weights.safetensors   by the names they have in the model
     plan/segments/KEY.onnx     what lies between plugins, once for each distinct structure
     plan/engines/KEY.engine    the same, compiled by TensorRT
+    plan/tokenizer/            of a text generator whose tokenizer was known: files as transformers writes them
 """
 
 from __future__ import annotations
@@ -48,6 +49,7 @@ class Manifest:
     versions: dict[str, str]
     created: str
     files: dict[str, tuple[int, str]] = field(default_factory=dict)
+    generator: dict[str, Any] | None = None  # of a text generator: block size, vocabulary, layers with their caches, eos, tokenizer
 
     def to_json(self) -> str:
         data = {"format": FORMAT, **dataclasses.asdict(self), "profile": dict(self.profile.ranges)}
