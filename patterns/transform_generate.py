@@ -25,6 +25,7 @@ from rewrite.plugins.paged_attention_onnx import body
 from rewrite.shapes import SymbolicShapes, is_named, substitute
 from rewrite.verify_generator import KEY
 
+POSITIONS = "rewrite.positions"  # of the model's metadata: how many it was made for, as `rewrite export` notes it
 HIDES = -1e4  # a score so far below the others' has no weight
 BLOCK = 16  # positions of a block
 INTEGERS = {"slots": [TOKENS], "block_tables": ["sequences", "table"], "query_starts": ["starts"], "context_lengths": ["sequences"]}
@@ -390,7 +391,8 @@ class _Ending:
         axes = TokenAxes(graph, inputs, self.model.name)  # again, with the rows picked
         self._outputs(graph, axes)
         self._types(graph, set())
-        positions = position_limit(graph)
+        declared = next((int(p.value) for p in self.proto.metadata_props if p.key == POSITIONS), None)
+        positions = position_limit(graph) or declared
         vocabulary = int(self.proto.graph.output[0].type.tensor_type.shape.dim[1].dim_value)
         tokens = next((n.inputs[0].shape[0] for n in graph if canonical(n) == "Gather" and _comes_from(graph, n.inputs[1], "input_ids")), vocabulary)
         found = {"block_size": self.block_size, "vocabulary": vocabulary, "tokens": int(tokens), "positions": positions, "inputs": self.inputs, "layers": self.layers}

@@ -120,7 +120,7 @@ def _load_inputs(files: tuple[str, ...], model: Model) -> list[dict[str, Any]] |
 def export(source: str, output: str, opset: int, exporter: str, attention: str, verify: bool, as_json: bool) -> None:
     """Export SOURCE to ONNX with dynamic batch and sequence.
 
-    SOURCE is a local Hugging Face directory, or MODULE:CALLABLE, a function without arguments that returns
+    SOURCE is a local Hugging Face directory, a GGUF file (as float32), or MODULE:CALLABLE, a function without arguments that returns
     (torch.nn.Module, example inputs) or (torch.nn.Module, example inputs, dynamic shapes).
     """
     from pathlib import Path
@@ -135,6 +135,11 @@ def export(source: str, output: str, opset: int, exporter: str, attention: str, 
             from rewrite.export.huggingface import load_directory
 
             loaded = load_directory(source, attention=attention)
+        elif source.endswith(".gguf"):
+            say("loading the model")
+            from rewrite.export.huggingface import load_gguf
+
+            loaded = load_gguf(source, attention=attention)
         else:
             loaded = load_callable(source)
         done = run(loaded, output, opset=opset, exporter=exporter, verify=verify, progress=say)
