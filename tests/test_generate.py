@@ -31,7 +31,14 @@ STEPS = 32
 
 @cache
 def source(name: str) -> Source:
-    return next(a for a in ARCHITECTURES if a.name == name).source()
+    """Layers times 6 and tables by 10: a model whose embedding outweighs its layers says one token for ever."""
+    made = next(a for a in ARCHITECTURES if a.name == name).source()
+    tables = {id(m.weight) for m in made.module.modules() if isinstance(m, torch.nn.Embedding)}
+    with torch.no_grad():
+        for parameter in made.module.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(0.1 if id(parameter) in tables else 6)
+    return made
 
 
 def prompts() -> list[list[int]]:
@@ -50,7 +57,7 @@ def by_transformers(flat: torch.nn.Module, prompt: list[int]) -> list[int]:
 def test_greedy_tokens_are_those_of_transformers(name, tmp_path):
     made = source(name)
     expected = [by_transformers(made.module, p) for p in prompts()]
-    assert len({t for tokens in expected for t in tokens}) > 20  # not one token for ever
+    assert len({t for tokens in expected for t in tokens}) > 24
     export(made, tmp_path / "model.onnx")
     result = rewrite.optimize(tmp_path / "model.onnx", generate=True)
     assert result.report.plugins["PagedAttention"] == 2
