@@ -33,7 +33,7 @@ from rewrite.model import Model, load
 from rewrite.validity import MIN_OPSET
 
 OPSET = 20
-LARGE = 1 << 30  # bytes of weights from which they are stored beside the model
+LARGE = 1 << 28  # bytes of weights from which they are stored beside the model
 
 Say = Callable[[str], None]
 
@@ -58,7 +58,7 @@ def export(
 ) -> Exported:
     """Export to ONNX, compare with PyTorch at several shapes, and write the file, whole or not at all.
 
-    Weights of more than 1 GiB are stored beside the file, as `<name>.data`. The module is exported in evaluation mode,
+    Weights of more than 256 MiB are stored beside the file, as `<name>.data`. The module is exported in evaluation mode,
     and left as it was.
 
     Raises RewriteError if PyTorch cannot export the module, CheckFailed if the file computes something else.

@@ -139,11 +139,11 @@ def rehearse(path: Path, file: int, size: int) -> None:
         raise RewriteError(f"{path}: refused, because reading it does not end well: {reason}; export the model again, or split it if it is sound") from reason
 
 
-def compare_generator(decoder: Model, generator: Model, tolerance: float, attempts: int) -> float:
+def compare_generator(decoder: Model, generator: Model, tolerance: float) -> float:
     """`rewrite.verify_generator.check_generator` in the child. Raises RewriteError if it hangs, crashes, or takes too much memory."""
     with contextlib.ExitStack() as stack:
         files = [stack.enter_context(_in_memory(m.proto.SerializeToString())) for m in (decoder, generator)]
-        request = {"do": "generate", "models": [_description(decoder), _description(generator)], "tolerance": tolerance, "attempts": attempts}
+        request = {"do": "generate", "models": [_description(decoder), _description(generator)], "tolerance": tolerance}
         return float(_run(decoder, request, files, False, "leave the check out with --no-verify")["error"])
 
 
@@ -359,7 +359,7 @@ def _compare_generator(request: dict[str, Any], files: list[int]) -> dict[str, A
 
     decoder, generator = _models(request, files)
     try:
-        return {"error": check_generator(decoder, generator, request["tolerance"], request["attempts"])}
+        return {"error": check_generator(decoder, generator, request["tolerance"])}
     except CheckFailed as error:
         return {"failed": str(error)}
     except RewriteError as error:

@@ -21,8 +21,10 @@ from rewrite.graph import DOMAIN
 from rewrite.model import Model, base_name
 from rewrite.registry import Plugin
 from rewrite.verify import TOLERANCE, compare, file_session, run_function
+from rewrite.weights import external_size
 
 KEY = "rewrite.generator"  # of the model's metadata: what the runtime must know, as JSON
+LARGE = 1 << 28  # bytes of weights from which a model is checked in fewer steps
 WINDOW = 64  # positions: windows up to this length are exceeded by the texts of a check
 Array = np.ndarray[Any, Any]
 Run = Callable[[dict[str, Array]], dict[str, Array]]
@@ -69,8 +71,8 @@ class Texts:
             made[layer["value_cache"]] = np.zeros((self.blocks, self.block_size, layer["kv_heads"], layer["value_size"]), dtype)
         return made
 
-    def steps(self, rng: np.random.Generator) -> Iterator[list[tuple[int, int, int]]]:
-        """Chunks (text, from, to) of each step, until all texts are read: a few tokens at once at first, then one by one."""
+    def steps(self, rng: np.random.Generator, singles: int = 8) -> Iterator[list[tuple[int, int, int]]]:
+        """Chunks (text, from, to) of each step, until all texts are read: a few tokens at once at first, the last `singles` one by one."""
         done = [0] * len(self.tokens)
         while any(d < len(t) for d, t in zip(done, self.tokens, strict=True)):
             chunks = []
@@ -78,8 +80,8 @@ class Texts:
                 left = len(self.tokens[i]) - done[i]
                 if not left or (chunks and rng.random() < 0.2):
                     continue
-                early = done[i] < len(self.tokens[i]) - 8
-                count = int(rng.integers(1, left + 1)) if early else 1
+                early = left > singles
+                count = int(rng.integers(left // 2, left + 1 - singles)) if early and left > 2 * singles else left - singles if early else 1
                 chunks.append((int(i), done[i], done[i] + count))
                 done[i] += count
             if chunks:
@@ -104,24 +106,28 @@ class Texts:
         return feeds, [(chunks[owner[r]][0], int(positions[r])) for r in rows]
 
 
-def check_generator(before: Model, after: Model, tolerance: float = 1e-4, attempts: int = 2) -> float:
+def check_generator(before: Model, after: Model, tolerance: float = 1e-4) -> float:
     """Compare the logits of a generator with those of the decoder it was made of, both in ONNX Runtime; returns the largest relative difference.
 
-    Raises CheckFailed, naming the position, if one is larger than `tolerance`, RewriteError if a model cannot run.
+    One model is loaded after the other; large ones are compared on one set of texts, in fewer steps. Raises CheckFailed, naming
+    the position, if a difference is larger than `tolerance`, RewriteError if a model cannot run.
     """
     found = generator_of(after.proto)
     assert found is not None
-    decoder, generator = file_session(before), file_session(after)
-    names = [o.name for o in generator.get_outputs()]
-
-    def whole(texts: Texts) -> list[Array]:
-        return [run_decoder(decoder, found["inputs"], t) for t in texts.tokens]
-
-    def step(feeds: dict[str, Array]) -> dict[str, Array]:
-        return dict(zip(names, generator.run(None, feeds), strict=True))
-
+    large = after.proto.ByteSize() + external_size(after.external) > LARGE
+    seeds, singles = (1, 2) if large else (2, 8)
     try:
-        return max(compare_steps(found, whole, step, seed, tolerance, "the generator") for seed in range(attempts))
+        texts = [Texts.random(np.random.default_rng(seed), found) for seed in range(seeds)]
+        decoder = file_session(before)
+        expected = [[run_decoder(decoder, found["inputs"], t) for t in one.tokens] for one in texts]
+        del decoder
+        generator = file_session(after)
+        names = [o.name for o in generator.get_outputs()]
+
+        def step(feeds: dict[str, Array]) -> dict[str, Array]:
+            return dict(zip(names, generator.run(None, feeds), strict=True))
+
+        return max(compare_steps(found, one, wanted, step, tolerance, "the generator", singles) for one, wanted in zip(texts, expected, strict=True))
     except (CheckFailed, RewriteError):
         raise
     except Exception as error:
@@ -141,30 +147,23 @@ def _numpy_type(text: str) -> Any:
     return np.dtype(text.removeprefix("tensor(").removesuffix(")"))
 
 
-def at_once(found: Mapping[str, Any], run: Run) -> Callable[[Texts], list[Array]]:
+def at_once(found: Mapping[str, Any], texts: Texts, run: Run) -> list[Array]:
     """The logits of each text at all positions from one step of a generator, `run`, that takes all texts whole."""
-
-    def whole(texts: Texts) -> list[Array]:
-        chunks = [(i, 0, len(t)) for i, t in enumerate(texts.tokens)]
-        feeds, _ = texts.feeds(chunks, np.random.default_rng(0))
-        feeds["logit_rows"] = np.arange(feeds["slots"].size)
-        logits = run({**feeds, **texts.caches(found)})["logits"]
-        return np.split(logits, feeds["query_starts"][1:-1])
-
-    return whole
+    feeds, _ = texts.feeds([(i, 0, len(t)) for i, t in enumerate(texts.tokens)], np.random.default_rng(0))
+    feeds["logit_rows"] = np.arange(feeds["slots"].size)
+    logits = run({**feeds, **texts.caches(found)})["logits"]
+    return np.split(logits, feeds["query_starts"][1:-1])
 
 
-def compare_steps(found: Mapping[str, Any], whole: Callable[[Texts], list[Array]], step: Run, seed: int, tolerance: float, what: str) -> float:
-    """Read random texts step by step; returns the largest difference of a logit, relative to the largest of its row.
+def compare_steps(found: Mapping[str, Any], texts: Texts, expected: list[Array], step: Run, tolerance: float, what: str, singles: int = 8) -> float:
+    """Read texts step by step; returns the largest difference of a logit, relative to the largest of its row.
 
-    `whole` gives the logits of each text at all positions; `step` the outputs of one step, caches among them.
+    `expected` are the logits of each text at all positions; `step` gives the outputs of one step, caches among them.
     Raises CheckFailed if a difference is above `tolerance`.
     """
-    rng = np.random.default_rng(seed)
-    texts = Texts.random(rng, found)
-    expected = whole(texts)
+    rng = np.random.default_rng(0)
     caches, worst = texts.caches(found), 0.0
-    for chunks in texts.steps(rng):
+    for chunks in texts.steps(rng, singles):
         feeds, rows = texts.feeds(chunks, rng)
         results = step({**feeds, **caches})
         for layer in found["layers"]:

@@ -76,30 +76,3 @@ class Tokenizer:
     def decode(self, ids: Iterable[int]) -> str:
         return str(self.inner.decode(list(ids), skip_special_tokens=True))
 
-
-class TextStream:
-    """Text of tokens that come one by one: a piece is given out once no later token can change it."""
-
-    def __init__(self, tokenizer: Tokenizer):
-        self.tokenizer = tokenizer
-        self.ids: list[int] = []
-        self.given = 0  # characters
-        self.start = 0  # of the tokens that are decoded again
-
-    def push(self, token: int) -> str:
-        """The text that is certain now, beyond what was given out before."""
-        self.ids.append(token)
-        text = self.tokenizer.decode(self.ids[self.start :])
-        if text.endswith("\ufffd"):  # a character whose last bytes are still to come
-            return ""
-        return self._give(text)
-
-    def end(self) -> str:
-        return self._give(self.tokenizer.decode(self.ids[self.start :]))
-
-    def _give(self, text: str) -> str:
-        new = text[self.given :]
-        self.given = len(text)
-        if new.endswith("\n"):  # decode from here on: a line end separates tokens for every tokenizer
-            self.start, self.given = len(self.ids), 0
-        return new
