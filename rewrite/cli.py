@@ -14,6 +14,7 @@ import click
 
 import rewrite
 from rewrite import sandbox
+from rewrite.cli_generate import bench_generate, generate
 from rewrite.errors import CheckFailed, RewriteError
 
 if TYPE_CHECKING:
@@ -206,13 +207,13 @@ def check_expectations(expectations: list[tuple[str, str, int]], report: Report,
 @click.option("--inputs", multiple=True, metavar="FILE", help=".npz with inputs by name, for the check of the whole model (repeatable); generated if absent.")
 @click.option("--tolerance", default=1e-4, show_default=True, help="Largest relative difference of the whole model's outputs.")
 @click.option("--bitwise", is_flag=True, help="Use only rules that change no bit of any result (docs/numerics.md).")
-@click.option("--generate", is_flag=True, help="Make a generator of a decoder exported without a cache: paged caches, packed tokens, logits where they are wanted.")
+@click.option("--generate", "generator", is_flag=True, help="Make a generator of a decoder exported without a cache: paged caches, packed tokens, logits where they are wanted.")
 @click.option("--block-size", default=16, show_default=True, help="Positions of a block of a generator's caches.")
 @click.option("--embed", is_flag=True, help="Put external weights into the file (models up to 2 GiB).")
 @click.option("--report", "report_file", metavar="FILE", help="Write a JSON report: rules, matches, refusals, sites, times.")
 @json_option
 def optimize(model: str, output: str | None, files: tuple[str, ...], only: tuple[str, ...], expect: tuple[str, ...], verify: bool,
-             inputs: tuple[str, ...], tolerance: float, bitwise: bool, generate: bool, block_size: int, embed: bool, report_file: str | None, as_json: bool) -> None:  # fmt: skip
+             inputs: tuple[str, ...], tolerance: float, bitwise: bool, generator: bool, block_size: int, embed: bool, report_file: str | None, as_json: bool) -> None:  # fmt: skip
     """Rewrite MODEL with all rules, verify it, and write it to --output (which may be MODEL itself)."""
     sandbox.start()
     from rewrite.files import check_target
@@ -227,7 +228,7 @@ def optimize(model: str, output: str | None, files: tuple[str, ...], only: tuple
     check_names(expectations, set(known.plugins), {r.name for r in known.rules} if not only else set(only))
     source = load(model)
     feeds = _load_inputs(inputs, source)
-    made = {"generate": generate, "block_size": block_size}
+    made = {"generate": generator, "block_size": block_size}
     result = run(source, rules=list(files), only=list(only) or None, verify=verify, inputs=feeds, tolerance=tolerance, explain=bool(expect), bitwise=bitwise, **made)
     if not result.report.sites and not expect:  # the user will want to know why
         result = run(source, rules=list(files), only=list(only) or None, verify=verify, explain=True, bitwise=bitwise)
@@ -454,9 +455,10 @@ def progress() -> Iterator[Callable[[str], None]]:
 @click.option("--engines/--no-engines", default=True, show_default=True, help="Compile with TensorRT; without, the plan runs on the CPU alone.")
 @click.option("--verify/--no-verify", default=True, show_default=True, help="Run the plan on the CPU and compare it with MODEL.")
 @click.option("--tolerance", default=1e-4, show_default=True, help="Largest relative difference of the plan's outputs.")
+@click.option("--tokenizer", metavar="DIR", help="Of a text generator: the folder of its tokenizer; by default the one that the model was exported with.")
 @rules_option
 @json_option
-def build(model: str, output: str, profile: str | None, engines: bool, verify: bool, tolerance: float, files: tuple[str, ...], as_json: bool) -> None:
+def build(model: str, output: str, profile: str | None, engines: bool, verify: bool, tolerance: float, tokenizer: str | None, files: tuple[str, ...], as_json: bool) -> None:
     """Compile MODEL (rewritten or not) into a plan: TensorRT engines between plugin nodes, weights, a manifest."""
     import time
 
@@ -467,7 +469,7 @@ def build(model: str, output: str, profile: str | None, engines: bool, verify: b
     library(list(files))
     started = time.perf_counter()
     with progress() as say:
-        plan = run(model, output, profile=profile, engines=engines, verify=verify, tolerance=tolerance, progress=say)
+        plan = run(model, output, profile=profile, engines=engines, verify=verify, tolerance=tolerance, tokenizer=tokenizer, progress=say)
     if as_json:
         click.echo(plan.manifest.to_json(), nl=False)
         return
@@ -491,7 +493,7 @@ def print_plan(plan: Plan, steps: bool) -> None:
     calls: dict[tuple[str, str], int] = {}
     for step in manifest.steps:
         if step.kind == "plugin":
-            key_ = (step.name, ", ".join(f"{k}={v:.6g}" if isinstance(v, float) else f"{k}={v}" for k, v in step.attributes.items()))
+            key_ = (step.name, ", ".join(f"{k}={v:.6g}" if isinstance(v, float) else f"{k}={v}" for k, v in step.attributes.items() if k != "layer"))
             calls[key_] = calls.get(key_, 0) + 1
     if calls:
         click.echo()
@@ -606,6 +608,11 @@ def run(path: str, file: str, output: str | None, device: str, files: tuple[str,
     table("", ["output", "dtype", "shape", "min", "mean", "max"], rows)
     if output:
         click.echo(f"written to {output}")
+
+
+# --- text ---------------------------------------------------------------------------------------------------------
+main.add_command(generate)
+main.add_command(bench_generate)
 
 
 if __name__ == "__main__":

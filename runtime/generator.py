@@ -106,34 +106,34 @@ class Generator:
 
         Returns a Generation for each prompt, in order. Raises RewriteError for a prompt or an option that cannot be served.
         """
-        requests = [self._request(p, sampling, ignore_eos, options) for p in as_prompts(prompts)]
+        requests = [self.request(p, sampling, ignore_eos, options) for p in as_prompts(prompts)]
         made = [Generation(list(r.prompt), [Choice() for _ in range(r.sampling.n)]) for r in requests]
         numbers: list[int] = []
         try:
             for request, generation in zip(requests, made, strict=True):
-                numbers.append(self._add(request, lambda output, g=generation: g.choices[output.choice].add(output)))  # type: ignore[misc]
+                numbers.append(self.add(request, lambda output, g=generation: g.choices[output.choice].add(output)))  # type: ignore[misc]
             while any(n in self._sinks for n in numbers):
-                self._step()
+                self.step()
         except BaseException:
             for number in numbers:
-                self._cancel(number)
+                self.cancel(number)
             raise
         return made
 
     def iterate(self, prompt: Prompt, sampling: Sampling | None = None, *, ignore_eos: bool = False, **options: Any) -> Iterator[Output]:
         """What is new in the outputs of one prompt, step by step; see `generate`. Closing the iterator cancels the request."""
         waiting: list[Output] = []
-        number = self._add(self._request(prompt, sampling, ignore_eos, options), waiting.append)
+        number = self.add(self.request(prompt, sampling, ignore_eos, options), waiting.append)
         try:
             while True:
                 while not waiting:
-                    self._step()
+                    self.step()
                 output = waiting.pop(0)
                 yield output
                 if output.done:
                     return
         finally:
-            self._cancel(number)
+            self.cancel(number)
 
     async def stream(self, prompt: Prompt, sampling: Sampling | None = None, *, ignore_eos: bool = False, **options: Any) -> AsyncIterator[Output]:
         """The same for coroutines: steps run in threads, and whoever waits for a token makes all texts advance."""
@@ -142,17 +142,17 @@ class Generator:
         def sink(output: Output) -> None:
             loop.call_soon_threadsafe(waiting.put_nowait, output)
 
-        number = await asyncio.to_thread(lambda: self._add(self._request(prompt, sampling, ignore_eos, options), sink))
+        number = await asyncio.to_thread(lambda: self.add(self.request(prompt, sampling, ignore_eos, options), sink))
         try:
             while True:
                 while waiting.empty():
-                    await asyncio.to_thread(self._step)
+                    await asyncio.to_thread(self.step)
                 output = waiting.get_nowait()
                 yield output
                 if output.done:
                     return
         finally:
-            self._cancel(number)
+            self.cancel(number)
 
     def stats(self) -> dict[str, float]:
         """Counts and times of the scheduler since the start, in seconds."""
@@ -160,7 +160,8 @@ class Generator:
             return self.scheduler.metrics.summary()
 
     # --- the scheduler, one caller at a time ---------------------------------------------------------------------
-    def _request(self, prompt: Prompt, sampling: Sampling | None, ignore_eos: bool, options: dict[str, Any]) -> Request:
+    def request(self, prompt: Prompt, sampling: Sampling | None, ignore_eos: bool, options: dict[str, Any]) -> Request:
+        """A prompt as the scheduler takes it. Raises RewriteError for an unknown option, or one that makes no sense."""
         unknown = [o for o in options if o not in {f.name for f in dataclasses.fields(Sampling)}]
         if unknown:
             raise RewriteError(f"generate: there is no option {unknown[0]!r}; the options are {', '.join(f.name for f in dataclasses.fields(Sampling))}")
@@ -180,7 +181,8 @@ class Generator:
             return self.tokenizer.encode_chat([m for m in prompt if isinstance(m, dict)])
         return [t for t in prompt if not isinstance(t, dict)]
 
-    def _add(self, request: Request, sink: Callable[[Output], None]) -> int:
+    def add(self, request: Request, sink: Callable[[Output], None]) -> int:
+        """Queue a request, whose outputs go to `sink`, in whatever thread steps; returns its number. Raises RewriteError if it can never be served."""
         with self._lock:
             try:
                 number = self.scheduler.add(request)
@@ -189,7 +191,7 @@ class Generator:
             self._sinks[number] = sink
             return number
 
-    def _step(self) -> None:
+    def step(self) -> None:
         """One step for all who wait, each of whom gets what is new."""
         with self._lock:
             for output in self.scheduler.step():
@@ -199,7 +201,8 @@ class Generator:
                 if sink is not None:
                     sink(output)
 
-    def _cancel(self, number: int) -> None:
+    def cancel(self, number: int) -> None:
+        """Give up a request, if it is not over: it gets no more outputs, and its blocks are free."""
         with self._lock:
             if self._sinks.pop(number, None) is not None:
                 self.scheduler.cancel(number)
