@@ -112,7 +112,7 @@ def _describe_text(source: Source, model: Any) -> None:
     if not isinstance(source.module, FlatDecoder):
         return
     ends = [getattr(getattr(model, name, None), "eos_token_id", None) for name in ("generation_config", "config")]
-    end = next((e for e in ends if e is not None), [])
+    end: Any = next((e for e in ends if e is not None), [])
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     source.metadata["rewrite.eos"] = json.dumps(end if isinstance(end, list) else [end])
     if isinstance(limit, int):

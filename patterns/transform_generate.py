@@ -62,7 +62,8 @@ def _dims(value: onnx.ValueInfoProto) -> list[int | str]:
 
 
 def _dtype(value: onnx.ValueInfoProto) -> np.dtype[Any]:
-    return np.dtype(onnx.helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type))
+    found: np.dtype[Any] = np.dtype(onnx.helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type))
+    return found
 
 
 def _info(name: str, dtype: Any, dims: list[Any]) -> onnx.ValueInfoProto:
@@ -89,12 +90,14 @@ def find_roles(model: Model) -> Roles:
     padding = {n.input[0] for n in graph.node if n.domain == DOMAIN and base_name(n) == "AttentionMask" and n.input[0]}
     for value in inputs:
         if _dtype(value).kind not in "iub" or len(_dims(value)) != 2:
-            raise RewriteError(f"{model.name}: input '{value.name}' is {_dtype(value)} {_dims(value)}; a decoder without a cache takes token ids, a padding mask and position ids, all [batch, sequence]. Export it so")
+            expected = "a decoder without a cache takes token ids, a padding mask and position ids, all [batch, sequence]"
+            raise RewriteError(f"{model.name}: input '{value.name}' is {_dtype(value)} {_dims(value)}; {expected}. Export it so")
     masks = [i for i in inputs if i.name in padding or (i.name not in padding and "mask" in i.name.lower())]
     positions = [i for i in inputs if "position" in i.name.lower() and i not in masks]
     tokens = [i for i in inputs if i not in masks and i not in positions]
     if len(tokens) != 1 or len(masks) > 1 or len(positions) > 1:
-        raise RewriteError(f"{model.name}: which of the inputs {', '.join(i.name for i in inputs)} are token ids, padding mask and position ids cannot be told; name them input_ids, attention_mask and position_ids")
+        names = ", ".join(i.name for i in inputs)
+        raise RewriteError(f"{model.name}: which of the inputs {names} are token ids, padding mask and position ids cannot be told; name them input_ids, attention_mask and position_ids")
     batch, sequence = _dims(tokens[0])
     if not isinstance(sequence, str) or not sequence:
         raise RewriteError(f"{model.name}: input '{tokens[0].name}' has a fixed sequence of {sequence}; export it with a dynamic one")
@@ -208,9 +211,9 @@ class _Transform:
             node.output.extend([layer["keys"], layer["values"]])
             self.graph.value_info.append(_info(node.output[0], layer["dtype"], [1, layer["heads"], TOKENS, layer["value_size"]]))
             for cache, new, size in (("key_cache", "keys", "size"), ("value_cache", "values", "value_size")):
-                dims = ["blocks", self.block_size, layer["kv_heads"], layer[size]]
-                self.graph.input.append(_info(layer[cache], layer["dtype"], dims))
-                self.graph.output.append(_info(layer[new], layer["dtype"], dims))
+                shape: list[Dim] = ["blocks", self.block_size, layer["kv_heads"], layer[size]]
+                self.graph.input.append(_info(layer[cache], layer["dtype"], shape))
+                self.graph.output.append(_info(layer[new], layer["dtype"], shape))
         kept = [f for f in self.proto.functions if f.domain != DOMAIN]
         del self.proto.functions[:]
         self.proto.functions.extend([*kept, *table.functions.values()])
@@ -224,8 +227,8 @@ class _Transform:
         window = self._window(node, given, makers, where)
         shapes = [self.tensors[n].shape for n in node.input[:3]]
         q, k, v = (list(s) if s is not None else [] for s in shapes)
-        if any(len(s) != 4 or not isinstance(s[1], int) or not isinstance(s[3], int) or s[2] != TOKENS for s in (q, k, v)):
-            raise RewriteError(f"{where}: q, k, v have shapes {q}, {k}, {v} for one row of tokens; expected [1, heads, tokens, size] with known heads and sizes, and keys of the new tokens alone")
+        if any(len(s) != 4 or not isinstance(s[1], int) or not isinstance(s[3], int) for s in (q, k, v)):  # that tokens lie along axis 2, `TokenAxes` tells
+            raise RewriteError(f"{where}: q, k, v have shapes {q}, {k}, {v} for one row of tokens; expected [1, heads, tokens, size] with known heads and sizes")
         dtype = np.dtype(self.tensors[node.input[1]].dtype).name
         layer = {
             "heads": q[1], "kv_heads": k[1], "size": q[3], "value_size": v[3], "window": window, "dtype": dtype,
@@ -361,7 +364,7 @@ def _reads(node: onnx.NodeProto) -> set[str]:
 def drop_functions(proto: onnx.ModelProto) -> None:
     """Take out functions of ours that nothing calls any more."""
     functions = {f.name: f for f in proto.functions if f.domain == DOMAIN}
-    pending = [n for n in (*proto.graph.node, *(n for f in proto.functions if f.domain != DOMAIN for n in f.node))]
+    pending = [*proto.graph.node, *(n for f in proto.functions if f.domain != DOMAIN for n in f.node)]
     used: set[str] = set()
     while pending:
         node = pending.pop()

@@ -40,10 +40,9 @@ class PagedAttention:
         y = np.zeros((1, heads, q.shape[2], v.shape[3]), q.dtype, like=q)
         groups = (kv_heads, heads // kv_heads)
         counts = query_starts[1:] - query_starts[:-1]
-        options = {"scale": scale, "window": window, "softcap": softcap}
         if len(counts) == q.shape[2] and bool((counts == 1).all()):  # one new token each: all sequences at once
             queries = q[0].transpose(1, 0, 2).reshape(-1, *groups, 1, q.shape[3])
-            found = attend(queries, key_cache, value_cache, block_tables, context_lengths - 1, context_lengths, **options)
+            found = attend(queries, key_cache, value_cache, block_tables, context_lengths - 1, context_lengths, scale, window, softcap)
             y[0] = found.reshape(-1, heads, v.shape[3]).transpose(1, 0, 2)
             return y, key_cache, value_cache
         for b in range(len(counts)):
@@ -52,7 +51,7 @@ class PagedAttention:
                 continue
             queries = q[0, :, first:last].reshape(1, *groups, last - first, q.shape[3])
             row = slice(b, b + 1)
-            found = attend(queries, key_cache, value_cache, block_tables[row], context_lengths[row] - (last - first), context_lengths[row], **options)
+            found = attend(queries, key_cache, value_cache, block_tables[row], context_lengths[row] - (last - first), context_lengths[row], scale, window, softcap)
             y[0, :, first:last] = found.reshape(heads, last - first, v.shape[3])
         return y, key_cache, value_cache
 
@@ -64,7 +63,7 @@ def store(cache: Array, new: Array, slots: Array) -> None:
     rows[slots[used]] = places[used]
 
 
-def attend(queries: Array, key_cache: Array, value_cache: Array, tables: Array, first: Array, lengths: Array, *, scale: float, window: int, softcap: float) -> Array:
+def attend(queries: Array, key_cache: Array, value_cache: Array, tables: Array, first: Array, lengths: Array, scale: float, window: int, softcap: float) -> Array:
     """Attention of queries [B, G, R, Q, D], the q-th at position first[b] + q, over the lengths[b] keys of each sequence.
 
     Only blocks that some query sees are gathered. Returns [B, G, R, Q, E] in the type of the queries.
@@ -76,10 +75,9 @@ def attend(queries: Array, key_cache: Array, value_cache: Array, tables: Array, 
     columns = begin[:, None] + np.arange(most, like=tables)
     blocks = np.take_along_axis(tables, np.minimum(columns, tables.shape[1] - 1), 1)
     blocks = np.where(columns * block < lengths[:, None], blocks, 0)  # what a table holds past its sequence is not read
-    if batch == 1:  # gathered or, where its blocks follow one another, as they lie
-        blocks = _as_slice(blocks[0])
-    keys = wide(key_cache[blocks]).reshape(batch, -1, heads, size).transpose(0, 2, 3, 1)
-    values = wide(value_cache[blocks]).reshape(batch, -1, heads, value_cache.shape[3]).transpose(0, 2, 1, 3)
+    lie = _as_slice(blocks[0]) if batch == 1 else blocks  # gathered or, where the blocks of one text follow one another, as they lie
+    keys = wide(key_cache[lie]).reshape(batch, -1, heads, size).transpose(0, 2, 3, 1)
+    values = wide(value_cache[lie]).reshape(batch, -1, heads, value_cache.shape[3]).transpose(0, 2, 1, 3)
     scores = np.matmul(wide(queries).reshape(batch, heads, repeats * count, size), keys) * np.asarray(scale, values.dtype)
     if softcap:
         scores = np.tanh(scores / softcap) * softcap

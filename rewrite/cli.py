@@ -228,8 +228,7 @@ def optimize(model: str, output: str | None, files: tuple[str, ...], only: tuple
     check_names(expectations, set(known.plugins), {r.name for r in known.rules} if not only else set(only))
     source = load(model)
     feeds = _load_inputs(inputs, source)
-    made = {"generate": generator, "block_size": block_size}
-    result = run(source, rules=list(files), only=list(only) or None, verify=verify, inputs=feeds, tolerance=tolerance, explain=bool(expect), bitwise=bitwise, **made)
+    result = run(source, rules=list(files), only=list(only) or None, verify=verify, inputs=feeds, tolerance=tolerance, explain=bool(expect), bitwise=bitwise, generate=generator, block_size=block_size)
     if not result.report.sites and not expect:  # the user will want to know why
         result = run(source, rules=list(files), only=list(only) or None, verify=verify, explain=True, bitwise=bitwise)
     report = result.report

@@ -75,7 +75,7 @@ class Texts:
         """Chunks (text, from, to) of each step, until all texts are read: a few tokens at once at first, the last `singles` one by one."""
         done = [0] * len(self.tokens)
         while any(d < len(t) for d, t in zip(done, self.tokens, strict=True)):
-            chunks = []
+            chunks: list[tuple[int, int, int]] = []
             for i in rng.permutation(len(self.tokens)):
                 left = len(self.tokens[i]) - done[i]
                 if not left or (chunks and rng.random() < 0.2):
@@ -169,7 +169,7 @@ def compare_steps(found: Mapping[str, Any], texts: Texts, expected: list[Array],
         for layer in found["layers"]:
             caches[layer["key_cache"]], caches[layer["value_cache"]] = results[layer["keys"]], results[layer["values"]]
         for got, (text, position) in zip(results["logits"], rows, strict=True):
-            want = expected[text][position].astype(np.float64)
+            want = np.asarray(expected[text][position], np.float64)
             error = float(np.abs(want - got).max()) / max(float(np.abs(want).max()), 1e-6)
             if not error <= tolerance:
                 where = f"position {position} of {len(texts.tokens[text])}, in a step of {len(chunks)} sequences and {feeds['slots'].size} tokens"
@@ -193,7 +193,7 @@ def check_attentions(proto: onnx.ModelProto, plugin: Plugin) -> float:
         rng = np.random.default_rng(0)
         texts = Texts.random(rng, found)
         caches = texts.caches({**found, "layers": [layer]})
-        caches = {n: rng.standard_normal(c.shape).astype(c.dtype) for n, c in caches.items()}
+        caches = {n: np.asarray(rng.standard_normal(c.shape), c.dtype) for n, c in caches.items()}
         for _, chunks in zip(range(6), texts.steps(rng), strict=False):
             integers, _ = texts.feeds(chunks, rng)
             count = integers["slots"].size

@@ -31,7 +31,8 @@ def measure(plan: str | os.PathLike[str] | Plan, batch: int, prompt_length: int,
     prefill, steps = [], []
     for turn in range(repeat + 1):
         prompts = rng.integers(0, generator.model.vocabulary, (batch, prompt_length)).tolist()
-        ends, started = [], time.perf_counter()
+        ends: list[tuple[float, int]] = []
+        started = time.perf_counter()
         for prompt in prompts:
             generator.add(generator.request(prompt, None, True, {"max_new_tokens": new_tokens}), lambda output: None)
         while generator.scheduler.unfinished:

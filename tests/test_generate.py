@@ -6,7 +6,6 @@ import sys
 from functools import cache
 from pathlib import Path
 
-import exported
 import numpy as np
 import onnx
 import pytest
@@ -14,11 +13,9 @@ import torch
 from greedy import greedy
 
 import rewrite
-from rewrite.errors import CheckFailed, RewriteError
 from rewrite.export.source import Source
 from rewrite.export.torch_export import export
 from rewrite.runtime.plan_model import PlanModel
-from rewrite.verify_generator import check_generator, generator_of
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 from architectures import ARCHITECTURES

@@ -114,7 +114,9 @@ def test_what_mixes_tokens_is_refused_by_name(name):
 TOKENWISE = {
     "a mean over the features": {"before": "mean = ReduceMean<keepdims = 1>(x, third) h = Sub(x, mean)"},
     "a softmax over the features": {"before": "h = Softmax<axis = -1>(x)"},
-    "a slice of the features": {"before": "half = Constant<value = int64[1] {8}>() all = Constant<value = int64[1] {16}>() low = Slice(x, first, half, third) high = Slice(x, half, all, third) h = Concat<axis = 2>(high, low)"},
+    "a slice of the features": {
+        "before": "half = Constant<value = int64[1] {8}>() all = Constant<value = int64[1] {16}>() low = Slice(x, first, half, third) high = Slice(x, half, all, third) h = Concat<axis = 2>(high, low)"
+    },
     "tokens flattened": {"before": "fs = Constant<value = int64[2] {-1, 16}>() two_d = Reshape(x, fs) u = Tanh(two_d) sh = Shape(x) h = Reshape(u, sh)"},
     "a reduction without keepdims": {"before": "m = ReduceSum<keepdims = 0>(x, third) n = Unsqueeze(m, third) h = Add(x, n)"},
 }  # fmt: skip
@@ -180,9 +182,9 @@ def test_a_wrong_generator_is_found(name):
     model = generator(positions=d.BY_RANGE)
     assert check_generator(source, model) < 1e-5
     wrong = planted(model, WRONG[name])
-    with pytest.raises(CheckFailed, match="the generator differs from the model by .* at position"):
+    with pytest.raises(CheckFailed, match=r"the generator differs from the model by .* at position"):
         check_generator(source, wrong)
-    with pytest.raises(CheckFailed, match="plugin PagedAttention at '.*' differs"):
+    with pytest.raises(CheckFailed, match=r"plugin PagedAttention at '.*' differs"):
         check_attentions(wrong.proto, library([]).plugins["PagedAttention"])
 
 
