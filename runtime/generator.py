@@ -171,7 +171,8 @@ class Generator:
                 chosen = dataclasses.replace(chosen, stop_tokens=(*chosen.stop_tokens, *(t for t in self.eos if t not in chosen.stop_tokens)))
         except (TypeError, ValueError) as error:
             raise RewriteError(f"generate: {error}") from error
-        return Request(self.tokens(prompt), chosen, decode=self.tokenizer.decode if self.has_tokenizer else None)
+        tokens = self.tokens(prompt)
+        return Request(tokens, chosen, decode=self.tokenizer.continuation(tokens) if self.has_tokenizer else None)
 
     def tokens(self, prompt: Prompt) -> list[int]:
         """The ids of a prompt, a dialogue by the tokenizer's template. Raises RewriteError without tokenizer or template."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from rewrite.errors import RewriteError
 from rewrite.model import Model
 
 FOLDER, EOS = "rewrite.tokenizer", "rewrite.eos"  # of a model's metadata: an absolute path, and ids as a JSON list
+TAIL = 4  # tokens of a prompt that are decoded again with what follows
 FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "tokenizer.model", "chat_template.jinja")
 
 
@@ -76,3 +77,13 @@ class Tokenizer:
     def decode(self, ids: Iterable[int]) -> str:
         return str(self.inner.decode(list(ids), skip_special_tokens=True))
 
+    def continuation(self, prompt: Sequence[int]) -> Callable[[list[int]], str]:
+        """A decoder of what follows the prompt: many tokenizers drop the space before a first word, which here is none."""
+        tail = list(prompt[-TAIL:])
+        before = self.decode(tail)
+
+        def decode(ids: list[int]) -> str:
+            text = self.decode([*tail, *ids])
+            return text[len(before) :] if text.startswith(before) else self.decode(ids)
+
+        return decode

@@ -151,7 +151,7 @@ def test_text_in_and_out(plans):
     assert by_text.prompt == [4, 8, 12]
     by_ids = generator.generate([4, 8, 12], max_new_tokens=6, ignore_eos=True)[0]
     assert by_ids.tokens == by_text.tokens
-    assert by_text.text.split() == generator.tokenizer.decode(by_text.tokens).split()
+    assert by_text.text == " " + generator.tokenizer.decode(by_text.tokens)  # the prompt and the text make one text
     chat = generator.generate([{"role": "user", "content": "w1 w5"}], max_new_tokens=2)[0]
     assert chat.prompt == [1, 4, 8, 10]
     pieces = [o.text for o in generator.iterate("w1 w5 w9", max_new_tokens=6, ignore_eos=True)]
@@ -222,6 +222,7 @@ def test_the_command(plans, tmp_path):
     text = generator.generate("w1 w5 w9", max_new_tokens=6, ignore_eos=True)[0].text
     assert shown.exit_code == 0, shown.output
     assert shown.stdout == f"w1 w5 w9{text}\n"
+    assert text.startswith(" ")
     assert "6 tokens in" in shown.stderr
     (tmp_path / "prompts").write_text("w1 w5\n\nw2\n")
     made = json.loads(call("generate", plans / "text", "--prompts", tmp_path / "prompts", "--tokens", "4,5", "--system", "w3", "--max-new-tokens", 2, "--kv-memory", "1M", "--json").stdout)
@@ -231,7 +232,8 @@ def test_the_command(plans, tmp_path):
 
 @pytest.mark.parametrize(("arguments", "reason"), [
     (["--tokens", "a"], "write whole numbers"), ([], "there is no prompt"), (["--prompt", "w1"], "no tokenizer"), (["--tokens", "1", "--kv-memory", "much"], "write a number of bytes"),
-    (["--tokens", "1", "--kv-memory", "10"], "a block of keys and values takes"), (["--tokens", "1", "--device", "cuda"], "device cuda is not supported yet"), (["--prompts", "none"], "cannot be read"),
+    (["--tokens", "1", "--kv-memory", "10"], "a block of keys and values takes"), (["--tokens", "1", "--device", "cuda"], "device cuda is not supported yet"),
+    (["--prompts", "none"], "cannot be read"),
 ])  # fmt: skip
 def test_wrong_calls_are_one_line(plans, arguments, reason):
     shown = call("generate", plans / "ids", *arguments)
