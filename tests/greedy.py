@@ -7,8 +7,11 @@ import numpy as np
 from rewrite.runtime.batch import Batch
 
 
-def greedy(model, prompts, steps, chunk=5):
-    """The next `steps` tokens of each prompt, all in flight together; a prompt is read `chunk` tokens a step."""
+def greedy(model, prompts, steps, chunk=5, seen=None):
+    """The next `steps` tokens of each prompt, all in flight together; a prompt is read `chunk` tokens a step.
+
+    `seen`, a dictionary, gets the logits of each text at each length.
+    """
     block, longest = model.block_size, max(map(len, prompts)) + steps
     needed = -(-longest // block)
     assert needed * len(prompts) <= model.blocks
@@ -40,4 +43,6 @@ def greedy(model, prompts, steps, chunk=5):
         for i, _, end in chunks:
             done[i] = end
         for (i, _), row in zip(asking, logits, strict=True):
+            if seen is not None:
+                seen[i, len(texts[i])] = row
             texts[i].append(int(row.argmax()))
