@@ -47,6 +47,8 @@ def to_generator(model: Model, clean: Clean, block_size: int = BLOCK) -> Model:
     `clean` applies lift rules: shapes that were computed are constant once the batch is 1. Raises RewriteError, naming
     the node and the reason, for a model in which an attention is not known to be causal or tokens mix elsewhere.
     """
+    if any(p.key == KEY for p in model.proto.metadata_props):
+        raise RewriteError(f"{model.name}: it is a generator already")
     made = _Transform(model, block_size)
     made.attentions()
     made.positions()
@@ -394,7 +396,7 @@ class _Ending:
         axes = TokenAxes(graph, inputs, self.model.name)  # again, with the rows picked
         self._outputs(graph, axes)
         self._types(graph, set())
-        declared = next((int(p.value) for p in self.proto.metadata_props if p.key == POSITIONS), None)
+        declared = next((int(p.value) for p in self.proto.metadata_props if p.key == POSITIONS and p.value.isdecimal() and len(p.value) < 10), None)
         positions = position_limit(graph) or declared
         vocabulary = int(self.proto.graph.output[0].type.tensor_type.shape.dim[1].dim_value)
         tokens = next((n.inputs[0].shape[0] for n in graph if canonical(n) == "Gather" and _comes_from(graph, n.inputs[1], "input_ids")), vocabulary)

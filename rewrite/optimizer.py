@@ -82,6 +82,8 @@ def optimize(
     chosen = library(rules) if only is None else library(rules).select(only)
     if bitwise and not verify:
         raise RewriteError("bitwise: what is not verified is not known to be the same bit by bit; leave verification on")
+    if generate and not 1 <= block_size <= 4096:
+        raise RewriteError(f"generate: a block size of {block_size} makes no sense; use 1 to 4096, for example 16")
     if generate and (bitwise or inputs is not None):
         raise RewriteError("generate: a generator is checked on texts of its own; leave out bitwise and inputs")
     result = apply_rules(source, chosen.exact() if bitwise else chosen, verify=verify, explain=explain, bitwise=bitwise)
@@ -108,7 +110,12 @@ def _make_generator(source: Model, result: Result, known: Library, verify: bool,
 
     report, started = result.report, time.perf_counter()
     shapes = Library([r for r in known.rules if r.tier == "lift"], known.plugins)
-    made = to_generator(result.model, lambda m: apply_rules(m, shapes, verify=verify, explain=False).model, block_size)
+    try:
+        made = to_generator(result.model, lambda m: apply_rules(m, shapes, verify=verify, explain=False).model, block_size)
+    except (RewriteError, MemoryError):
+        raise
+    except Exception as error:  # as in `apply_rules`
+        raise RewriteError(f"{source.name}: the model breaks ONNX's rules, or this is a bug in rewrite ({blame(error)}); `onnx.checker.check_model` tells which") from error
     report.seconds += time.perf_counter() - started
     report.generator = generator_of(made.proto)
     report.operators_after, report.plugins, report.kinds = made.operators(), made.plugin_nodes(), made.plugin_kinds()

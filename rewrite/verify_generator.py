@@ -31,12 +31,30 @@ Run = Callable[[dict[str, Array]], dict[str, Array]]
 
 
 def generator_of(proto: onnx.ModelProto) -> dict[str, Any] | None:
-    """What the model says of itself as a generator; None if it is none."""
+    """What the model says of itself as a generator; None if it is none. Raises RewriteError if it says what cannot be."""
     text = next((p.value for p in proto.metadata_props if p.key == KEY), None)
     if text is None:
         return None
-    found: dict[str, Any] = json.loads(text)
+    try:
+        found: dict[str, Any] = json.loads(text)
+        _check_described(found, {i.name for i in proto.graph.input}, {o.name for o in proto.graph.output})
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise RewriteError(f"the model's metadata '{KEY}' are not those of a generator ({type(error).__name__}: {str(error)[:80]}); make it again with `rewrite optimize --generate`") from error
     return found
+
+
+def _check_described(found: dict[str, Any], inputs: set[str], outputs: set[str]) -> None:
+    """Raises ValueError or its like if the description is not one, or not of a model with these inputs and outputs."""
+    numbers = [found["block_size"], found["vocabulary"], found["tokens"], *([] if found["positions"] is None else [found["positions"]])]
+    for layer in found["layers"]:
+        numbers += [layer["heads"], layer["kv_heads"], layer["size"], layer["value_size"], layer["window"] + 1]
+        np.dtype(layer["dtype"])
+        if not {layer["key_cache"], layer["value_cache"]} <= inputs or not {layer["keys"], layer["values"]} <= outputs:
+            raise ValueError("a cache is no input or output")
+    if not found["layers"] or not all(type(n) is int and 0 < n < 1 << 31 for n in numbers):
+        raise ValueError("a number is missing or absurd")
+    if not all(isinstance(found["inputs"][role], str) for role in ("tokens", "mask", "positions")):
+        raise ValueError("an input has no name")
 
 
 @dataclass

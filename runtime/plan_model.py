@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import ml_dtypes  # noqa: F401  gives NumPy the names of its types
@@ -31,6 +31,13 @@ class PlanModel:
         if plan.device != "cpu":
             raise RewriteError(f"{plan.directory}: text generation runs on the CPU; device {plan.device} is not supported yet")
         self.plan, self.found, self.executor = plan, found, CpuExecutor(plan)
+        try:
+            self._make_pool(found, memory)
+        except (KeyError, TypeError, ValueError) as error:
+            raise RewriteError(f"{plan.directory}: its manifest does not say what a generator needs ({type(error).__name__}: {error}); build the plan again") from error
+        self._in_place = frozenset(self.caches)
+
+    def _make_pool(self, found: Mapping[str, Any], memory: int | None) -> None:
         self.block_size, self.vocabulary = int(found["block_size"]), int(found["vocabulary"])
         self.positions: int | None = found["positions"]
         windows = [int(layer["window"]) for layer in found["layers"]]
@@ -39,13 +46,12 @@ class PlanModel:
         self.block_bytes = self.block_size * sum(sizes)
         self.blocks = (memory if memory is not None else int(SHARE * free_memory())) // self.block_bytes
         if self.blocks < 1:
-            raise RewriteError(f"{plan.directory}: a block of keys and values takes {self.block_bytes} bytes, and there are {memory} (--kv-memory); give more")
+            raise RewriteError(f"{self.plan.directory}: a block of keys and values takes {self.block_bytes} bytes, and there are {memory} (--kv-memory); give more")
         self.caches: dict[str, Array] = {}
         for layer in found["layers"]:
             shape = (self.blocks, self.block_size, layer["kv_heads"])
             for name, size in (("key_cache", "size"), ("value_cache", "value_size")):
                 self.caches[layer[name]] = np.zeros((*shape, layer[size]), layer["dtype"])
-        self._in_place = frozenset(self.caches)
 
     def step(self, batch: Batch) -> Array:
         """Store the keys and values of the batch's tokens; returns float32 [R, vocabulary], the logits of its rows."""

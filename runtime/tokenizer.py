@@ -22,8 +22,11 @@ def _metadata(model: Model, key: str) -> str | None:
 
 
 def eos_of(model: Model) -> list[int]:
-    """Ids of the tokens that end a text, as the model was exported with them; none if nobody said."""
-    return [int(i) for i in json.loads(_metadata(model, EOS) or "[]")]
+    """Ids of the tokens that end a text, as the model was exported with them; none if nobody said. Raises RewriteError for anything else."""
+    try:
+        return [int(i) for i in json.loads(_metadata(model, EOS) or "[]")]
+    except (ValueError, TypeError, RecursionError) as error:
+        raise RewriteError(f"{model.name}: its metadata '{EOS}' are no list of token ids; export it again") from error
 
 
 def tokenizer_folder(model: Model, given: str | os.PathLike[str] | None) -> Path | None:

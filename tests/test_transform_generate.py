@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import decoder as d
 import numpy as np
 import onnx
@@ -205,3 +207,50 @@ def test_the_body_is_shared_by_layers_alike():
     unfused = rewrite.unfuse(model.proto)
     assert not unfused.functions
     assert check_generator(rewrite.load(decoder(positions=d.BY_RANGE)), rewrite.Model(unfused)) < 1e-5
+
+
+HOSTILE = ["", "[]", "{}", "null", '{"block_size": 16}', "[" * 100_000]
+
+
+@pytest.mark.parametrize("text", HOSTILE, ids=lambda t: t[:20])
+def test_broken_metadata_are_one_line(text, tmp_path):
+    model = generator()
+    for entry in model.proto.metadata_props:
+        entry.value = text if entry.key == "rewrite.generator" else entry.value
+    with pytest.raises(RewriteError, match=r"metadata 'rewrite.generator' are not those of a generator") as caught:
+        rewrite.build(model, tmp_path / "plan", engines=False)
+    assert "\n" not in str(caught.value)
+    assert not list(tmp_path.iterdir())
+
+
+def test_absurd_numbers_and_names_are_refused():
+    model = generator()
+    whole = generator_of(model.proto)
+    for change in ({"block_size": 0}, {"vocabulary": 1 << 40}, {"positions": -1}, {"layers": []}, {"block_size": True}, {"layers": [{**whole["layers"][0], "key_cache": "slots2"}]}):
+        for entry in model.proto.metadata_props:
+            entry.value = json.dumps({**whole, **change})
+        with pytest.raises(RewriteError, match="are not those of a generator"):
+            generator_of(model.proto)
+
+
+@pytest.mark.parametrize("metadata", ["positions", "eos"])
+def test_other_metadata_that_make_no_sense(metadata, tmp_path):
+    made = decoder()
+    entry = made.metadata_props.add()
+    entry.key, entry.value = f"rewrite.{metadata}", "many"
+    model = rewrite.optimize(made, generate=True).model
+    assert generator_of(model.proto)["positions"] is None
+    if metadata == "eos":
+        with pytest.raises(RewriteError, match="no list of token ids"):
+            rewrite.build(model, tmp_path / "plan", engines=False)
+
+
+def test_what_is_a_generator_already():
+    with pytest.raises(RewriteError, match="it is a generator already"):
+        rewrite.optimize(generator(), generate=True)
+
+
+@pytest.mark.parametrize(("options", "reason"), [({"block_size": 0}, "a block size of 0"), ({"bitwise": True}, "leave out bitwise"), ({"inputs": []}, "leave out bitwise and inputs")])
+def test_options_that_do_not_go_together(options, reason):
+    with pytest.raises(RewriteError, match=reason):
+        rewrite.optimize(decoder(), generate=True, **options)
