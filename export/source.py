@@ -24,7 +24,8 @@ class Source:
     """What is exported: a module, example inputs by the names of its parameters, and their dynamic dimensions.
 
     `dynamic` gives, for each input, names of dynamic axes: `{"input_ids": {0: "batch", 1: "sequence"}}`. `limits` gives
-    the number of values an integer input may take (the vocabulary). `outputs` names the outputs, in order.
+    the number of values an integer input may take (the vocabulary). `outputs` names the outputs, in order. `metadata` is
+    written into the model file; `tokenizer`, of transformers, is saved beside it.
     """
 
     module: torch.nn.Module
@@ -32,6 +33,8 @@ class Source:
     dynamic: dict[str, dict[int, str]]
     outputs: list[str] = field(default_factory=list)
     limits: dict[str, int] = field(default_factory=dict)
+    metadata: dict[str, str] = field(default_factory=dict)
+    tokenizer: Any = None
 
     def run(self, inputs: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
         """The module's outputs, flat. Raises RewriteError if it fails or returns no tensors."""

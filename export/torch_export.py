@@ -33,7 +33,7 @@ from rewrite.model import Model, load
 from rewrite.validity import MIN_OPSET
 
 OPSET = 20
-LARGE = 1 << 30  # bytes of weights from which they are stored beside the model
+LARGE = 1 << 28  # bytes of weights from which they are stored beside the model
 
 Say = Callable[[str], None]
 
@@ -58,7 +58,7 @@ def export(
 ) -> Exported:
     """Export to ONNX, compare with PyTorch at several shapes, and write the file, whole or not at all.
 
-    Weights of more than 1 GiB are stored beside the file, as `<name>.data`. The module is exported in evaluation mode,
+    Weights of more than 256 MiB are stored beside the file, as `<name>.data`. The module is exported in evaluation mode,
     and left as it was.
 
     Raises RewriteError if PyTorch cannot export the module, CheckFailed if the file computes something else.
@@ -90,13 +90,18 @@ def _export_in(folder: Path, source: Source, target: Path, opset: int, exporter:
     say(f"exporting with PyTorch's {exporter} exporter, opset {opset}")
     file = folder / target.name
     _export(source, file, _data_file(target), opset, exporter)
-    model = _checked(file, source, opset, exporter)
+    saved = target.parent / f"{target.stem}.tokenizer" if source.tokenizer is not None else None
+    metadata = source.metadata if saved is None else {**source.metadata, "rewrite.tokenizer": str(saved.resolve())}
+    model = _checked(file, source, opset, exporter, metadata)
     model.name = target.name
     difference: float | None = None
     shapes: list[dict[str, int]] = []
     if verify:
         say("comparing with PyTorch")
         difference, shapes = compare_with_torch(source, model)
+    if saved is not None:
+        with quiet():
+            source.tokenizer.save_pretrained(saved)
     # Weights first: until the model itself is in place, the old one and its weights are whole.
     stale = _old_data(target) - set(model.external)
     move_into_place([*(p for p in folder.iterdir() if p != file), file], target.parent)
@@ -223,13 +228,14 @@ def _reason(error: BaseException, exporter: str) -> str:
 
 
 # --- what they wrote ----------------------------------------------------------------------------------------------
-def _checked(file: Path, source: Source, opset: int, exporter: str) -> Model:
+def _checked(file: Path, source: Source, opset: int, exporter: str, metadata: dict[str, str]) -> Model:
     """The exported model, repaired. Raises RewriteError if it is not what was asked for, or ONNX finds it invalid."""
     proto = onnx.load(file, load_external_data=False)
     found = next(o.version for o in proto.opset_import if o.domain in ("", "ai.onnx"))
     if found != opset:
         raise RewriteError(f"PyTorch's {exporter} exporter cannot write opset {opset}: it wrote {found}; use {found} or {OPSET}")
-    if opset == 23 and _expand_rotary(proto):
+    onnx.helper.set_model_props(proto, {**{p.key: p.value for p in proto.metadata_props}, **metadata})
+    if (opset == 23 and _expand_rotary(proto)) or metadata:
         onnx.save(proto, file)
     try:
         onnx.checker.check_model(str(file), full_check=True)

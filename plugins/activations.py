@@ -14,7 +14,7 @@ Array = np.ndarray[Any, Any]
 
 def wide(x: Array) -> Array:
     """In float64 for float64, else in float32: what kernels accumulate in."""
-    return x if x.dtype == np.float64 else x.astype(np.float32)
+    return x if x.dtype == np.float64 else x.astype(np.float32, copy=False)
 
 
 # erf(x) = x P(x^2) / Q(x^2) on [-4, 4] in float32, as Eigen and ONNX Runtime compute it.

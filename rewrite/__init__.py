@@ -19,6 +19,8 @@ _HOME = {
     "unfuse": "rewrite.functions",
     "build": "rewrite.runtime.build",
     "Plan": "rewrite.runtime.plan",
+    "Generator": "rewrite.runtime.generator",
+    "Sampling": "rewrite.runtime.sampling",
     "rule": "rewrite.registry",
     "plugin": "rewrite.registry",
     "rule_from_torch": "rewrite.export.torch_rules",
@@ -58,7 +60,9 @@ if TYPE_CHECKING:
     from rewrite.registry import plugin as plugin
     from rewrite.registry import rule as rule
     from rewrite.runtime.build import build as build
+    from rewrite.runtime.generator import Generator as Generator
     from rewrite.runtime.plan import Plan as Plan
+    from rewrite.runtime.sampling import Sampling as Sampling
 
 
 def __getattr__(name: str) -> Any:

@@ -14,6 +14,7 @@ import click
 
 import rewrite
 from rewrite import sandbox
+from rewrite.cli_generate import bench_generate, generate
 from rewrite.errors import CheckFailed, RewriteError
 
 if TYPE_CHECKING:
@@ -122,7 +123,7 @@ def _load_inputs(files: tuple[str, ...], model: Model) -> list[dict[str, Any]] |
 def export(source: str, output: str, opset: int, exporter: str, attention: str, verify: bool, as_json: bool) -> None:
     """Export SOURCE to ONNX with dynamic batch and sequence.
 
-    SOURCE is a local Hugging Face directory, or MODULE:CALLABLE, a function without arguments that returns
+    SOURCE is a local Hugging Face directory, a GGUF file (as float32), or MODULE:CALLABLE, a function without arguments that returns
     (torch.nn.Module, example inputs) or (torch.nn.Module, example inputs, dynamic shapes).
     """
     from pathlib import Path
@@ -137,6 +138,11 @@ def export(source: str, output: str, opset: int, exporter: str, attention: str, 
             from rewrite.export.huggingface import load_directory
 
             loaded = load_directory(source, attention=attention)
+        elif source.endswith(".gguf"):
+            say("loading the model")
+            from rewrite.export.huggingface import load_gguf
+
+            loaded = load_gguf(source, attention=attention)
         else:
             loaded = load_callable(source)
         done = run(loaded, output, opset=opset, exporter=exporter, verify=verify, progress=say)
@@ -203,11 +209,13 @@ def check_expectations(expectations: list[tuple[str, str, int]], report: Report,
 @click.option("--inputs", multiple=True, metavar="FILE", help=".npz with inputs by name, for the check of the whole model (repeatable); generated if absent.")
 @click.option("--tolerance", default=1e-4, show_default=True, help="Largest relative difference of the whole model's outputs.")
 @click.option("--bitwise", is_flag=True, help="Use only rules that change no bit of any result (docs/numerics.md).")
+@click.option("--generate", "generator", is_flag=True, help="Make a generator of a decoder exported without a cache: paged caches, packed tokens, logits where they are wanted.")
+@click.option("--block-size", default=16, show_default=True, help="Positions of a block of a generator's caches.")
 @click.option("--embed", is_flag=True, help="Put external weights into the file (models up to 2 GiB).")
 @click.option("--report", "report_file", metavar="FILE", help="Write a JSON report: rules, matches, refusals, sites, times.")
 @json_option
 def optimize(model: str, output: str | None, files: tuple[str, ...], only: tuple[str, ...], expect: tuple[str, ...], verify: bool,
-             inputs: tuple[str, ...], tolerance: float, bitwise: bool, embed: bool, report_file: str | None, as_json: bool) -> None:  # fmt: skip
+             inputs: tuple[str, ...], tolerance: float, bitwise: bool, generator: bool, block_size: int, embed: bool, report_file: str | None, as_json: bool) -> None:  # fmt: skip
     """Rewrite MODEL with all rules, verify it, and write it to --output (which may be MODEL itself)."""
     sandbox.start()
     from rewrite.files import check_target
@@ -222,7 +230,7 @@ def optimize(model: str, output: str | None, files: tuple[str, ...], only: tuple
     check_names(expectations, set(known.plugins), {r.name for r in known.rules} if not only else set(only))
     source = load(model)
     feeds = _load_inputs(inputs, source)
-    result = run(source, rules=list(files), only=list(only) or None, verify=verify, inputs=feeds, tolerance=tolerance, explain=bool(expect), bitwise=bitwise)
+    result = run(source, rules=list(files), only=list(only) or None, verify=verify, inputs=feeds, tolerance=tolerance, explain=bool(expect), bitwise=bitwise, generate=generator, block_size=block_size)
     if not result.report.sites and not expect:  # the user will want to know why
         result = run(source, rules=list(files), only=list(only) or None, verify=verify, explain=True, bitwise=bitwise)
     report = result.report
@@ -262,6 +270,10 @@ def print_report(report: Report, model: str, output: str | None) -> None:
         table("", ["tier", "rule", "becomes", "sites", "largest error", "where"], rows)
     before, after = sum(report.operators_before.values()), sum(report.operators_after.values())
     click.echo(f"\n{model}: {before} operators -> {after}, in {report.seconds - report.verify_seconds:.1f} s" if rows else f"{model}: {before} operators")
+    if report.generator is not None:
+        from rewrite.patterns.transform_generate import describe_generator
+
+        click.echo(describe_generator(report.generator))
     for miss in report.rejected:
         click.echo(str(miss))
     for operator, nodes in report.unknown.items():
@@ -277,6 +289,10 @@ def _what_was_verified(report: Report) -> str:
         return "No rule matched; the model is unchanged."
     if not report.verified:
         return "NOT verified (--no-verify)"
+    if report.not_run and report.generator is not None:
+        return f"each site verified; the generator was NOT run: {report.not_run}"
+    if report.generator is not None:
+        return f"verified against the original, texts in ragged steps: largest relative difference of a logit {report.model_error:.1e}"
     if report.not_run:
         return f"each site verified; the whole model was NOT run: {report.not_run} (--inputs FILE.npz runs it all the same)"
     if report.model_error is None:
@@ -443,10 +459,14 @@ def progress() -> Iterator[Callable[[str], None]]:
 @click.option("--tune", is_flag=True, help="Time the kernels for each step on this machine's GPU and keep the fastest.")
 @click.option("--verify/--no-verify", default=True, show_default=True, help="Run the plan on the CPU and compare it with MODEL.")
 @click.option("--tolerance", default=1e-4, show_default=True, help="Largest relative difference of the plan's outputs.")
+@click.option("--tokenizer", metavar="DIR", help="Of a text generator: the folder of its tokenizer; by default the one that the model was exported with.")
 @click.option("--sign-key", metavar="FILE", help="Sign the plan with this key (else with that of $REWRITE_PLAN_KEY, if set).")
 @rules_option
 @json_option
-def build(model: str, output: str, profile: tuple[str, ...], engines: bool, tune: bool, verify: bool, tolerance: float, sign_key: str | None, files: tuple[str, ...], as_json: bool) -> None:
+def build(
+    model: str, output: str, profile: tuple[str, ...], engines: bool, tune: bool, verify: bool, tolerance: float, tokenizer: str | None, sign_key: str | None,
+    files: tuple[str, ...], as_json: bool,
+) -> None:  # fmt: skip
     """Compile MODEL (rewritten or not) into a plan: TensorRT engines between plugin nodes, weights, a manifest."""
     import time
 
@@ -457,7 +477,8 @@ def build(model: str, output: str, profile: tuple[str, ...], engines: bool, tune
     library(list(files))
     started = time.perf_counter()
     with progress() as say:
-        plan = run(model, output, profile=",".join(profile) or None, engines=engines, verify=verify, tolerance=tolerance, tune=tune, sign_key=sign_key, progress=say)
+        sizes = ",".join(profile) or None
+        plan = run(model, output, profile=sizes, engines=engines, verify=verify, tolerance=tolerance, tokenizer=tokenizer, tune=tune, sign_key=sign_key, progress=say)
     if as_json:
         click.echo(plan.manifest.to_json(), nl=False)
         return
@@ -482,7 +503,7 @@ def print_plan(plan: Plan, steps: bool) -> None:
     calls: dict[tuple[str, str], int] = {}
     for step in manifest.steps:
         if step.kind == "plugin":
-            key_ = (step.name, ", ".join(f"{k}={v:.6g}" if isinstance(v, float) else f"{k}={v}" for k, v in step.attributes.items()))
+            key_ = (step.name, ", ".join(f"{k}={v:.6g}" if isinstance(v, float) else f"{k}={v}" for k, v in step.attributes.items() if k != "layer"))
             calls[key_] = calls.get(key_, 0) + 1
     if calls:
         click.echo()
@@ -678,6 +699,9 @@ def print_bench(report: dict[str, Any]) -> None:
         name = part["name"] if part["kind"] == "plugin" else f"segment {part['name']}"
         rows.append([name, str(part["calls"]), f"{part['us'] / 1e3:.3f} ms", f"{part['share']:.0%}", *cells])
     table("", ["part", "calls", "time", "share", "GB/s", "of memory", "GFLOP/s", "of compute"], rows)
+# --- text ---------------------------------------------------------------------------------------------------------
+main.add_command(generate)
+main.add_command(bench_generate)
 
 
 if __name__ == "__main__":

@@ -286,8 +286,8 @@ def _infer(model: Model) -> tuple[onnx.ModelProto, bytes]:
 def _without_weights(proto: onnx.ModelProto) -> onnx.ModelProto:
     """The model with weights as if they lay in another file: inference reads integers and scales, and would copy the rest four times."""
     light = onnx.ModelProto()
-    _copy(proto, light, without={"graph"})
-    _copy(proto.graph, light.graph, without={"initializer"})
+    copy_message(proto, light, without={"graph"})
+    copy_message(proto.graph, light.graph, without={"initializer"})
     for tensor in proto.graph.initializer:
         if tensor.data_type in WEIGHTS and math.prod(tensor.dims) > SCALES:
             light.graph.initializer.add(name=tensor.name, data_type=tensor.data_type, dims=tensor.dims, data_location=onnx.TensorProto.EXTERNAL)

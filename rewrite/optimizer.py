@@ -48,6 +48,8 @@ def optimize(
     inputs: list[dict[str, np.ndarray[Any, Any]]] | None = None,
     tolerance: float = 1e-4,
     bitwise: bool = False,
+    generate: bool = False,
+    block_size: int = 16,
 ) -> Result:
     """Rewrite a model with all known rules.
 
@@ -63,6 +65,9 @@ def optimize(
             weights are over 2 GiB, because it takes more than twice their size in memory.
         tolerance: largest difference of the whole model's outputs, relative to the largest value of each.
         bitwise: use only rules declared exact, at sites whose check finds no bit changed (docs/numerics.md).
+        generate: make a generator of a decoder that was exported without a cache: paged caches, packed tokens, logits
+            where they are wanted. Then its logits, computed step by step, are compared with those of the whole texts.
+        block_size: positions of a block of a generator's caches.
 
     Returns:
         Result with the new model (the argument is not changed) and the report.
@@ -77,8 +82,14 @@ def optimize(
     chosen = library(rules) if only is None else library(rules).select(only)
     if bitwise and not verify:
         raise RewriteError("bitwise: what is not verified is not known to be the same bit by bit; leave verification on")
+    if generate and not 1 <= block_size <= 4096:
+        raise RewriteError(f"generate: a block size of {block_size} makes no sense; use 1 to 4096, for example 16")
+    if generate and (bitwise or inputs is not None):
+        raise RewriteError("generate: a generator is checked on texts of its own; leave out bitwise and inputs")
     result = apply_rules(source, chosen.exact() if bitwise else chosen, verify=verify, explain=explain, bitwise=bitwise)
     report = result.report
+    if generate:
+        return _make_generator(source, result, library([]), verify, tolerance, block_size)
     if verify and not report.sites:
         report.model_error = 0.0  # it is the same model
     elif verify and inputs is None and (size := external_size(source.external)) > LARGEST_RUN:
@@ -90,6 +101,35 @@ def optimize(
             raise CheckFailed(f"the rewritten model differs by {report.model_error:.1e} where --bitwise allows nothing")
         report.verify_seconds += time.perf_counter() - started
     return result
+
+
+def _make_generator(source: Model, result: Result, known: Library, verify: bool, tolerance: float, block_size: int) -> Result:
+    """The transform tier: what the rules left becomes a generator, and is compared with the original."""
+    from rewrite.patterns.transform_generate import to_generator
+    from rewrite.verify_generator import check_attentions, generator_of
+
+    report, started = result.report, time.perf_counter()
+    shapes = Library([r for r in known.rules if r.tier == "lift"], known.plugins)
+    try:
+        made = to_generator(result.model, lambda m: apply_rules(m, shapes, verify=verify, explain=False).model, block_size)
+    except (RewriteError, MemoryError):
+        raise
+    except Exception as error:  # as in `apply_rules`
+        raise RewriteError(f"{source.name}: the model breaks ONNX's rules, or this is a bug in rewrite ({blame(error)}); `onnx.checker.check_model` tells which") from error
+    report.seconds += time.perf_counter() - started
+    report.generator = generator_of(made.proto)
+    report.operators_after, report.plugins, report.kinds = made.operators(), made.plugin_nodes(), made.plugin_kinds()
+    size = made.proto.ByteSize() + external_size(made.external)
+    if verify and size > LARGEST_RUN:
+        report.not_run = f"its weights are {size / 2**30:.1f} GiB, more than the {LARGEST_RUN / 2**30:.0f} GiB up to which a generator is run"
+    if verify:
+        started = time.perf_counter()
+        check_attentions(made.proto, known.plugins["PagedAttention"])
+        if not report.not_run:
+            report.model_error = sandbox.compare_generator(source, made, tolerance)
+        report.verify_seconds += time.perf_counter() - started
+        report.seconds += time.perf_counter() - started
+    return Result(made, report)
 
 
 def apply_rules(source: Model, rules: Library, *, verify: bool, explain: bool, bitwise: bool = False) -> Result:

@@ -87,6 +87,7 @@ class Plugin:
     kernels: tuple[str, ...]
     transposable: tuple[str, ...]
     strided: bool
+    updates: Mapping[str, str]
     source: str
     operations: Callable[..., int] | None = None
 
@@ -227,7 +228,8 @@ def plugin(cls: type) -> Plugin:
     makes an input for the check of a fused site, or returns None for the default; `cuda(inputs, outputs, **attributes)`,
     on CuPy arrays at fixed addresses, returns a function that enqueues the kernels on the current stream, or None where it
     has none for these types (then the reference runs on the GPU); `strided` = True tells that `cuda` takes inputs and outputs
-    that are not packed; `merged(calls, **attributes)` does the same for several calls, (inputs, outputs) each, of one first input;
+    that are not packed; `updates` names inputs that `reference` overwrites, and the output that each of them becomes: who needs the
+    old values passes copies; `merged(calls, **attributes)` does the same for several calls, (inputs, outputs) each, of one first input;
     `view(y, **attributes)` gives the part of an output that differs, repeated by strides of 0, for readers that are `strided`;
     `transposable` names the matrices that attribute `trans_w` = 1 says are stored the other way round, which the kernels prefer;
     `operations(inputs, outputs, **attributes)`, on shapes (None for an absent input), counts what `rewrite bench` calls operations,
@@ -258,6 +260,7 @@ def plugin(cls: type) -> Plugin:
         kernels=tuple(getattr(cls, "kernels", ())),
         transposable=tuple(getattr(cls, "transposable", ())),
         strided=bool(getattr(cls, "strided", False)),
+        updates=dict(getattr(cls, "updates", {})),
         source=_origin(cls.__module__),
         operations=getattr(cls, "operations", None),
     )

@@ -148,6 +148,7 @@ class Report:
     verified: bool = False
     model_error: float | None = None
     not_run: str = ""  # why the model as a whole was not run
+    generator: dict[str, Any] | None = None  # what the model says of itself, if it became a generator
     seconds: float = 0.0
     verify_seconds: float = 0.0
 

@@ -139,6 +139,14 @@ def rehearse(path: Path, file: int, size: int) -> None:
         raise RewriteError(f"{path}: refused, because reading it does not end well: {reason}; export the model again, or split it if it is sound") from reason
 
 
+def compare_generator(decoder: Model, generator: Model, tolerance: float) -> float:
+    """`rewrite.verify_generator.check_generator` in the child. Raises RewriteError if it hangs, crashes, or takes too much memory."""
+    with contextlib.ExitStack() as stack:
+        files = [stack.enter_context(_in_memory(m.proto.SerializeToString())) for m in (decoder, generator)]
+        request = {"do": "generate", "models": [_description(decoder), _description(generator)], "tolerance": tolerance}
+        return float(_run(decoder, request, files, False, "leave the check out with --no-verify")["error"])
+
+
 def compare(one: Model, other: Model, inputs: list[dict[str, np.ndarray[Any, Any]]] | None, tolerance: float, advice: str = SMALLER) -> float:
     """`rewrite.verify.check_models` in the child. Raises RewriteError, with the advice, if it hangs, crashes, or takes too much memory."""
     with contextlib.ExitStack() as stack:
@@ -357,6 +365,18 @@ def _compare(request: dict[str, Any], files: list[int]) -> dict[str, Any]:
         return {"refused": str(error)}
 
 
+def _compare_generator(request: dict[str, Any], files: list[int]) -> dict[str, Any]:
+    from rewrite.verify_generator import check_generator
+
+    decoder, generator = _models(request, files)
+    try:
+        return {"error": check_generator(decoder, generator, request["tolerance"])}
+    except CheckFailed as error:
+        return {"failed": str(error)}
+    except RewriteError as error:
+        return {"refused": str(error)}
+
+
 def _run_model(request: dict[str, Any], files: list[int]) -> dict[str, Any]:
     from rewrite.verify import file_session, run_session
 
@@ -378,4 +398,4 @@ def _run_model(request: dict[str, Any], files: list[int]) -> dict[str, Any]:
     return {"reasons": reasons}
 
 
-WORK = {"rehearse": _rehearse, "compare": _compare, "run": _run_model}
+WORK = {"rehearse": _rehearse, "compare": _compare, "run": _run_model, "generate": _compare_generator}

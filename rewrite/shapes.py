@@ -13,7 +13,7 @@ from __future__ import annotations
 import ast
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import lru_cache
 
 import numpy as np
@@ -138,14 +138,24 @@ def settle(dim: Dim) -> Dim:
     return dim if found is None or "//" in str(found) else found
 
 
-def _evaluate(tree: ast.expr) -> Dim:
+def substitute(dim: Dim, names: Mapping[str, Dim]) -> Dim:
+    """A dimension with other names or numbers in the place of some names; None if it is no expression we know."""
+    if not isinstance(dim, str):
+        return dim
+    try:
+        return _evaluate(ast.parse(dim, mode="eval").body, names)
+    except SyntaxError:
+        return names.get(dim, dim)
+
+
+def _evaluate(tree: ast.expr, names: Mapping[str, Dim] | None = None) -> Dim:
     if isinstance(tree, ast.Name):
-        return tree.id
+        return (names or {}).get(tree.id, tree.id)
     if isinstance(tree, ast.Constant):
         return tree.value if isinstance(tree.value, int) else None
     if not isinstance(tree, ast.BinOp):
         return None
-    left, right = _evaluate(tree.left), _evaluate(tree.right)
+    left, right = _evaluate(tree.left, names), _evaluate(tree.right, names)
     if isinstance(tree.op, ast.Pow):
         return product([left] * right) if isinstance(right, int) and 0 <= right <= 4 else None
     steps: dict[type[ast.operator], Callable[[Dim, Dim], Dim]] = {ast.Mult: times, ast.FloorDiv: divide, ast.Add: plus, ast.Sub: minus}

@@ -375,7 +375,10 @@ def _compare_site(
 def reference_runner(plugin: Plugin, attributes: Mapping[str, Any], names: list[str]) -> Callable[[dict[str, np.ndarray]], list[Any]]:
     """The plugin's NumPy reference as a function of the site's inputs."""
 
+    updated = {n.rstrip("?") for n in plugin.inputs} & plugin.updates.keys()
+
     def run(inputs: dict[str, np.ndarray]) -> list[Any]:
+        inputs = {n: a.copy() if n in updated else a for n, a in inputs.items()}
         result = plugin.reference(*(inputs.get(n) if n else None for n in names), **{**plugin.attributes, **attributes})
         return list(result) if isinstance(result, tuple) else [result]
 

@@ -24,7 +24,9 @@ from rewrite.runtime.machine import CAPABILITY, TUNED_ON, fingerprint
 from rewrite.runtime.partition import Partition, partition
 from rewrite.runtime.plan import MANIFEST, WEIGHTS, Manifest, Plan
 from rewrite.runtime.profile import Profile
+from rewrite.runtime.tokenizer import copy_tokenizer, eos_of, tokenizer_folder
 from rewrite.verify import MODEL_TOLERANCE, SIZES, compare, model_inputs
+from rewrite.verify_generator import Texts, at_once, compare_steps, generator_of
 
 Progress = Callable[[str], None]
 UNCHECKED = "build with --no-verify and compare yourself"
@@ -40,6 +42,7 @@ def build(
     tolerance: float = 1e-4,
     tune: bool = False,
     sign_key: str | os.PathLike[str] | None = None,
+    tokenizer: str | os.PathLike[str] | None = None,
     progress: Progress | None = None,
 ) -> Plan:
     """Compile a model, rewritten or not, into a plan.
@@ -51,6 +54,8 @@ def build(
         engines: compile the segments with TensorRT; without, the plan runs on the CPU alone.
         verify: run the plan on the CPU and compare its outputs with the model's in ONNX Runtime.
         tolerance: largest difference allowed, relative to each output's largest value.
+        tokenizer: of a text generator, the folder of its tokenizer, which is copied into the plan; None: the one that the
+            model says it was exported with, if it is there.
         tune: on the GPU at hand, time the kernels that could do each step at the profile's smallest, best and largest sizes; the
             plan keeps the figures, and on a GPU of this name the fastest are used.
         sign_key: name of a key file; the plan is signed with it, so that it can be loaded with `key` (by default that of the
@@ -72,6 +77,10 @@ def build(
     key = seal.read_key(sign_key)
     say("cutting the model at its plugin nodes")
     cut = partition(source, library().plugins)
+    generator, folder = generator_of(source.proto), None
+    if generator is not None:
+        folder = tokenizer_folder(source, tokenizer)
+        generator = {**generator, "eos": eos_of(source), "tokenizer": "tokenizer" if folder is not None else None}
     names = dict.fromkeys(d for v in cut.inputs.values() for d in v.shape if isinstance(d, str))
     sizes = Profile.parse(profile, names)
     compiled = _compile(cut, sizes, say) if engines else {}
@@ -79,7 +88,9 @@ def build(
     try:
         work = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent))
         say("writing the plan")
-        _write(work, source, cut, sizes, compiled)
+        if folder is not None:
+            copy_tokenizer(folder, work / "tokenizer")
+        _write(work, source, cut, sizes, compiled, generator)
         seal.seal(work, key)
         if verify:
             say("comparing the plan's outputs with the model's")
@@ -108,7 +119,7 @@ def _compile(cut: Partition, profile: Profile, say: Progress) -> dict[str, bytes
     return engines
 
 
-def _write(work: Path, source: Model, cut: Partition, profile: Profile, engines: Mapping[str, bytes]) -> None:
+def _write(work: Path, source: Model, cut: Partition, profile: Profile, engines: Mapping[str, bytes], generator: dict[str, Any] | None) -> None:
     os.chmod(work, 0o777 & ~_umask())
     for folder in ("segments", "engines"):
         (work / folder).mkdir()
@@ -127,7 +138,7 @@ def _write(work: Path, source: Model, cut: Partition, profile: Profile, engines:
         if engine.fixed():  # to the GPU they were built on
             versions[CAPABILITY] = engine.capability()
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    manifest = Manifest(source.name, source.opset, cut.inputs, cut.outputs, cut.values, cut.steps, profile, versions, now)
+    manifest = Manifest(source.name, source.opset, cut.inputs, cut.outputs, cut.values, cut.steps, profile, versions, now, generator=generator)
     plugins = library().plugins
     manifest.plugins = {name: fingerprint(plugins[name]) for name in sorted({s.name for s in cut.steps if s.kind == "plugin"})}
     for path in sorted(p for p in work.rglob("*") if p.is_file()):
@@ -161,6 +172,8 @@ def check_plan(plan: Plan, model: Model, tolerance: float, attempts: int = 2) ->
     The model is run first, in a child under limits: what it does not survive, the plan does not come to.
     Raises CheckFailed, naming the output, if they differ by more than `tolerance`; 16-bit outputs may by what their type rounds to.
     """
+    if plan.manifest.generator is not None:
+        return check_generator_plan(plan, model, tolerance)
     ranges = plan.manifest.profile.ranges if plan.has_engines else {}
     feeds: list[Mapping[str, np.ndarray[Any, Any]]] = []
     for attempt in range(attempts):
@@ -191,3 +204,12 @@ def check_plan(plan: Plan, model: Model, tolerance: float, attempts: int = 2) ->
     if not done:
         raise RewriteError(f"{found[-1]}, in ONNX Runtime on generated inputs; {UNCHECKED}")
     return worst
+
+
+def check_generator_plan(plan: Plan, model: Model, tolerance: float) -> float:
+    """The same for a text generator: random texts in ragged steps by the plan, against the model that reads them at once."""
+    found = plan.manifest.generator
+    assert found is not None
+    texts = Texts.random(np.random.default_rng(0), found)
+    expected = at_once(found, texts, lambda feeds: sandbox.run(model, feeds, UNCHECKED))
+    return compare_steps(found, texts, expected, plan.run, tolerance, "the plan", singles=2)

@@ -30,21 +30,32 @@ class CpuExecutor:
         steps, self.outputs = plan.manifest.steps, plan.manifest.outputs
         self.calls = [(step, self._segment(step) if step.kind == "segment" else self._plugin(step)) for step in steps]
         last = {name: index for index, step in enumerate(steps) for name in (*step.inputs, *step.outputs)}
+        self.updated = [self._updated(step) for step in steps]
         kept = {*self.outputs.values(), *self.weights}
         self.dropped: list[list[str]] = [[] for _ in steps]
         for name, index in last.items():
             if name and name not in kept:
                 self.dropped[index].append(name)
 
-    def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+    def run(self, inputs: Mapping[str, Array], in_place: frozenset[str] = frozenset()) -> dict[str, Array]:
+        """The outputs by name. Plugins that update an input (a cache) overwrite a copy, but those inputs named in `in_place` themselves."""
         self.plan.check(inputs)
         values = {**self.weights, **{name: np.ascontiguousarray(a).reshape(a.shape) for name, a in inputs.items()}}
-        for (step, call), dropped in zip(self.calls, self.dropped, strict=True):
-            results = call([values[name] if name else None for name in step.inputs])
+        for (step, call), dropped, updated in zip(self.calls, self.dropped, self.updated, strict=True):
+            operands = [values[name] if name else None for name in step.inputs]
+            for index in updated:
+                if step.inputs[index] not in in_place:
+                    operands[index] = operands[index].copy()  # type: ignore[union-attr]
+            results = call(operands)
             values.update(zip(step.outputs, results, strict=True))
             for name in dropped:
                 values.pop(name, None)
         return {name: values[value] for name, value in self.outputs.items()}
+
+    def _updated(self, step: Step) -> list[int]:
+        """The inputs that a step overwrites, by index."""
+        plugin = self.plugins.get(step.name) if step.kind == "plugin" else None
+        return [] if plugin is None else [i for i, name in enumerate(plugin.inputs) if name.rstrip("?") in plugin.updates]
 
     def _segment(self, step: Step) -> Call:
         if step.name not in self.sessions:

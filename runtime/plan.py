@@ -5,6 +5,7 @@
     plan/weights.safetensors   by the names they have in the model
     plan/segments/KEY.onnx     what lies between plugins, once for each distinct structure
     plan/engines/KEY.engine    the same, compiled by TensorRT
+    plan/tokenizer/            of a text generator whose tokenizer was known: files as transformers writes them
 
 Nothing is parsed, deserialized or used before its content was compared with its SHA-256; segments and engines are read
 once, and what is used are the bytes that were compared.
@@ -54,6 +55,7 @@ class Manifest:
     plugins: dict[str, str] = field(default_factory=dict)
     tuning: dict[str, dict[str, float]] = field(default_factory=dict)
     files: dict[str, tuple[int, list[str]]] = field(default_factory=dict)
+    generator: dict[str, Any] | None = None  # of a text generator: block size, vocabulary, layers with their caches, eos, tokenizer
 
     def to_json(self) -> str:
         data = {"format": FORMAT, **dataclasses.asdict(self), "profile": dict(self.profile.ranges)}

@@ -1,0 +1,70 @@
+"""How fast a plan reads prompts and generates, beside the speed at which the memory can be read."""
+
+from __future__ import annotations
+
+import os
+import statistics
+import time
+from typing import Any
+
+import numpy as np
+
+from rewrite.errors import RewriteError
+from rewrite.runtime.generator import Generator
+from rewrite.runtime.plan import Plan
+
+PROBE = 1 << 28  # bytes that are read to measure the memory
+
+
+def measure(plan: str | os.PathLike[str] | Plan, batch: int, prompt_length: int, new_tokens: int, repeat: int, device: str = "cpu",
+            kv_memory: int | None = None, token_budget: int = 256) -> dict[str, Any]:  # fmt: skip
+    """Medians over `repeat` runs of `batch` texts: milliseconds and tokens a second for prompts and for steps of one token each.
+
+    The weights are counted once a step, an embedding table that is only looked up not at all. Raises RewriteError if the
+    texts do not fit in the cache together: then they would wait for one another.
+    """
+    generator = Generator(plan, device=device, kv_memory=kv_memory, token_budget=token_budget, seats=max(64, batch), reuse=False)
+    needed = batch * -(-(prompt_length + new_tokens) // generator.model.block_size)
+    if needed > generator.model.blocks:
+        raise RewriteError(f"bench-generate: {batch} texts of {prompt_length + new_tokens} tokens need {needed} blocks, and there are {generator.model.blocks}; give more --kv-memory")
+    rng = np.random.default_rng(0)
+    prefill, steps = [], []
+    for turn in range(repeat + 1):
+        prompts = rng.integers(0, generator.model.vocabulary, (batch, prompt_length)).tolist()
+        ends: list[tuple[float, int]] = []
+        started = time.perf_counter()
+        for prompt in prompts:
+            generator.add(generator.request(prompt, None, True, {"max_new_tokens": new_tokens}), lambda output: None)
+        while generator.scheduler.unfinished:
+            before = generator.scheduler.metrics.generated_tokens
+            generator.step()
+            if generator.scheduler.metrics.generated_tokens > before or not ends:
+                ends.append((time.perf_counter(), generator.scheduler.metrics.generated_tokens - before))
+        first = next(i for i in range(len(ends)) if sum(n for _, n in ends[: i + 1]) >= batch)  # all have their first token
+        if turn:  # the first run warms up
+            prefill.append(ends[first][0] - started)
+            steps += [b[0] - a[0] for a, b in zip(ends[first:], ends[first + 1 :], strict=False) if b[1] == batch]
+    step, read = statistics.median(steps), statistics.median(prefill)
+    size = weights_read(generator)
+    return {
+        "batch": batch, "prompt_length": prompt_length, "new_tokens": new_tokens, "device": device, "prefill_ms": 1e3 * read,
+        "prefill_tokens_per_second": batch * prompt_length / read, "decode_ms": 1e3 * step, "decode_tokens_per_second": batch / step,
+        "weight_bytes": size, "decode_gb_per_second": size / step / 1e9, "memory_gb_per_second": memory_speed() / 1e9,
+    }  # fmt: skip
+
+
+def weights_read(generator: Generator) -> int:
+    """Bytes of the weights that plugins read in each step."""
+    names = {n for s in generator.plan.manifest.steps if s.kind == "plugin" for n in s.inputs}
+    return sum(a.nbytes for n, a in generator.plan.weights.items() if n in names)
+
+
+def memory_speed() -> float:
+    """Bytes a second at which a product of a matrix and a vector reads its matrix, the best of five."""
+    matrix, vector = np.ones((PROBE // 4096, 1024), np.float32), np.ones(1024, np.float32)
+    times = []
+    for _ in range(5):
+        started = time.perf_counter()
+        matrix @ vector
+        times.append(time.perf_counter() - started)
+    return matrix.nbytes / min(times)

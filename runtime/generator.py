@@ -1,0 +1,216 @@
+"""Text from a plan: prompts in, tokens and text out, many at once, whole or as they come."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import os
+import threading
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rewrite.errors import RewriteError
+from rewrite.runtime.kv_cache import BlockPool
+from rewrite.runtime.plan import Plan
+from rewrite.runtime.plan_model import PlanModel
+from rewrite.runtime.requests import Output, Request
+from rewrite.runtime.sampling import Logprob, Sampling
+from rewrite.runtime.scheduler import Scheduler
+from rewrite.runtime.tokenizer import Tokenizer
+
+Messages = Sequence[dict[str, str]]
+Prompt = str | Sequence[int] | Messages
+
+
+@dataclass
+class Choice:
+    """One output of a prompt. `finished` says why it ended: "stop", "length", "cancelled" or "error", with `error`."""
+
+    tokens: list[int] = field(default_factory=list)
+    text: str = ""
+    logprobs: list[Logprob] = field(default_factory=list)
+    finished: str | None = None
+    error: str | None = None
+    score: float | None = None
+
+    def add(self, output: Output) -> None:
+        self.tokens += output.tokens
+        self.text += output.text
+        self.logprobs += output.logprobs
+        self.finished, self.error = output.finished or self.finished, output.error or self.error
+        self.score = output.score if output.score is not None else self.score
+
+
+@dataclass
+class Generation:
+    """A prompt's tokens and its outputs, `n` of them."""
+
+    prompt: list[int]
+    choices: list[Choice]
+
+    @property
+    def text(self) -> str:
+        return self.choices[0].text
+
+    @property
+    def tokens(self) -> list[int]:
+        return self.choices[0].tokens
+
+
+class Generator:
+    """A text generator: a plan, its pool of keys and values, a scheduler and, if the plan has one, a tokenizer.
+
+    plan          its directory, or the loaded plan
+    device        where it runs, if a directory is given
+    kv_memory     bytes for keys and values; None: a quarter of the free memory
+    token_budget  most tokens of a step: longer prompts are read in chunks, between the other texts' tokens
+    seats         most texts in flight
+    reuse         keep keys and values for prompts that start alike
+
+    It may be used from several threads, and from several coroutines of any event loop. Raises RewriteError if the plan is no
+    text generator.
+    """
+
+    def __init__(self, plan: str | os.PathLike[str] | Plan, *, device: str = "cpu", kv_memory: int | None = None, token_budget: int = 256, seats: int = 64, reuse: bool = True):
+        self.plan = plan if isinstance(plan, Plan) else Plan(plan, device=device)
+        self.model = PlanModel(self.plan, kv_memory)
+        self.scheduler = Scheduler(self.model, BlockPool(self.model.blocks, self.model.block_size, self.model.window, reuse), token_budget, seats, context=self.model.positions)
+        self.eos = tuple(int(i) for i in self.model.found.get("eos") or ())
+        self._tokenizer: Tokenizer | None = None
+        self._lock = threading.Lock()  # of the scheduler and the sinks
+        self._sinks: dict[int, Callable[[Output], None]] = {}
+
+    @property
+    def has_tokenizer(self) -> bool:
+        return bool(self.model.found.get("tokenizer"))
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The plan's tokenizer. Raises RewriteError if it has none."""
+        if self._tokenizer is None:
+            if not self.has_tokenizer:
+                raise RewriteError(f"{self.plan.directory}: the plan has no tokenizer, so it takes token ids; build it with --tokenizer FOLDER to give it text")
+            self._tokenizer = Tokenizer(Path(self.plan.directory) / str(self.model.found["tokenizer"]))
+        return self._tokenizer
+
+    # --- prompts in, texts out -----------------------------------------------------------------------------------
+    def generate(self, prompts: Prompt | Sequence[Prompt], sampling: Sampling | None = None, *, ignore_eos: bool = False, **options: Any) -> list[Generation]:
+        """Generate for all prompts together.
+
+        Args:
+            prompts: a text, token ids, a dialogue ([{"role": "user", "content": ...}]), or a list of these.
+            sampling: how tokens are chosen; or give its fields as `options` (`max_new_tokens=100, temperature=0.7`).
+            ignore_eos: go on where the model ends its text.
+
+        Returns a Generation for each prompt, in order. Raises RewriteError for a prompt or an option that cannot be served.
+        """
+        requests = [self.request(p, sampling, ignore_eos, options) for p in as_prompts(prompts)]
+        made = [Generation(list(r.prompt), [Choice() for _ in range(r.sampling.n)]) for r in requests]
+        numbers: list[int] = []
+        try:
+            for request, generation in zip(requests, made, strict=True):
+                numbers.append(self.add(request, lambda output, g=generation: g.choices[output.choice].add(output)))  # type: ignore[misc]
+            while any(n in self._sinks for n in numbers):
+                self.step()
+        except BaseException:
+            for number in numbers:
+                self.cancel(number)
+            raise
+        return made
+
+    def iterate(self, prompt: Prompt, sampling: Sampling | None = None, *, ignore_eos: bool = False, **options: Any) -> Iterator[Output]:
+        """What is new in the outputs of one prompt, step by step; see `generate`. Closing the iterator cancels the request."""
+        waiting: list[Output] = []
+        number = self.add(self.request(prompt, sampling, ignore_eos, options), waiting.append)
+        try:
+            while True:
+                while not waiting:
+                    self.step()
+                output = waiting.pop(0)
+                yield output
+                if output.done:
+                    return
+        finally:
+            self.cancel(number)
+
+    async def stream(self, prompt: Prompt, sampling: Sampling | None = None, *, ignore_eos: bool = False, **options: Any) -> AsyncIterator[Output]:
+        """The same for coroutines: steps run in threads, and whoever waits for a token makes all texts advance."""
+        loop, waiting = asyncio.get_running_loop(), asyncio.Queue[Output]()
+
+        def sink(output: Output) -> None:
+            loop.call_soon_threadsafe(waiting.put_nowait, output)
+
+        number = await asyncio.to_thread(lambda: self.add(self.request(prompt, sampling, ignore_eos, options), sink))
+        try:
+            while True:
+                while waiting.empty():
+                    await asyncio.to_thread(self.step)
+                output = waiting.get_nowait()
+                yield output
+                if output.done:
+                    return
+        finally:
+            self.cancel(number)
+
+    def stats(self) -> dict[str, float]:
+        """Counts and times of the scheduler since the start, in seconds."""
+        with self._lock:
+            return self.scheduler.metrics.summary()
+
+    # --- the scheduler, one caller at a time ---------------------------------------------------------------------
+    def request(self, prompt: Prompt, sampling: Sampling | None, ignore_eos: bool, options: dict[str, Any]) -> Request:
+        """A prompt as the scheduler takes it. Raises RewriteError for an unknown option, or one that makes no sense."""
+        unknown = [o for o in options if o not in {f.name for f in dataclasses.fields(Sampling)}]
+        if unknown:
+            raise RewriteError(f"generate: there is no option {unknown[0]!r}; the options are {', '.join(f.name for f in dataclasses.fields(Sampling))}")
+        try:
+            chosen = dataclasses.replace(sampling or Sampling(), **options)
+            if not ignore_eos:
+                chosen = dataclasses.replace(chosen, stop_tokens=(*chosen.stop_tokens, *(t for t in self.eos if t not in chosen.stop_tokens)))
+        except (TypeError, ValueError) as error:
+            raise RewriteError(f"generate: {error}") from error
+        tokens = self.tokens(prompt)
+        return Request(tokens, chosen, decode=self.tokenizer.continuation(tokens) if self.has_tokenizer else None)
+
+    def tokens(self, prompt: Prompt) -> list[int]:
+        """The ids of a prompt, a dialogue by the tokenizer's template. Raises RewriteError without tokenizer or template."""
+        if isinstance(prompt, str):
+            return self.tokenizer.encode(prompt)
+        if prompt and isinstance(prompt[0], dict):
+            return self.tokenizer.encode_chat([m for m in prompt if isinstance(m, dict)])
+        return [t for t in prompt if not isinstance(t, dict)]
+
+    def add(self, request: Request, sink: Callable[[Output], None]) -> int:
+        """Queue a request, whose outputs go to `sink`, in whatever thread steps; returns its number. Raises RewriteError if it can never be served."""
+        with self._lock:
+            try:
+                number = self.scheduler.add(request)
+            except ValueError as error:
+                raise RewriteError(str(error)) from error
+            self._sinks[number] = sink
+            return number
+
+    def step(self) -> None:
+        """One step for all who wait, each of whom gets what is new."""
+        with self._lock:
+            for output in self.scheduler.step():
+                sink = self._sinks.get(output.request)
+                if output.done:
+                    self._sinks.pop(output.request, None)
+                if sink is not None:
+                    sink(output)
+
+    def cancel(self, number: int) -> None:
+        """Give up a request, if it is not over: it gets no more outputs, and its blocks are free."""
+        with self._lock:
+            if self._sinks.pop(number, None) is not None:
+                self.scheduler.cancel(number)
+
+
+def as_prompts(given: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    """A list of prompts from one, or from several."""
+    if isinstance(given, str) or (len(given) and isinstance(given[0], (int, dict))):
+        return [given]  # type: ignore[list-item]
+    return list(given)  # type: ignore[arg-type]

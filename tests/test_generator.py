@@ -1,0 +1,256 @@
+"""The text generator: prompts in, tokens and text out; whole, as they come, many at once, from the command line."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import threading
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from decoder import BY_RANGE, POSITIONS, VOCABULARY, decoder
+from greedy import greedy
+
+import rewrite
+from rewrite.cli import main
+from rewrite.cli_generate import parse_memory
+from rewrite.errors import RewriteError
+from rewrite.runtime.bench_generate import measure
+from rewrite.runtime.plan_model import PlanModel
+
+WORDS = [f"w{i}" for i in range(VOCABULARY - 3)]
+LENGTHS = (1, 3, 8, 5, 17, 2, 24, 11)
+TEMPLATE = "{% for m in messages %}{{ m['role'] }} {{ m['content'] }} {% endfor %}{% if add_generation_prompt %}w7{% endif %}"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A tokenizer of whole words, as transformers writes it, with a chat template."""
+    import tokenizers
+    import transformers
+
+    made = tokenizers.Tokenizer(tokenizers.models.WordLevel({w: i for i, w in enumerate(["<eos>", "user", "system", *WORDS])}, unk_token="w0"))
+    made.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    target = tmp_path_factory.mktemp("tokenizer")
+    transformers.PreTrainedTokenizerFast(tokenizer_object=made, eos_token="<eos>", chat_template=TEMPLATE).save_pretrained(target)
+    return target
+
+
+@pytest.fixture(scope="module")
+def plans(tmp_path_factory, folder):
+    """The same model as a plan for token ids, and as one for text whose token 0 ends it."""
+    target = tmp_path_factory.mktemp("plans")
+    model = rewrite.optimize(decoder(positions=BY_RANGE), generate=True, block_size=4).model
+    rewrite.build(model, target / "ids", engines=False)
+    entry = model.proto.metadata_props.add()
+    entry.key, entry.value = "rewrite.eos", "[0]"
+    rewrite.build(model, target / "text", engines=False, tokenizer=folder)
+    return target
+
+
+def prompts():
+    rng = np.random.default_rng(3)
+    return [[int(t) for t in rng.integers(0, VOCABULARY, n)] for n in LENGTHS]
+
+
+@pytest.fixture(scope="module")
+def expected(plans):
+    """One by one, by a plain loop."""
+    model = PlanModel(rewrite.Plan(plans / "ids"), 1 << 20)
+    return [greedy(model, [p], 20, chunk=64)[0] for p in prompts()]
+
+
+def test_the_expected_texts_differ(expected):
+    assert len({tuple(t) for t in expected}) == len(LENGTHS)
+    assert len({t for text in expected for t in text}) > 15
+
+
+@pytest.mark.parametrize("options", [{}, {"token_budget": 7}, {"seats": 2}, {"kv_memory": 12 * 4 * 2 * 16 * 4}, {"reuse": False}], ids=str)
+def test_together_as_one_by_one(plans, expected, options):
+    """Chunks, few seats, a cache so small that texts wait and are preempted: the tokens are the same."""
+    generator = rewrite.Generator(plans / "ids", **{"kv_memory": 1 << 20, **options})
+    made = generator.generate(prompts(), max_new_tokens=20)
+    assert [g.tokens for g in made] == expected
+    assert [g.prompt for g in made] == prompts()
+    assert {g.choices[0].finished for g in made} == {"length"}
+    generator.scheduler.pool.check()
+    assert generator.scheduler.pool.used == 0
+    if "kv_memory" in options:
+        assert generator.model.blocks == 12
+        assert generator.stats()["preempted"] > 0
+
+
+def test_a_prefix_is_computed_once(plans):
+    generator = rewrite.Generator(plans / "ids", kv_memory=1 << 20)
+    first = generator.generate(prompts()[6], max_new_tokens=5)
+    assert generator.stats()["reused_tokens"] == 0
+    assert generator.generate(prompts()[6], max_new_tokens=5) == first
+    assert generator.stats()["reused_tokens"] == 20  # whole blocks of the 24
+
+
+def test_a_stream_is_what_generate_returns(plans, expected):
+    generator = rewrite.Generator(plans / "ids", kv_memory=1 << 20)
+
+    async def one(prompt):
+        return [t async for output in generator.stream(prompt, max_new_tokens=20) for t in output.tokens]
+
+    async def everything():
+        return await asyncio.gather(*map(one, prompts()))
+
+    assert asyncio.run(everything()) == expected
+    assert generator.stats()["steps"] < 60  # in flight together: one by one it were 160
+    assert [t for output in generator.iterate(prompts()[2], max_new_tokens=20) for t in output.tokens] == expected[2]
+
+
+def test_threads_share_a_generator(plans, expected):
+    generator, found = rewrite.Generator(plans / "ids", kv_memory=1 << 20), {}
+
+    def work(i):
+        found[i] = generator.generate(prompts()[i], max_new_tokens=20)[0].tokens
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(len(LENGTHS))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [found[i] for i in range(len(LENGTHS))] == expected
+
+
+def test_who_stops_listening_gives_the_blocks_back(plans):
+    generator = rewrite.Generator(plans / "ids", kv_memory=1 << 20)
+    outputs = generator.iterate(prompts()[4], max_new_tokens=50)
+    next(outputs)
+    assert generator.scheduler.pool.used > 0
+    outputs.close()
+    assert generator.scheduler.pool.used == 0
+
+    async def one():
+        async for _ in generator.stream(prompts()[4], max_new_tokens=50):
+            break
+
+    asyncio.run(one())
+    generator.scheduler.pool.check()
+    assert generator.scheduler.pool.used == 0
+
+
+def test_the_end_of_text_ends_it(plans, expected):
+    """Token 0 is the end: what comes after it in the text without end is not generated."""
+    generator = rewrite.Generator(plans / "text", kv_memory=1 << 20)
+    made = generator.generate(prompts(), max_new_tokens=20)
+    for generation, whole in zip(made, expected, strict=True):
+        end = whole.index(0) + 1 if 0 in whole else 20
+        assert generation.tokens == whole[:end]
+        assert generation.choices[0].finished == ("stop" if 0 in whole else "length")
+    assert [g.tokens for g in generator.generate(prompts(), max_new_tokens=20, ignore_eos=True)] == expected
+
+
+def test_text_in_and_out(plans):
+    generator = rewrite.Generator(plans / "text", kv_memory=1 << 20)
+    by_text = generator.generate("w1 w5 w9", max_new_tokens=6, ignore_eos=True)[0]
+    assert by_text.prompt == [4, 8, 12]
+    by_ids = generator.generate([4, 8, 12], max_new_tokens=6, ignore_eos=True)[0]
+    assert by_ids.tokens == by_text.tokens
+    assert by_text.text == " " + generator.tokenizer.decode(by_text.tokens)  # the prompt and the text make one text
+    chat = generator.generate([{"role": "user", "content": "w1 w5"}], max_new_tokens=2)[0]
+    assert chat.prompt == [1, 4, 8, 10]
+    pieces = [o.text for o in generator.iterate("w1 w5 w9", max_new_tokens=6, ignore_eos=True)]
+    assert "".join(pieces) == by_text.text
+    assert len(pieces) == 6
+
+
+def test_options_reach_the_sampler(plans):
+    generator = rewrite.Generator(plans / "ids", kv_memory=1 << 20)
+    options = {"max_new_tokens": 12, "temperature": 40.0, "seed": 5, "n": 3, "logprobs": 2}
+    made = generator.generate([4, 8], rewrite.Sampling(top_k=20), **options)[0]
+    again = generator.generate([[9, 9, 9], [4, 8]], rewrite.Sampling(top_k=20), **options)[1]
+    assert [c.tokens for c in made.choices] == [c.tokens for c in again.choices]
+    assert len({tuple(c.tokens) for c in made.choices}) == 3
+    assert len(made.choices[0].logprobs) == 12
+    beams = generator.generate([4, 8], beams=3, n=2, max_new_tokens=5)[0].choices
+    assert beams[0].score >= beams[1].score
+
+
+WRONG = [
+    ([[]], {}, "the prompt is empty"),
+    ([[1, VOCABULARY]], {}, f"the prompt has token {VOCABULARY}"),
+    ([[1]], {"temprature": 1}, "there is no option 'temprature'"),
+    ([[1]], {"temperature": -1}, "temperature"),
+    ([[1]], {"max_new_tokens": POSITIONS}, f"are more than the model's {POSITIONS}"),
+    (["words"], {}, "the plan has no tokenizer"),
+    ([[1], [1] * 200], {}, "are more than the model's"),
+]
+
+
+@pytest.mark.parametrize(("given", "options", "reason"), WRONG, ids=[w[2] for w in WRONG])
+def test_what_cannot_be_served_is_refused(plans, given, options, reason):
+    generator = rewrite.Generator(plans / "ids", kv_memory=1 << 20)
+    with pytest.raises(RewriteError, match=reason):
+        generator.generate(given, **options)
+    assert generator.scheduler.pool.used == 0
+    assert generator.scheduler.unfinished <= 1  # the notice that the first was cancelled
+
+
+def test_a_plan_that_generates_no_text(tmp_path):
+    plan = rewrite.build(rewrite.optimize(decoder()).model, tmp_path / "plan", engines=False)
+    with pytest.raises(RewriteError, match="not a text generator"):
+        rewrite.Generator(plan)
+
+
+def test_a_plan_runs_without_touching_its_inputs(plans):
+    """`Plan.run` takes caches as inputs and gives new ones; only the generator's own are updated in place."""
+    plan = rewrite.Plan(plans / "ids")
+    caches = {n: np.zeros((3, 4, 2, 8), np.float32) for n in ("key_cache_0", "value_cache_0")}
+    feeds = {
+        "input_ids": np.array([[1, 2]]), "position_ids": np.array([[0, 1]]), "slots": np.array([4, 5], np.int32), "block_tables": np.array([[1]], np.int32),
+        "query_starts": np.array([0, 2], np.int32), "context_lengths": np.array([2], np.int32), "logit_rows": np.array([1]),
+    }  # fmt: skip
+    results = plan.run({**feeds, **caches})
+    assert not caches["key_cache_0"].any()
+    assert results["keys_0"][1, :2].all()
+    assert not results["keys_0"][[0, 2]].any()
+    assert results["logits"].shape == (1, VOCABULARY)
+
+
+def call(*arguments):
+    return CliRunner().invoke(main, [str(a) for a in arguments])
+
+
+def test_the_command(plans, tmp_path):
+    shown = call("generate", plans / "text", "--prompt", "w1 w5 w9", "--max-new-tokens", 6, "--ignore-eos", "--no-chat", "--kv-memory", "1M", "--stats")
+    generator = rewrite.Generator(plans / "text", kv_memory=1 << 20)
+    text = generator.generate("w1 w5 w9", max_new_tokens=6, ignore_eos=True)[0].text
+    assert shown.exit_code == 0, shown.output
+    assert shown.stdout == f"w1 w5 w9{text}\n"
+    assert text.startswith(" ")
+    assert "6 tokens in" in shown.stderr
+    (tmp_path / "prompts").write_text("w1 w5\n\nw2\n")
+    made = json.loads(call("generate", plans / "text", "--prompts", tmp_path / "prompts", "--tokens", "4,5", "--system", "w3", "--max-new-tokens", 2, "--kv-memory", "1M", "--json").stdout)
+    assert [m["prompt"] for m in made] == [[2, 6, 1, 4, 8, 10], [2, 6, 1, 5, 10], [4, 5]]
+    assert call("generate", plans / "ids", "--tokens", "4,5", "--max-new-tokens", 2, "--kv-memory", "1M").stdout.count(",") == 1
+
+
+@pytest.mark.parametrize(("arguments", "reason"), [
+    (["--tokens", "a"], "write whole numbers"), ([], "there is no prompt"), (["--prompt", "w1"], "no tokenizer"), (["--tokens", "1", "--kv-memory", "much"], "write a number of bytes"),
+    (["--tokens", "1", "--kv-memory", "10"], "a block of keys and values takes"), (["--tokens", "1", "--device", "cuda"], "device cuda is not supported yet"),
+    (["--prompts", "none"], "cannot be read"),
+])  # fmt: skip
+def test_wrong_calls_are_one_line(plans, arguments, reason):
+    shown = call("generate", plans / "ids", *arguments)
+    assert shown.exit_code == 2
+    assert reason in shown.stderr
+    assert shown.stderr.count("\n") == 1
+
+
+def test_bench_generate(plans):
+    found = measure(plans / "ids", batch=3, prompt_length=10, new_tokens=6, repeat=2, kv_memory=1 << 20)
+    assert found["decode_ms"] > 0
+    assert found["decode_tokens_per_second"] == pytest.approx(3000 / found["decode_ms"])
+    assert found["weight_bytes"] == 4 * (16 * 32 + 2 * 16 * 16 + 32 * 16 + 16 * VOCABULARY)
+    shown = call("bench-generate", plans / "ids", "--new-tokens", 4, "--prompt-length", 8, "--repeat", 1, "--kv-memory", "1M")
+    assert "% of" in shown.output
+    assert call("bench-generate", plans / "ids", "--kv-memory", "1K").exit_code == 2
+
+
+def test_memory_sizes():
+    assert [parse_memory(t) for t in (None, "100", "2K", "1.5M", "4GiB", "3gb")] == [None, 100, 2048, 3 << 19, 4 << 30, 3 << 30]
