@@ -28,7 +28,7 @@ from rewrite.files import check_target, write_atomically
 from rewrite.graph import DOMAIN, reads
 from rewrite.nodes import Node
 from rewrite.opening import Opening
-from rewrite.validity import all_nodes, byte_size, check_validity, tensors
+from rewrite.validity import all_nodes, byte_size, check_validity, subgraphs, tensors
 from rewrite.weights import embedded, place, relocated
 
 G_LOGGER.severity = G_LOGGER.CRITICAL + 1  # what it says it raises, too, and we tell that in one line
@@ -294,6 +294,20 @@ def _without_weights(proto: onnx.ModelProto) -> onnx.ModelProto:
         else:
             light.graph.initializer.append(tensor)
     return light
+
+
+def names_in(proto: onnx.ModelProto) -> set[str]:
+    """Every name of a value or a node in the model: no new one may be equal to any."""
+    found: set[str] = set()
+    pending = [proto.graph]
+    while pending:
+        graph = pending.pop()
+        found.update(v.name for v in (*graph.input, *graph.output, *graph.value_info, *graph.initializer))
+        found.update(s.values.name for s in graph.sparse_initializer)
+        for node in graph.node:
+            found.update((node.name, *node.input, *node.output))
+            pending += subgraphs(node)
+    return found
 
 
 def overridable(proto: onnx.ModelProto) -> frozenset[str]:
