@@ -113,14 +113,14 @@ def _bert(w: Writer, x: str) -> str:
     return w("LayerNormalization", w("Add", _linear(w, h, w.hidden, w.width, True), x), w.weight(w.width), w.weight(w.width), axis=-1)
 
 
-def half(model: onnx.ModelProto) -> onnx.ModelProto:
-    """The same model in float16."""
+def half(model: onnx.ModelProto, kind: int = TensorProto.FLOAT16) -> onnx.ModelProto:
+    """The same model in float16, or in bfloat16."""
     made = onnx.ModelProto()
     made.CopyFrom(model)
     for tensor in made.graph.initializer:
         if tensor.data_type == TensorProto.FLOAT:
-            tensor.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(tensor).astype(np.float16), tensor.name))
+            tensor.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(tensor).astype(onnx.helper.tensor_dtype_to_np_dtype(kind)), tensor.name))
     for value in (*made.graph.input, *made.graph.output):
         if value.type.tensor_type.elem_type == TensorProto.FLOAT:
-            value.type.tensor_type.elem_type = TensorProto.FLOAT16
+            value.type.tensor_type.elem_type = kind
     return made

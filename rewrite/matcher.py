@@ -264,8 +264,9 @@ class Matcher:
             return FAILED if self.trace is None else self._stop(P.text(value), self.graph.producer(tensor), f"'{tensor.name}' is not a small constant")
         if isinstance(value, P.Ints):
             return self._integers(value, array, tensor, rest)
-        if array.size != 1 or array.dtype.kind not in "fiub":
-            return self._stop(P.text(value), None, f"'{tensor.name}' has {array.size} elements, not one")
+        if array.size != 1 or not (array.dtype.kind in "fiub" or array.dtype.name == "bfloat16"):
+            reason = f"has {array.size} elements, not one" if array.size != 1 else f"is of type {array.dtype}, no number"
+            return self._stop(P.text(value), None, f"'{tensor.name}' {reason}")
         return self._number(value, float(array.reshape(())), tensor.name, rest)
 
     def _integers(self, value: P.Ints, array: np.ndarray, tensor: gs.Tensor, rest: Goals | None) -> Goals | None:
@@ -440,7 +441,7 @@ class Matcher:
     def _inverse(self, value: P.Value, tensor: gs.Tensor, how: str, rest: Goals | None) -> Goals | None:
         """A divisor (or subtrahend) met where the pattern multiplies (or adds)."""
         array = self.graph.constant(tensor)
-        if array is None or array.size != 1 or array.dtype.kind != "f" or not isinstance(value, (P.Const, P.Scalar)):
+        if array is None or array.size != 1 or not (array.dtype.kind == "f" or array.dtype.name == "bfloat16") or not isinstance(value, (P.Const, P.Scalar)):
             return FAILED
         number = float(array.reshape(()))
         if how == "Div" and number == 0:

@@ -100,6 +100,7 @@ def optimize(
         if bitwise and report.model_error:
             raise CheckFailed(f"the rewritten model differs by {report.model_error:.1e} where --bitwise allows nothing")
         report.verify_seconds += time.perf_counter() - started
+        report.seconds += time.perf_counter() - started
     return result
 
 

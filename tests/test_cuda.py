@@ -188,3 +188,100 @@ def test_kernels_are_their_references(name, shapes, attributes, dtype):
     launch()
     verdict = compare([want.astype(dtype)], [output.get()], plugin.tolerance)
     assert verdict.ok, verdict.reason
+
+
+SIXTEEN = {
+    "MatMulAct": [
+        ({"x": (3, 5, 24), "w": (40, 24), "bias": (40,), "residual": (3, 5, 40)}, {"trans_w": 1}),
+        ({"x": (70, 520), "w": (264, 520), "bias": (264,)}, {"activation": "gelu", "trans_w": 1}),
+        *[({"x": (300, 64), "w": (72, 64), "bias": (72,)}, {"activation": a, "trans_w": 1}) for a in ("relu", "relu2", "gelu_tanh", "swish", "quick_gelu", "tanh", "sigmoid")],
+    ],
+    "GatedMatMulAct": [({"x": (130, 64), "w_gate": (72, 64), "w_up": (72, 64), "bias_gate": (72,), "bias_up": (72,)}, {"trans_w": 1})],
+    "FusedAttention": [
+        ({"q": (2, 4, 130, 64), "k": (2, 2, 130, 64), "v": (2, 2, 130, 64), "mask": (2, 1, 1, 130)}, {"scale": 0.1}),
+        ({"q": (1, 2, 77, 128), "k": (1, 2, 77, 128), "v": (1, 2, 77, 128)}, {"scale": 0.1, "causal": 1}),
+        ({"q": (3, 9, 32), "k": (3, 33, 32), "v": (3, 33, 32)}, {"scale": 0.2}),
+    ],
+    "LayerNormalization": [({"x": (5, 7, 384), "scale": (384,), "bias": (384,)}, {}), ({"x": (3, 5000), "scale": (5000,)}, {"epsilon": 1e-12})],
+    "RMSNormalization": [({"x": (33, 1032), "scale": (1032,)}, {}), ({"x": (2, 8192), "scale": (8192,)}, {})],
+}
+
+
+@gpu
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize(("name", "shapes", "attributes"), [(n, s, a) for n, cases in SIXTEEN.items() for s, a in cases])
+def test_kernels_of_our_own_are_their_references(name, shapes, attributes, dtype):
+    test_kernels_are_their_references(name, shapes, attributes, dtype)
+
+
+@gpu
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_products_of_one_input_share_a_launch(dtype):
+    import cupy
+
+    plugin, rng = library().plugins["MatMulAct"], np.random.default_rng(0)
+    x = cupy.asarray(rng.standard_normal((2, 33, 64)).astype(dtype))
+    calls, wanted = [], []
+    for features in (128, 64, 72):
+        w, bias = rng.standard_normal((features, 64)).astype(dtype), rng.standard_normal(features).astype(dtype)
+        calls.append(([x, cupy.asarray(w), cupy.asarray(bias), None], [cupy.full((2, 33, features), np.nan, dtype)]))
+        wanted.append(x.get().astype(np.float64) @ w.T.astype(np.float64) + bias.astype(np.float64))
+    launch = plugin.merged(calls, activation="none", trans_w=1)
+    launch()
+    for (_, (y,)), want in zip(calls, wanted, strict=True):
+        assert np.abs(y.get().astype(np.float64) - want).max() <= (2e-2 if dtype == "float16" else 1.5e-1)
+
+
+@gpu
+@pytest.mark.parametrize("options", [
+    {"layout": "B1ST", "dtype": "float16", "fill": -65504.0}, {"layout": "B1ST", "dtype": "float32", "fill": -3.4e38, "causal": 1},
+    {"layout": "BHST", "dtype": "bool", "heads": 3, "causal": 1, "window": 4},
+    {"layout": "B11T", "dtype": "bool", "invert": 1}, {"layout": "B1ST", "dtype": "float16", "fill": -1.0, "causal": 1, "split": 1, "padding_fill": -2.0, "both_fill": -3.0, "unmask_empty": 1},
+    {"layout": "ST", "dtype": "bool", "causal": 1},
+])  # fmt: skip
+def test_masks_are_their_references(options):
+    import cupy
+
+    plugin, padding = library().plugins["AttentionMask"], np.ones((3, 10), np.int64)
+    padding[1, :6], padding[2] = 0, 0
+    attributes = {**plugin.attributes, **options}
+    want = plugin.reference(padding, np.empty((3, 10)), None, **attributes)
+    y = cupy.zeros(want.shape, want.dtype)
+    y[...] = 7
+    plugin.cuda([cupy.asarray(padding), cupy.asarray(np.empty((3, 10))), None], [y], **attributes)()
+    np.testing.assert_array_equal(y.get(), want)
+    part = plugin.view(cupy.zeros(want.shape, want.dtype), **attributes)
+    plugin.cuda([cupy.asarray(padding), cupy.asarray(np.empty((3, 10))), None], [part], **attributes)()
+    np.testing.assert_array_equal(part.get(), want)
+
+
+@gpu
+def test_a_tuned_plan_keeps_its_results_and_no_pointer_is_stale(tmp_path):
+    """Frames are made, replayed and dropped in turn, sixty times over more sizes than are kept."""
+    model = graphs.half(graphs.model(2, "bert"))
+    plan_on(tmp_path / "p", model, verify=False)
+    plan, rng = rewrite.Plan(tmp_path / "p", device="cuda"), np.random.default_rng(0)
+    sizes = [{"batch": int(b), "seq": int(s)} for b, s in zip(rng.integers(1, 8, 11), rng.integers(1, 200, 11), strict=True)]
+    feeds = [model_inputs(model, i, s) for i, s in enumerate(sizes)]
+    first = [plan.run(f)["y"] for f in feeds]
+    times = plan.tune(feeds[0])
+    assert times
+    assert all(us > 0 for found in times.values() for us in found.values())
+    for index in rng.integers(0, len(feeds), 60):
+        got = plan.run(feeds[index])["y"]
+        assert np.abs(got.astype(np.float64) - first[index]).max() <= 2e-2 * np.abs(first[index]).max()
+    assert len(plan.executor.frames) <= 8
+
+
+@gpu
+def test_a_plan_in_bfloat16_is_near_the_one_in_float32(tmp_path):
+    import ml_dtypes
+
+    exact = graphs.model(2, "bert")
+    model = graphs.half(exact, onnx.TensorProto.BFLOAT16)
+    plan_on(tmp_path / "p", model, verify=False)
+    plan_on(tmp_path / "q", exact, verify=False)
+    feeds = model_inputs(exact, 0, {"batch": 2, "seq": 40})
+    want = rewrite.Plan(tmp_path / "q").run(feeds)["y"]
+    got = rewrite.Plan(tmp_path / "p", device="cuda").run({n: a.astype(ml_dtypes.bfloat16) for n, a in feeds.items()})["y"]
+    assert np.abs(got.astype(np.float64) - want).max() <= 6e-2 * np.abs(want).max()

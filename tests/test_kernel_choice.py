@@ -158,6 +158,16 @@ def test_neighbours_that_read_one_value_share_a_launch(tmp_path):
     assert sum(launch == "LayerNormalization" for _, launch in work) == 2 * 2
 
 
+# --- bfloat16 -----------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("kind", ["bert", "llama"])
+def test_bfloat16_is_fused_as_float16_is(kind):
+    """Constants in bfloat16 are numbers, too."""
+    narrow, brain = (rewrite.optimize(graphs.half(graphs.model(2, kind), dtype)) for dtype in (onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16))
+    assert brain.model.plugin_nodes() == narrow.model.plugin_nodes()
+    assert brain.model.plugin_nodes()["FusedAttention"] == 2
+    assert brain.report.model_error <= 5e-2
+
+
 # --- plans --------------------------------------------------------------------------------------------------------
 def test_norms_in_16_bits_are_steps_of_their_own(tmp_path):
     for kind, name in (("bert", "LayerNormalization"), ("llama", "RMSNormalization")):
