@@ -68,6 +68,20 @@ def plan_arena(sizes: Mapping[str, int], lives: Mapping[str, tuple[int, int]]) -
     return offsets, total
 
 
+class OutOfMemory(RewriteError):
+    """The GPU has less memory free than is needed; the message says how much."""
+
+
+@contextlib.contextmanager
+def memory(cupy: Any, what: str, needed: int, advice: str) -> Iterator[None]:
+    """Raises OutOfMemory if what is done meanwhile finds no memory: `what` needs `needed` bytes."""
+    try:
+        yield
+    except cupy.cuda.memory.OutOfMemoryError as error:
+        free = cupy.cuda.runtime.memGetInfo()[0]
+        raise OutOfMemory(f"out of GPU memory: {what} need {needed / 1e6:.0f} MB, {free / 1e6:.0f} MB are free; {advice}") from error
+
+
 class CudaExecutor:
     """A plan on the GPU."""
 
@@ -84,7 +98,8 @@ class CudaExecutor:
             loaded = engine.deserialize(self.runtime, plan.engine(key), f"{plan.directory}: engine {key}")
             self.engines[key] = loaded
             self.contexts[key] = engine.execution_context(loaded, self.kernels)
-        with self.stream:
+        size = sum(array.nbytes for array in plan.weights.values())
+        with self.stream, memory(self.cupy, f"{plan.directory}: the weights", size, "end what else uses the GPU, or take a larger one"):
             self.weights = {name: self.cupy.asarray(array) for name, array in plan.weights.items()}
             self.turned = self._turn_weights()
         self.frames: OrderedDict[tuple[int, ...], Frame] = OrderedDict()
@@ -141,10 +156,21 @@ class CudaExecutor:
         if key not in self.frames:
             while len(self.frames) >= GRAPHS:
                 self.frames.popitem(last=False)
-            with tuning.using(self.times):
-                self.frames[key] = Frame(self, sizes)
+            self.frames[key] = self._make_frame(sizes)
         self.frames.move_to_end(key)
         return self.frames[key]
+
+    def _make_frame(self, sizes: Mapping[str, int]) -> Frame:
+        """A new frame; where memory runs out, those that were not used for longest go first."""
+        while True:
+            try:
+                with tuning.using(self.times):
+                    return Frame(self, sizes)
+            except OutOfMemory:
+                if not self.frames:
+                    raise
+                self.frames.popitem(last=False)
+                self.cupy.get_default_memory_pool().free_all_blocks()
 
     def tune(self, inputs: Mapping[str, Any]) -> tuning.Times:
         """Time the kernels that could do each step on these inputs, and use the fastest from now on. Returns what was measured."""
@@ -181,7 +207,8 @@ class Frame:
                 lives[root] = (min(first, lives[root][0]), max(last, lives[root][1]))
         needed = {n: int(np.prod(shapes[n], dtype=np.int64)) * dtypes[n].itemsize for n in lives if n not in executor.weights}
         offsets, total = plan_arena(needed, lives)
-        self.arena = self._allocate(total)
+        with memory(self.cupy, f"the values for {self.sizes}", total, "run smaller batches"):
+            self.arena = self.cupy.empty(max(total, 1), np.uint8)
         self.values = dict(executor.weights)
         for name, offset in offsets.items():
             self.values[name] = self.cupy.ndarray(shapes[name], dtypes[name], self.arena.data + offset)
@@ -258,13 +285,6 @@ class Frame:
         import ml_dtypes
 
         return np.dtype(ml_dtypes.bfloat16 if kind.dtype == "bfloat16" else kind.dtype)
-
-    def _allocate(self, total: int) -> Any:
-        try:
-            return self.cupy.empty(max(total, 1), np.uint8)
-        except self.cupy.cuda.memory.OutOfMemoryError as error:
-            free = self.cupy.cuda.runtime.memGetInfo()[0]
-            raise RewriteError(f"out of GPU memory: the values for {self.sizes} need {total / 1e6:.0f} MB, {free / 1e6:.0f} MB are free; run smaller batches") from error
 
     def _segment(self, step: Step) -> Launch:
         loaded, context = self.executor.engines[step.name], self.executor.contexts[step.name]

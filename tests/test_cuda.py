@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+import types
+from collections import OrderedDict
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +14,7 @@ from conftest import parse
 
 import rewrite
 from rewrite.registry import library
-from rewrite.runtime import layout
+from rewrite.runtime import cuda, layout
 from rewrite.runtime.cuda import ALIGNMENT, plan_arena
 from rewrite.verify import compare, model_inputs
 
@@ -120,6 +122,54 @@ def test_an_unknown_device_is_refused(tmp_path):
         rewrite.Plan(tmp_path / "p", device="tpu")
 
 
+class Exhausted(Exception):
+    pass
+
+
+def pretended(free=5_000_000):
+    pool = types.SimpleNamespace(free_all_blocks=lambda: None)
+    cuda = types.SimpleNamespace(memory=types.SimpleNamespace(OutOfMemoryError=Exhausted), runtime=types.SimpleNamespace(memGetInfo=lambda: (free, 80_000_000)))
+    return types.SimpleNamespace(cuda=cuda, get_default_memory_pool=lambda: pool)
+
+
+def test_out_of_memory_says_how_much_is_needed():
+    message = "out of GPU memory: the values need 7 MB, 5 MB are free; run smaller batches"
+    with pytest.raises(rewrite.RewriteError, match=message), cuda.memory(pretended(), "the values", 7_000_000, "run smaller batches"):
+        raise Exhausted
+    with pytest.raises(ZeroDivisionError), cuda.memory(pretended(), "the values", 1, ""):
+        raise ZeroDivisionError
+
+
+def test_frames_that_were_not_used_for_longest_make_room(monkeypatch):
+    made = []
+
+    def frame(executor, sizes):
+        made.append(dict(sizes))
+        if len(executor.frames) > 1:
+            raise cuda.OutOfMemory("out of GPU memory")
+        return str(sizes["n"])
+
+    monkeypatch.setattr(cuda, "Frame", frame)
+    executor = cuda.CudaExecutor.__new__(cuda.CudaExecutor)
+    executor.cupy, executor.times, executor.frames = pretended(), {}, OrderedDict()
+    assert [executor.frame({"n": n}) for n in (1, 2, 1, 3)] == ["1", "2", "1", "3"]
+    assert list(executor.frames) == [(1,), (3,)]
+    assert made == [{"n": n} for n in (1, 2, 3, 3)]
+    monkeypatch.setattr(cuda, "Frame", lambda *_: (_ for _ in ()).throw(cuda.OutOfMemory("out of GPU memory")))
+    with pytest.raises(rewrite.RewriteError, match="out of GPU memory"):
+        executor.frame({"n": 4})
+    assert not executor.frames
+
+
+def test_only_so_many_frames_are_kept(monkeypatch):
+    monkeypatch.setattr(cuda, "Frame", lambda executor, sizes: sizes["n"])
+    executor = cuda.CudaExecutor.__new__(cuda.CudaExecutor)
+    executor.cupy, executor.times, executor.frames = pretended(), {}, OrderedDict()
+    for n in range(cuda.GRAPHS + 3):
+        executor.frame({"n": n})
+    assert list(executor.frames) == [(n,) for n in range(3, cuda.GRAPHS + 3)]
+
+
 # --- with one -----------------------------------------------------------------------------------------------------
 @gpu
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
@@ -127,12 +177,12 @@ def test_an_unknown_device_is_refused(tmp_path):
 def test_a_plan_computes_on_the_gpu_what_it_does_on_the_cpu(kind, dtype, tmp_path):
     model = graphs.model(3, kind) if dtype == "float32" else graphs.half(graphs.model(3, kind))
     plan_on(tmp_path / "p", model, verify=False)
-    cpu, cuda = rewrite.Plan(tmp_path / "p"), rewrite.Plan(tmp_path / "p", device="cuda")
+    on_cpu, on_gpu = rewrite.Plan(tmp_path / "p"), rewrite.Plan(tmp_path / "p", device="cuda")
     for seed, (batch, seq) in enumerate([(2, 16), (1, 1), (3, 77), (8, 256), (2, 16), (5, 33)]):
         feeds = model_inputs(model, seed, {"batch": batch, "seq": seq})
-        want = cpu.run(feeds)["y"]
+        want = on_cpu.run(feeds)["y"]
         for _ in range(2):
-            got = cuda.run(feeds)["y"]
+            got = on_gpu.run(feeds)["y"]
             tolerance = 2e-4 if dtype == "float32" else 2e-2
             assert np.abs(got.astype(np.float64) - want).max() <= tolerance * np.abs(want).max(), (batch, seq)
 
