@@ -249,17 +249,6 @@ class Frame:
             if all(s.kind == "plugin" and plugins[s.name].strided for s in readers):
                 self.values[step.outputs[0]] = plugin.view(self.values[step.outputs[0]], **attributes)
 
-    def _repeat(self, steps: list[Step]) -> None:
-        """Let plugins write only what differs in their results, where all readers take strided values."""
-        plugins, outputs = self.executor.plugins, {*self.executor.plan.manifest.outputs.values()}
-        for index, step in enumerate(steps):
-            plugin, attributes = self._of(index)
-            if plugin is None or plugin.view is None or step.outputs[0] in outputs:
-                continue
-            readers = [s for s in steps if step.outputs[0] in s.inputs]
-            if all(s.kind == "plugin" and plugins[s.name].strided for s in readers):
-                self.values[step.outputs[0]] = plugin.view(self.values[step.outputs[0]], **attributes)
-
     def _capture(self) -> Any:
         """The launches as a CUDA graph; None if one of them cannot be captured (a reference that calls CuPy's cuBLAS)."""
         stream = self.executor.stream
