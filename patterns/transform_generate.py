@@ -12,13 +12,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import ml_dtypes  # noqa: F401  gives NumPy the names of its types
 import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 
 from rewrite.errors import RewriteError
 from rewrite.functions import FunctionTable
-from rewrite.graph import DOMAIN, Dim, Graph, canonical, decode
+from rewrite.graph import DOMAIN, Dim, Graph, canonical, decode, dtype_name
 from rewrite.model import Model, base_name, names_in, open_graph
 from rewrite.patterns.token_axis import ROWS, TOKENS, Along, TokenAxes
 from rewrite.plugins.paged_attention_onnx import body
@@ -74,10 +75,11 @@ def _info(name: str, dtype: Any, dims: list[Any]) -> onnx.ValueInfoProto:
 
 def typed(tensor: gs.Tensor, names: dict[str, Dim]) -> list[onnx.ValueInfoProto]:
     """The type of a value, its dimensions renamed, if it is known."""
-    if tensor.dtype is None or isinstance(tensor.dtype, int) or tensor.shape is None:
+    if tensor.dtype is None or tensor.shape is None:
         return []
+    element = tensor.dtype if isinstance(tensor.dtype, int) else onnx.helper.np_dtype_to_tensor_dtype(np.dtype(tensor.dtype))
     dims = [substitute(d, names) if is_named(d) else None for d in tensor.shape]
-    return [_info(tensor.name, tensor.dtype, dims)]
+    return [onnx.helper.make_tensor_value_info(tensor.name, element, dims)]
 
 
 def _attributes(node: onnx.NodeProto) -> dict[str, Any]:
@@ -231,7 +233,7 @@ class _Transform:
         q, k, v = (list(s) if s is not None else [] for s in shapes)
         if any(len(s) != 4 or not isinstance(s[1], int) or not isinstance(s[3], int) for s in (q, k, v)):  # that tokens lie along axis 2, `TokenAxes` tells
             raise RewriteError(f"{where}: q, k, v have shapes {q}, {k}, {v} for one row of tokens; expected [1, heads, tokens, size] with known heads and sizes")
-        dtype = np.dtype(self.tensors[node.input[1]].dtype).name
+        dtype = dtype_name(self.tensors[node.input[1]].dtype)
         layer = {
             "heads": q[1], "kv_heads": k[1], "size": q[3], "value_size": v[3], "window": window, "dtype": dtype,
             "key_cache": self.fresh(f"key_cache_{index}"), "value_cache": self.fresh(f"value_cache_{index}"), "keys": self.fresh(f"keys_{index}"), "values": self.fresh(f"values_{index}"),

@@ -300,7 +300,7 @@ class Matcher:
                 yield
             else:
                 yield from self._bind(value.name, found, self.bindings.get(value.name, found) == found)
-        elif array.size != 1 or array.dtype.kind not in "fiub":
+        elif array.size != 1 or (array.dtype.kind not in "fiub" and array.dtype.name != "bfloat16"):
             self._stop(P.text(value), None, f"'{tensor.name}' has {array.size} elements, not one")
         else:
             yield from self._number(value, float(array.reshape(())), tensor.name)

@@ -24,7 +24,7 @@ from rewrite.runtime.partition import Partition, partition
 from rewrite.runtime.plan import MANIFEST, Manifest, Plan, digest
 from rewrite.runtime.profile import Profile
 from rewrite.runtime.tokenizer import copy_tokenizer, eos_of, tokenizer_folder
-from rewrite.verify import SIZES, TOLERANCE, compare, model_inputs
+from rewrite.verify import MODEL_TOLERANCE, SIZES, TOLERANCE, compare, model_inputs
 from rewrite.verify_generator import Texts, at_once, compare_steps, generator_of
 
 Progress = Callable[[str], None]
@@ -170,6 +170,7 @@ def check_generator_plan(plan: Plan, model: Model, tolerance: float) -> float:
     """The same for a text generator: random texts in ragged steps by the plan, against the model that reads them at once."""
     found = plan.manifest.generator
     assert found is not None
+    tolerance = max([tolerance, *(MODEL_TOLERANCE.get(layer["dtype"], 0.0) for layer in found["layers"])])
     texts = Texts.random(np.random.default_rng(0), found)
     expected = at_once(found, texts, lambda feeds: sandbox.run(model, feeds, UNCHECKED))
     return compare_steps(found, texts, expected, plan.run, tolerance, "the plan", singles=2)

@@ -11,13 +11,14 @@ import numpy as np
 import onnx
 import pytest
 import torch
+import transformers
 from click.testing import CliRunner
 from greedy import greedy
 
 import rewrite
 from rewrite.cli import main
 from rewrite.errors import RewriteError
-from rewrite.export.huggingface import load_gguf
+from rewrite.export.huggingface import as_flat, load_gguf
 from rewrite.export.source import Source
 from rewrite.export.torch_export import export
 from rewrite.runtime.plan_model import PlanModel
@@ -91,7 +92,6 @@ def test_every_export_becomes_a_generator(case):
 def test_from_a_hugging_face_directory_to_text(tmp_path):
     """Four commands: the tokenizer and the token that ends a text go along."""
     import tokenizers
-    import transformers
 
     made = source("Llama").module.model
     made.generation_config.eos_token_id = [2, 7]
@@ -124,3 +124,23 @@ def test_no_gguf_file_is_one_line(tmp_path, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
     with pytest.raises(RewriteError, match="cannot be loaded"):
         load_gguf(tmp_path / "a.gguf")
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float16", marks=pytest.mark.slow)])
+def test_sixteen_bits(dtype, tmp_path):
+    """Caches have the model's type; on the CPU bfloat16 is computed in float32 and rounded between plugins."""
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(exported.config("llama")).to(getattr(torch, dtype)).eval()
+    exported.amplify(model)
+    export(as_flat(model), tmp_path / "model.onnx")
+    result = rewrite.optimize(tmp_path / "model.onnx", generate=True)
+    assert [layer["dtype"] for layer in generator_of(result.model.proto)["layers"]] == [dtype] * 2
+    assert result.model.proto.graph.output[0].type.tensor_type.elem_type == onnx.TensorProto.FLOAT
+    plan = PlanModel(rewrite.build(result.model, tmp_path / "plan", engines=False), 1 << 20)
+    assert {c.dtype.name for c in plan.caches.values()} == {dtype}
+    texts, seen = [[5, 6, 7, 8, 9]], {}
+    tokens = greedy(plan, texts, 4, seen=seen)[0]
+    with torch.no_grad():
+        logits = model.float()(torch.tensor([texts[0] + tokens])).logits[0].numpy()
+    for (_, length), row in seen.items():
+        assert np.abs(row - logits[length - 1]).max() < 0.03 * np.abs(logits).max()
