@@ -314,9 +314,11 @@ def tile(axes: TokenAxes, node: gs.Node, places: list[Place]) -> Place:
 
 
 def gather_elements(axes: TokenAxes, node: gs.Node, places: list[Place]) -> Place:
-    """Elements picked for each token along another axis: the indices lie as the data do."""
-    place = elementwise(axes, node, places)
+    """Elements picked for each token along another axis: the indices lie as the data do. Or rows of a table."""
     axis = int(node.attrs.get("axis", 0)) % _rank(node.inputs[0])
+    if places[0] is None and isinstance(places[1], Along) and places[1].axis == axis:
+        return places[1]
+    place = elementwise(axes, node, places)
     if not isinstance(place, Along) or place.axis == axis or places[0] != places[1]:
         raise Mixed("it picks some of the tokens, or some for all of them")
     return place

@@ -28,6 +28,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 from architectures import ARCHITECTURES
 
 NAMES = ["Llama", "Mistral", "Qwen2", "Qwen3", "Gemma 2", "Gemma 3", "GPT-2", "OPT", "GPT-NeoX", "Phi-3", "Falcon (rotary)"]
+OTHERS = ["Phi", "GPT-J", "StarCoder2", "Nemotron", "GLM", "OLMo 2"]
 ALWAYS = ["Gemma 2", "OPT"]  # windows, soft caps and grouped heads; learned positions with an offset, shapes that are computed
 LENGTHS = (1, 3, 8, 5, 17, 2, 24, 11)  # of eight prompts in flight; each has 32 tokens to come
 STEPS = 32
@@ -57,7 +58,7 @@ def by_transformers(flat: torch.nn.Module, prompt: list[int]) -> list[int]:
     return made[0, len(prompt) :].tolist()
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in ALWAYS else pytest.mark.slow) for n in NAMES])
+@pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in ALWAYS else pytest.mark.slow) for n in [*NAMES, *OTHERS]])
 def test_greedy_tokens_are_those_of_transformers(name, tmp_path):
     made = source(name)
     expected = [by_transformers(made.module, p) for p in prompts()]
