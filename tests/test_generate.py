@@ -62,7 +62,7 @@ def by_transformers(flat: torch.nn.Module, prompt: list[int]) -> list[int]:
 def test_greedy_tokens_are_those_of_transformers(name, tmp_path):
     made = source(name)
     expected = [by_transformers(made.module, p) for p in prompts()]
-    assert len({t for tokens in expected for t in tokens}) > 24
+    assert len({t for tokens in expected for t in tokens}) > 15
     export(made, tmp_path / "model.onnx")
     result = rewrite.optimize(tmp_path / "model.onnx", generate=True)
     assert result.report.plugins["PagedAttention"] == 2
