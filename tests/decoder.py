@@ -54,5 +54,7 @@ def decoder(opset: int = 23, tokens: str = "input_ids", **parts: str) -> onnx.Mo
 COUNT = "shape = Shape(input_ids) count1 = Gather(shape, second) count = Squeeze(count1, first)"
 BY_RANGE = f"{COUNT} p = Range(zero, count, one) w = Gather(places, p) x = Add(e, w)"
 BY_SLICE = f"{COUNT} w = Slice(rows, first, count1, second) x = Add(e, w)"
+WINDOW = f"""{COUNT} i = Range(zero, count, one) column = Unsqueeze(i, second) distance = Sub(column, i) five = Constant<value = int64[1] {{5}}>()
+    before = GreaterOrEqual(distance, zero) near = Less(distance, five) seen = And(before, near) a = Attention<scale = 0.4>(q, k, v, seen)"""
 BY_INPUT = "w = Gather(places, position_ids) x = Add(e, w)"
 BY_MASK = "c = CumSum(attention_mask, one) m = Mul(c, attention_mask) p = Sub(m, one) g = Add(p, two) w = Gather(places, g) x = Add(e, w)"
