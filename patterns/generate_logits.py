@@ -67,7 +67,7 @@ class Ending:
     def _gather_rows(self, graph: Graph, axes: TokenAxes) -> None:
         """Pick rows as early as nothing but a chain of operators on one value, norm and head, follows: after the last residual."""
         logits = next(t for t in graph.gs.outputs if t.name == self.proto.graph.output[0].name)
-        node, tensor, chain = graph.producer(logits), logits, {logits.name}
+        node, tensor, chain = graph.producer(logits), logits, [logits.name]
         if not isinstance(axes.of(logits), Along):
             raise RewriteError(f"{self.model.name}: output '{logits.name}' does not depend on each token; a generator needs logits [batch, sequence, vocabulary]")
         while node is not None and canonical(node) not in ("PagedAttention", "Gather") and id(tensor) not in graph.captured:
@@ -76,7 +76,7 @@ class Ending:
             if len(data) != 1 or not fixed or (tensor is not logits and len(graph.consumers(tensor)) > 1):
                 break
             tensor, node = data[0], graph.producer(data[0])
-            chain.add(tensor.name)
+            chain.append(tensor.name)
         place = axes.of(tensor)
         assert isinstance(place, Along)
         names = names_in(self.proto)
@@ -87,17 +87,16 @@ class Ending:
             self.proto.graph.node.append(gather)
         else:
             gather = onnx.helper.make_node("Gather", [tensor.name, "logit_rows"], [picked], name=f"{picked}_gather", axis=place.axis)
-            self._insert(gather, tensor, node)
-        self._types(graph, without=chain - ({tensor.name} if tensor is not logits else set()))
+            self._insert(gather, tensor.name, chain[-2])
+        self._types(graph, without=set(chain if tensor is logits else chain[:-1]))
         self.proto.graph.output[0].type.tensor_type.ClearField("shape")
 
-    def _insert(self, gather: onnx.NodeProto, tensor: gs.Tensor, maker: gs.Node | None) -> None:
-        """The one reader on the way to the logits reads the rows; it is the last that reads this value."""
+    def _insert(self, gather: onnx.NodeProto, value: str, result: str) -> None:
+        """The node that computes `result`, on the way to the logits, reads the rows of `value`; others go on reading all."""
         nodes = list(self.proto.graph.node)
-        readers = [i for i, n in enumerate(nodes) if tensor.name in n.input]
-        reader = nodes[readers[-1]]
-        reader.input[:] = [gather.output[0] if n == tensor.name else n for n in reader.input]
-        nodes.insert(readers[-1], gather)
+        place = next(i for i, n in enumerate(nodes) if result in n.output)
+        nodes[place].input[:] = [gather.output[0] if n == value else n for n in nodes[place].input]
+        nodes.insert(place, gather)
         ordered = onnx.GraphProto(node=nodes)
         del self.proto.graph.node[:]
         self.proto.graph.node.extend(ordered.node)

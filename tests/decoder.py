@@ -46,7 +46,7 @@ def decoder(opset: int = 23, tokens: str = "input_ids", **parts: str) -> onnx.Mo
         "wo": weight(HEADS * SIZE, WIDTH), "head": weight(WIDTH, VOCABULARY), "places": weight(POSITIONS, WIDTH), "rows": weight(1, POSITIONS, WIDTH),
         "query_shape": np.array([0, 0, HEADS, SIZE]), "key_shape": np.array([0, 0, KEY_HEADS, SIZE]), "flat": np.array([0, 0, HEADS * SIZE]),
         "zero": np.array(0), "one": np.array(1), "two": np.array(2), "first": np.array([0]), "second": np.array([1]), "third": np.array([2]), "last": np.array([-1]),
-        "ones": np.ones(WIDTH, np.float32),
+        "zeros": np.zeros(WIDTH, np.float32), "ones": np.ones(WIDTH, np.float32),
     }  # fmt: skip
     return parse(text, opset, **{n: w for n, w in weights.items() if n in text})
 

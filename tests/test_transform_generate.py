@@ -69,6 +69,15 @@ def test_positions_come_from_the_runtime(name):
     assert used == (name != "none")
 
 
+def test_a_value_that_others_read_too_keeps_all_its_rows():
+    """The head reads the embeddings, which the attention reads as well: rows are picked for the head alone."""
+    result = rewrite.optimize(decoder(head="g = Mul(s, zeros) m = MatMul(g, head) u = MatMul(e, head) logits = Add(m, u)"), generate=True)
+    assert result.report.model_error < 1e-5
+    picked = [n.input[0] for n in result.model.proto.graph.node if "logit_rows" in n.input]
+    assert len(picked) == 1
+    assert picked[0] not in ("s", "e")
+
+
 def test_the_block_size_is_the_users():
     model = rewrite.optimize(decoder(positions=d.BY_RANGE), generate=True, block_size=4).model
     assert generator_of(model.proto)["block_size"] == 4
