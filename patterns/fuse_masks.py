@@ -14,9 +14,10 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from rewrite.functions import CaptureError, capture, flatten
-from rewrite.graph import Dim, Graph, canonical, describe, small_values
+from rewrite.graph import Dim, Graph, canonical, describe, dtype_name, small_values
 from rewrite.matcher import Match
 from rewrite.patterns.mask_behaviour import Sizes, recognise
+from rewrite.precision import widen_function
 from rewrite.registry import rule
 from rewrite.shapes import is_named, plus
 
@@ -84,10 +85,13 @@ def find_mask(graph: Graph, node: gs.Node, mask: gs.Tensor) -> Match:
         shapes[id(padding)] = (batch, keys)
     body = capture(graph, cone.nodes, inputs, {"y": mask}, "AttentionMask", [], dims)
     shaped = {n: (t.dtype, shapes.get(id(t), tuple(t.shape or ()))) for n, t in inputs.items()}
-    found = recognise(flatten(body.function, graph.functions), shaped, Sizes(batch, queries, keys), axes, bool(node.attrs.get("drop")))
+    function, narrow = flatten(body.function, graph.functions), mask.dtype is not None and dtype_name(mask.dtype) == "bfloat16"
+    found = recognise(widen_function(function) if narrow else function, shaped, Sizes(batch, queries, keys), axes, bool(node.attrs.get("drop")))
     if isinstance(found, str):
         raise NoMask(found)
     attributes, note = found
+    if narrow:  # ONNX Runtime has no kernels for it: it was computed in float32
+        attributes = {**attributes, "dtype": "bfloat16"}
     bindings: dict[str, Any] = {**inputs, "attributes": attributes}
     return Match(graph, [mask], bindings, cone.nodes, dims, shapes, note)
 

@@ -306,6 +306,24 @@ def gather_nd(axes: TokenAxes, node: gs.Node, places: list[Place]) -> Place:
     return Along(place.axis - depth + _rank(indices) - 1, place.dim)
 
 
+def tile(axes: TokenAxes, node: gs.Node, places: list[Place]) -> Place:
+    place, dims = _one(places), list(node.outputs[0].shape or ())
+    if len(dims) <= place.axis or dims[place.axis] != place.dim:
+        raise Mixed(f"it repeats the tokens: {list(node.inputs[0].shape or ())} becomes {dims}")
+    return place
+
+
+def gather_elements(axes: TokenAxes, node: gs.Node, places: list[Place]) -> Place:
+    """Elements picked for each token along another axis: the indices lie as the data do. Or rows of a table."""
+    axis = int(node.attrs.get("axis", 0)) % _rank(node.inputs[0])
+    if places[0] is None and isinstance(places[1], Along) and places[1].axis == axis:
+        return places[1]
+    place = elementwise(axes, node, places)
+    if not isinstance(place, Along) or place.axis == axis or places[0] != places[1]:
+        raise Mixed("it picks some of the tokens, or some for all of them")
+    return place
+
+
 def paged(axes: TokenAxes, node: gs.Node, places: list[Place]) -> list[Place]:
     if any(p != Along(2, TOKENS) for p in places[:3]):
         raise Mixed("tokens do not lie along axis 2 of its queries, keys and values")
@@ -328,5 +346,5 @@ RULES: dict[str, Handler] = {
     **dict.fromkeys(("ReduceSum", "ReduceMean", "ReduceMax", "ReduceMin", "ReduceL2", "ReduceSumSquare", "ReduceProd", "ReduceL1"), reduce),
     **dict.fromkeys(("MatMulAct", "GatedMatMulAct"), linear),
     "MatMul": matmul, "Gemm": gemm, "Transpose": transpose, "Reshape": reshape, "Flatten": reshape, "Expand": expand, "ConstantOfShape": filled, "Unsqueeze": unsqueeze,
-    "Squeeze": squeeze, "Slice": slice_, "Concat": concat, "Gather": gather, "GatherND": gather_nd, "Rotary": not_last, "PagedAttention": paged,
+    "Squeeze": squeeze, "Slice": slice_, "Concat": concat, "Gather": gather, "GatherND": gather_nd, "Rotary": not_last, "Tile": tile, "GatherElements": gather_elements, "PagedAttention": paged,
 }  # fmt: skip

@@ -7,25 +7,24 @@ names, tokens as input_ids, positions as position_ids) and the caches, and gives
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import ml_dtypes  # noqa: F401  gives NumPy the names of its types
 import numpy as np
 import onnx
-import onnx_graphsurgeon as gs
 
 from rewrite.errors import RewriteError
 from rewrite.functions import FunctionTable
-from rewrite.graph import DOMAIN, Dim, Graph, canonical, decode
+from rewrite.graph import DOMAIN, Dim, Graph, decode, dtype_name
 from rewrite.model import Model, base_name, names_in, open_graph
-from rewrite.patterns.token_axis import ROWS, TOKENS, Along, TokenAxes
+from rewrite.patterns.generate_logits import Ending, info, typed
+from rewrite.patterns.token_axis import ROWS, TOKENS
 from rewrite.plugins.paged_attention_onnx import body
-from rewrite.shapes import SymbolicShapes, is_named, substitute
+from rewrite.shapes import SymbolicShapes
 from rewrite.verify_generator import KEY
 
-POSITIONS = "rewrite.positions"  # of the model's metadata: how many it was made for, as `rewrite export` notes it
 HIDES = -1e4  # a score so far below the others' has no weight
 BLOCK = 16  # positions of a block
 INTEGERS = {"slots": [TOKENS], "block_tables": ["sequences", "table"], "query_starts": ["starts"], "context_lengths": ["sequences"]}
@@ -56,7 +55,7 @@ def to_generator(model: Model, clean: Clean, block_size: int = BLOCK) -> Model:
     cleaned = clean(made.model())
     roles = {"tokens": made.roles.tokens, "mask": made.roles.mask, "positions": made.roles.positions}
     inputs = {role: value.name if value is not None else "" for role, value in roles.items()}
-    return _Ending(cleaned, made.layers, block_size, inputs).run()
+    return Ending(cleaned, made.layers, block_size, inputs).run()
 
 
 def _dims(value: onnx.ValueInfoProto) -> list[int | str]:
@@ -66,18 +65,6 @@ def _dims(value: onnx.ValueInfoProto) -> list[int | str]:
 def _dtype(value: onnx.ValueInfoProto) -> np.dtype[Any]:
     found: np.dtype[Any] = np.dtype(onnx.helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type))
     return found
-
-
-def _info(name: str, dtype: Any, dims: list[Any]) -> onnx.ValueInfoProto:
-    return onnx.helper.make_tensor_value_info(name, onnx.helper.np_dtype_to_tensor_dtype(np.dtype(dtype)), dims)
-
-
-def typed(tensor: gs.Tensor, names: dict[str, Dim]) -> list[onnx.ValueInfoProto]:
-    """The type of a value, its dimensions renamed, if it is known."""
-    if tensor.dtype is None or isinstance(tensor.dtype, int) or tensor.shape is None:
-        return []
-    dims = [substitute(d, names) if is_named(d) else None for d in tensor.shape]
-    return [_info(tensor.name, tensor.dtype, dims)]
 
 
 def _attributes(node: onnx.NodeProto) -> dict[str, Any]:
@@ -147,8 +134,8 @@ class _Transform:
         kept = [i for i in self.graph.input if i.name in {i.name for i in self.graph.initializer}]
         first: list[onnx.NodeProto] = []
         del self.graph.input[:]
-        self.graph.input.append(_info("input_ids", np.int64, [1, TOKENS]))
-        self.graph.input.append(_info("position_ids", np.int64, [1, TOKENS]))
+        self.graph.input.append(info("input_ids", np.int64, [1, TOKENS]))
+        self.graph.input.append(info("position_ids", np.int64, [1, TOKENS]))
         for value, name in ((roles.tokens, "input_ids"), (roles.positions, "position_ids")):
             if value is not None and (value.name != name or _dtype(value) != np.int64):
                 self._free(name, value.name)
@@ -200,8 +187,8 @@ class _Transform:
         if not found:
             raise RewriteError(f"{self.name}: it has no attention that the rules fuse, so it cannot become a generator; `rewrite explain` tells why")
         for name, dims in INTEGERS.items():
-            self.graph.input.append(_info(name, np.int32, dims))
-        self.graph.input.append(_info("logit_rows", np.int64, [ROWS]))
+            self.graph.input.append(info(name, np.int32, dims))
+        self.graph.input.append(info("logit_rows", np.int64, [ROWS]))
         for index, node in enumerate(found):
             layer, attributes = self._layer(node, makers, index)
             self.layers.append(layer)
@@ -211,11 +198,11 @@ class _Transform:
             node.attribute.extend(onnx.helper.make_attribute(k, v) for k, v in sorted(attributes.items()))
             node.input[:] = [*node.input[:3], layer["key_cache"], layer["value_cache"], *INTEGERS]
             node.output.extend([layer["keys"], layer["values"]])
-            self.graph.value_info.append(_info(node.output[0], layer["dtype"], [1, layer["heads"], TOKENS, layer["value_size"]]))
+            self.graph.value_info.append(info(node.output[0], layer["dtype"], [1, layer["heads"], TOKENS, layer["value_size"]]))
             for cache, new, size in (("key_cache", "keys", "size"), ("value_cache", "values", "value_size")):
                 shape: list[Dim] = ["blocks", self.block_size, layer["kv_heads"], layer[size]]
-                self.graph.input.append(_info(layer[cache], layer["dtype"], shape))
-                self.graph.output.append(_info(layer[new], layer["dtype"], shape))
+                self.graph.input.append(info(layer[cache], layer["dtype"], shape))
+                self.graph.output.append(info(layer[new], layer["dtype"], shape))
         kept = [f for f in self.proto.functions if f.domain != DOMAIN]
         del self.proto.functions[:]
         self.proto.functions.extend([*kept, *table.functions.values()])
@@ -231,7 +218,7 @@ class _Transform:
         q, k, v = (list(s) if s is not None else [] for s in shapes)
         if any(len(s) != 4 or not isinstance(s[1], int) or not isinstance(s[3], int) for s in (q, k, v)):  # that tokens lie along axis 2, `TokenAxes` tells
             raise RewriteError(f"{where}: q, k, v have shapes {q}, {k}, {v} for one row of tokens; expected [1, heads, tokens, size] with known heads and sizes")
-        dtype = np.dtype(self.tensors[node.input[1]].dtype).name
+        dtype = dtype_name(self.tensors[node.input[1]].dtype)
         layer = {
             "heads": q[1], "kv_heads": k[1], "size": q[3], "value_size": v[3], "window": window, "dtype": dtype,
             "key_cache": self.fresh(f"key_cache_{index}"), "value_cache": self.fresh(f"value_cache_{index}"), "keys": self.fresh(f"keys_{index}"), "values": self.fresh(f"values_{index}"),
@@ -377,149 +364,6 @@ def drop_functions(proto: onnx.ModelProto) -> None:
     kept = onnx.ModelProto(functions=[f for f in proto.functions if f.domain != DOMAIN or f.name in used])
     del proto.functions[:]
     proto.functions.extend(kept.functions)
-
-
-class _Ending:
-    """Logits at the wanted rows only, and the model with its types and what the runtime must know."""
-
-    def __init__(self, model: Model, layers: list[dict[str, Any]], block_size: int, inputs: dict[str, str]):
-        self.model, self.layers, self.block_size, self.inputs = model, layers, block_size, inputs
-        self.proto = onnx.ModelProto()
-        self.proto.CopyFrom(model.proto)
-
-    def run(self) -> Model:
-        inputs = {"input_ids": Along(1, TOKENS), "position_ids": Along(1, TOKENS), "slots": Along(0, TOKENS), "logit_rows": Along(0, ROWS)}
-        graph = self._open()
-        axes = TokenAxes(graph, inputs, self.model.name)
-        self._gather_rows(graph, axes)
-        graph = self._open()
-        axes = TokenAxes(graph, inputs, self.model.name)  # again, with the rows picked
-        self._outputs(graph, axes)
-        self._types(graph, set())
-        declared = next((int(p.value) for p in self.proto.metadata_props if p.key == POSITIONS and p.value.isdecimal() and len(p.value) < 10), None)
-        positions = position_limit(graph) or declared
-        vocabulary = int(self.proto.graph.output[0].type.tensor_type.shape.dim[1].dim_value)
-        tokens = next((n.inputs[0].shape[0] for n in graph if canonical(n) == "Gather" and _comes_from(graph, n.inputs[1], "input_ids")), vocabulary)
-        found = {"block_size": self.block_size, "vocabulary": vocabulary, "tokens": int(tokens), "positions": positions, "inputs": self.inputs, "layers": self.layers}
-        kept = [(p.key, p.value) for p in self.proto.metadata_props if p.key != KEY]
-        onnx.helper.set_model_props(self.proto, {**dict(kept), KEY: json.dumps(found)})
-        return Model(self.proto, self.model.folder, self.model.name, dict(self.model.external))
-
-    def _open(self) -> Graph:
-        self.opened = open_graph(Model(self.proto, self.model.folder, self.model.name, self.model.external))
-        graph = Graph(self.opened.graph, self.model.opset)
-        SymbolicShapes(graph).run()
-        return graph
-
-    def _gather_rows(self, graph: Graph, axes: TokenAxes) -> None:
-        """Pick rows as early as nothing but a chain of operators on one value, norm and head, follows: after the last residual."""
-        logits = next(t for t in graph.gs.outputs if t.name == self.proto.graph.output[0].name)
-        node, tensor, chain = graph.producer(logits), logits, {logits.name}
-        if not isinstance(axes.of(logits), Along):
-            raise RewriteError(f"{self.model.name}: output '{logits.name}' does not depend on each token; a generator needs logits [batch, sequence, vocabulary]")
-        while node is not None and canonical(node) not in ("PagedAttention", "Gather") and id(tensor) not in graph.captured:
-            data = [t for t in node.inputs if not t.is_empty() and axes.of(t) is not None]
-            fixed = canonical(node) != "Reshape" or graph.constant(node.inputs[1]) is not None
-            if len(data) != 1 or not fixed or (tensor is not logits and len(graph.consumers(tensor)) > 1):
-                break
-            tensor, node = data[0], graph.producer(data[0])
-            chain.add(tensor.name)
-        place = axes.of(tensor)
-        assert isinstance(place, Along)
-        names = names_in(self.proto)
-        picked = next(n for n in (f"{tensor.name}_rows{i or ''}" for i in range(len(names) + 1)) if n not in names)
-        if tensor is logits:
-            self._rename_output(logits.name, picked)
-            gather = onnx.helper.make_node("Gather", [picked, "logit_rows"], [logits.name], name=f"{picked}_gather", axis=place.axis)
-            self.proto.graph.node.append(gather)
-        else:
-            gather = onnx.helper.make_node("Gather", [tensor.name, "logit_rows"], [picked], name=f"{picked}_gather", axis=place.axis)
-            self._insert(gather, tensor, node)
-        self._types(graph, without=chain - ({tensor.name} if tensor is not logits else set()))
-        self.proto.graph.output[0].type.tensor_type.ClearField("shape")
-
-    def _insert(self, gather: onnx.NodeProto, tensor: gs.Tensor, maker: gs.Node | None) -> None:
-        """The one reader on the way to the logits reads the rows; it is the last that reads this value."""
-        nodes = list(self.proto.graph.node)
-        readers = [i for i, n in enumerate(nodes) if tensor.name in n.input]
-        reader = nodes[readers[-1]]
-        reader.input[:] = [gather.output[0] if n == tensor.name else n for n in reader.input]
-        nodes.insert(readers[-1], gather)
-        ordered = onnx.GraphProto(node=nodes)
-        del self.proto.graph.node[:]
-        self.proto.graph.node.extend(ordered.node)
-
-    def _rename_output(self, old: str, new: str) -> None:
-        for node in self.proto.graph.node:
-            node.output[:] = [new if n == old else n for n in node.output]
-            node.input[:] = [new if n == old else n for n in node.input]
-
-    def _outputs(self, graph: Graph, axes: TokenAxes) -> None:
-        """The logits as float32 [rows, vocabulary], called logits."""
-        value = self.proto.graph.output[0]
-        tensor = next(t for t in graph.gs.outputs if t.name == value.name)
-        place, shape = axes.of(tensor), list(tensor.shape or ())
-        if not shape or not isinstance(shape[-1], int) or not isinstance(place, Along) or place.axis == len(shape) - 1 or any(d != 1 for i, d in enumerate(shape[:-1]) if i != place.axis):
-            raise RewriteError(f"{self.model.name}: output '{value.name}' has shape {shape} for one row of tokens; expected [1, tokens, vocabulary] with a known vocabulary")
-        names, nodes = names_in(self.proto), []
-        inner = next(n for n in (f"{value.name}_inner{i or ''}" for i in range(len(names) + 1)) if n not in names)
-        self._rename_output(value.name, inner)
-        shape_name = f"{inner}_shape"
-        literal = onnx.numpy_helper.from_array(np.array([-1, shape[-1]], np.int64))
-        nodes.append(onnx.helper.make_node("Constant", [], [shape_name], name=shape_name, value=literal))
-        nodes.append(onnx.helper.make_node("Reshape", [inner, shape_name], [f"{inner}_flat"], name=f"{inner}_flat"))
-        nodes.append(onnx.helper.make_node("Cast", [f"{inner}_flat"], ["logits"], name=f"{inner}_float32", to=onnx.TensorProto.FLOAT))
-        if tensor.dtype == np.float32:
-            nodes.pop()
-            nodes[-1].output[0] = "logits"
-        if "logits" in names and value.name != "logits":
-            raise RewriteError(f"{self.model.name}: a value is called 'logits' and is not the output; rename it when exporting")
-        self.proto.graph.node.extend(nodes)
-        outputs = [_info("logits", np.float32, [ROWS, shape[-1]]), *list(self.proto.graph.output)[1:]]
-        made = onnx.GraphProto(output=outputs)
-        del self.proto.graph.output[:]
-        self.proto.graph.output.extend(made.output)
-
-    def _types(self, graph: Graph, without: set[str]) -> None:
-        """Write down what is known of each value's type, but of those in `without`."""
-        known = {v.name for v in (*self.proto.graph.output, *self.proto.graph.input)} | without
-        del self.proto.graph.value_info[:]
-        for node in graph:
-            for tensor in node.outputs:
-                if tensor.name not in known:
-                    self.proto.graph.value_info.extend(typed(tensor, {}))
-
-
-def _comes_from(graph: Graph, tensor: gs.Tensor, name: str) -> bool:
-    """Whether a value is the input `name`, perhaps moved or cast."""
-    node = graph.producer(tensor)
-    while node is not None and canonical(node) in ("Cast", "Identity", "Reshape", "Unsqueeze", "Squeeze", "Flatten"):
-        tensor = node.inputs[0]
-        node = graph.producer(tensor)
-    return bool(tensor.name == name)
-
-
-def position_limit(graph: Graph) -> int | None:
-    """How many positions the tables have that position_ids look something up in; None if there is no table."""
-    limits = []
-    for node in graph:
-        if canonical(node) != "Gather" or not graph.is_weight(node.inputs[0]):
-            continue
-        tensor, offset = node.inputs[1], 0
-        while (maker := graph.producer(tensor)) is not None and canonical(maker) in ("Add", "Cast", "Identity", "Reshape", "Unsqueeze", "Squeeze"):
-            if canonical(maker) == "Add":
-                constants = [(i, graph.constant(t)) for i, t in enumerate(maker.inputs)]
-                number = next(((i, c) for i, c in constants if c is not None and c.size == 1), None)
-                if number is None:
-                    break
-                offset += int(number[1].item())
-                tensor = maker.inputs[1 - number[0]]
-            else:
-                tensor = maker.inputs[0]
-        axis = int(node.attrs.get("axis", 0))
-        if tensor.name == "position_ids" and node.inputs[0].shape is not None and isinstance(node.inputs[0].shape[axis], int):
-            limits.append(node.inputs[0].shape[axis] - offset)
-    return min(limits, default=None)
 
 
 def describe_generator(found: dict[str, Any]) -> str:

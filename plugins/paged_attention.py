@@ -7,6 +7,8 @@ import numpy as np
 from rewrite.plugins.activations import Array, wide
 from rewrite.registry import plugin
 
+FEW = 4096  # positions that are padded without asking
+
 
 @plugin
 class PagedAttention:
@@ -40,7 +42,7 @@ class PagedAttention:
         y = np.zeros((1, heads, q.shape[2], v.shape[3]), q.dtype, like=q)
         groups = (kv_heads, heads // kv_heads)
         counts = query_starts[1:] - query_starts[:-1]
-        if len(counts) == q.shape[2] and bool((counts == 1).all()):  # one new token each: all sequences at once
+        if len(counts) == q.shape[2] and bool((counts == 1).all()) and are_alike(context_lengths, window):  # one new token each: all sequences at once
             queries = q[0].transpose(1, 0, 2).reshape(-1, *groups, 1, q.shape[3])
             found = attend(queries, key_cache, value_cache, block_tables, context_lengths - 1, context_lengths, scale, window, softcap)
             y[0] = found.reshape(-1, heads, v.shape[3]).transpose(1, 0, 2)
@@ -54,6 +56,12 @@ class PagedAttention:
             found = attend(queries, key_cache, value_cache, block_tables[row], context_lengths[row] - (last - first), context_lengths[row], scale, window, softcap)
             y[0, :, first:last] = found.reshape(heads, last - first, v.shape[3])
         return y, key_cache, value_cache
+
+
+def are_alike(lengths: Array, window: int) -> bool:
+    """Whether texts are so alike in length that they may be padded to the longest: at most half of what is gathered is padding."""
+    seen = np.minimum(lengths, window) if window else lengths
+    return bool(int(seen.max()) * len(seen) <= max(2 * int(seen.sum()), FEW))
 
 
 def store(cache: Array, new: Array, slots: Array) -> None:

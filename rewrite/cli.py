@@ -493,6 +493,10 @@ def print_plan(plan: Plan, steps: bool) -> None:
     click.echo(f"{plan.directory}: {manifest.model}, built {manifest.created} by {', '.join(f'{k} {v}' for k, v in manifest.versions.items())}{'; signed' if plan.signed else ''}")
     click.echo(f"inputs: {', '.join(f'{n} {v.dtype}{list(v.shape)}' for n, v in manifest.inputs.items())}".replace("'", ""))
     click.echo(f"profile (smallest:best:largest): {manifest.profile}; {sizes}\n")
+    if manifest.generator is not None:
+        from rewrite.patterns.transform_generate import describe_generator
+
+        click.echo(f"{describe_generator(manifest.generator)}; {'with' if manifest.generator.get('tokenizer') else 'without'} a tokenizer\n")
     rows = []
     for key in dict.fromkeys(s.name for s in manifest.steps if s.kind == "segment"):
         uses = [s for s in manifest.steps if s.name == key]

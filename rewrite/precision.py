@@ -50,6 +50,12 @@ def _widen_graph(graph: onnx.GraphProto) -> None:
     del graph.value_info[:]
 
 
+def makes_bfloat16(function: onnx.FunctionProto) -> bool:
+    """Whether a function has constants of bfloat16, or casts to it."""
+    wide = onnx.TensorProto.BFLOAT16
+    return any((a.HasField("t") and a.t.data_type == wide) or (a.name in ("to", "dtype") and a.i == wide) for n in function.node for a in n.attribute)
+
+
 def _widen_node(node: onnx.NodeProto) -> None:
     for attribute in node.attribute:
         if attribute.HasField("t"):

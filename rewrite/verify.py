@@ -24,7 +24,7 @@ import onnx_graphsurgeon as gs
 
 from rewrite.errors import CheckFailed, RewriteError, Unfinished
 from rewrite.graph import DOMAIN, Dim
-from rewrite.precision import is_narrow, widen_arrays, widen_function, widen_model
+from rewrite.precision import is_narrow, makes_bfloat16, widen_arrays, widen_function, widen_model
 from rewrite.registry import Plugin
 from rewrite.validity import subgraphs
 
@@ -179,7 +179,7 @@ def function_model(function: onnx.FunctionProto, needed: list[onnx.FunctionProto
 
 def run_function(function: onnx.FunctionProto, needed: list[onnx.FunctionProto], inputs: Mapping[str, np.ndarray], ir_version: int = 8) -> list[np.ndarray]:
     """Compute a function's outputs in ONNX Runtime, bfloat16 (which it lacks on CPUs) in float32. Raises RewriteError if it cannot run."""
-    if any(a.dtype.name == "bfloat16" for a in inputs.values()):
+    if any(a.dtype.name == "bfloat16" for a in inputs.values()) or any(map(makes_bfloat16, (function, *needed))):
         function, needed, inputs = widen_function(function), [widen_function(f) for f in needed], widen_arrays(inputs)
     model, feeds = function_model(function, needed, inputs, ir_version), {k: v for k, v in inputs.items() if k in set(function.input)}
     if not _is_harmless(model, feeds):
@@ -358,7 +358,7 @@ def _compare_site(
             raise
         except Exception as error:
             return Verdict(False, np.inf, f"the replacement fails: {type(error).__name__}: {str(error)[:200]}")
-        if any(s.dtype.name == "bfloat16" for s in specs):  # computed in float32: the types of the results are not known
+        if any(np.asarray(a).dtype.name == "bfloat16" for a in actual):  # computed in float32: the types of the results are not known
             expected = [e.astype(np.asarray(a).dtype) if e.dtype == np.float32 else e for e, a in zip(expected, actual, strict=False)]
         verdict = compare(expected, actual, tolerance, exact)
         worst = max(worst, verdict.error)
@@ -468,7 +468,7 @@ def check_models(
     worst = 0.0
     for attempt in range(attempts if inputs is None else len(inputs)):
         feeds = inputs[attempt] if inputs is not None else model_inputs(before.proto, attempt)
-        if _has_bfloat16(before.proto):
+        if has_bfloat16(before.proto):
             feeds = widen_arrays(feeds)
         try:
             expected = first.run(None, feeds)
@@ -495,7 +495,7 @@ def file_session(model: Any) -> Any:
 
     if not model.external:
         try:
-            return session(widen_model(model.proto) if _has_bfloat16(model.proto) else model.proto)
+            return session(widen_model(model.proto) if has_bfloat16(model.proto) else model.proto)
         except RewriteError as error:
             raise RewriteError(f"{model.name}: {error}") from error
     options = ort.SessionOptions()
@@ -508,7 +508,7 @@ def file_session(model: Any) -> Any:
         raise RewriteError(f"ONNX Runtime cannot load {model.name}: {str(error).strip().splitlines()[0][:300]}") from error
 
 
-def _has_bfloat16(proto: onnx.ModelProto) -> bool:
+def has_bfloat16(proto: onnx.ModelProto) -> bool:
     values = (*proto.graph.input, *proto.graph.output)
     return any(i.data_type == onnx.TensorProto.BFLOAT16 for i in proto.graph.initializer) or any(v.type.tensor_type.elem_type == onnx.TensorProto.BFLOAT16 for v in values)
 
@@ -523,6 +523,12 @@ def spec_of(name: str, tensor: gs.Tensor, value: tuple[Dim, ...] | None = None, 
     return Spec(name, np.dtype(dtype), shape, value, content)
 
 
+def accepted(runner: Any, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The inputs as a session takes them: a model of bfloat16 was widened to float32 when it was loaded."""
+    wide = {i.name for i in runner.get_inputs() if i.type == "tensor(float)"}
+    return {n: a.astype(np.float32) if n in wide and is_narrow(a.dtype) else a for n, a in inputs.items()}
+
+
 def run_model(model: Any, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """The outputs of a model in ONNX Runtime, by name. Raises RewriteError if it cannot run on these inputs."""
     return run_session(file_session(model), inputs, model.name)
@@ -532,6 +538,6 @@ def run_session(runner: Any, inputs: Mapping[str, np.ndarray], name: str) -> dic
     """The same on a session; `name` is the model's, for errors."""
     names = [o.name for o in runner.get_outputs()]
     try:
-        return dict(zip(names, runner.run(None, dict(inputs)), strict=True))
+        return dict(zip(names, runner.run(None, accepted(runner, inputs)), strict=True))
     except Exception as error:
         raise RewriteError(f"{name} fails on the inputs: {str(error).strip().splitlines()[0][:300]}") from error

@@ -210,6 +210,7 @@ def check_generator_plan(plan: Plan, model: Model, tolerance: float) -> float:
     """The same for a text generator: random texts in ragged steps by the plan, against the model that reads them at once."""
     found = plan.manifest.generator
     assert found is not None
+    tolerance = max([tolerance, *(MODEL_TOLERANCE.get(layer["dtype"], 0.0) for layer in found["layers"])])
     texts = Texts.random(np.random.default_rng(0), found)
     expected = at_once(found, texts, lambda feeds: sandbox.run(model, feeds, UNCHECKED))
     return compare_steps(found, texts, expected, plan.run, tolerance, "the plan", singles=2)

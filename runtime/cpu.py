@@ -9,9 +9,10 @@ import numpy as np
 import onnx
 
 from rewrite.errors import RewriteError
+from rewrite.precision import widen_arrays, widen_model
 from rewrite.registry import library
 from rewrite.runtime.partition import Step
-from rewrite.verify import session
+from rewrite.verify import has_bfloat16, session
 
 if TYPE_CHECKING:
     from rewrite.runtime.plan import Plan
@@ -59,13 +60,18 @@ class CpuExecutor:
 
     def _segment(self, step: Step) -> Call:
         if step.name not in self.sessions:
-            self.sessions[step.name] = session(onnx.load_model_from_string(self.plan.segment(step.name)), optimize=True)
-        runner = self.sessions[step.name]
+            proto = onnx.load_model_from_string(self.plan.segment(step.name))
+            # ONNX Runtime has no kernels for bfloat16: it is computed in float32, and rounded where a value leaves the segment.
+            self.sessions[step.name] = session(widen_model(proto) if has_bfloat16(proto) else proto, optimize=True), has_bfloat16(proto)
+        runner, wide = self.sessions[step.name]
         names = [i.name for i in runner.get_inputs()]
+        dtypes = [np.dtype(self.plan.manifest.values[name].dtype) for name in step.outputs]
 
         def call(inputs: list[Array]) -> list[Array]:
+            feeds = dict(zip(names, inputs, strict=True))
             try:
-                return list(runner.run(None, dict(zip(names, inputs, strict=True))))
+                results = runner.run(None, widen_arrays(feeds) if wide else feeds)
+                return [r.astype(dtype) for r, dtype in zip(results, dtypes, strict=True)] if wide else list(results)
             except Exception as error:
                 raise RewriteError(f"segment {step.name} ({step.nodes[0]} ...) fails: {str(error).strip().splitlines()[0][:300]}") from error
 

@@ -46,7 +46,7 @@ def decoder(opset: int = 23, tokens: str = "input_ids", **parts: str) -> onnx.Mo
         "wo": weight(HEADS * SIZE, WIDTH), "head": weight(WIDTH, VOCABULARY), "places": weight(POSITIONS, WIDTH), "rows": weight(1, POSITIONS, WIDTH),
         "query_shape": np.array([0, 0, HEADS, SIZE]), "key_shape": np.array([0, 0, KEY_HEADS, SIZE]), "flat": np.array([0, 0, HEADS * SIZE]),
         "zero": np.array(0), "one": np.array(1), "two": np.array(2), "first": np.array([0]), "second": np.array([1]), "third": np.array([2]), "last": np.array([-1]),
-        "ones": np.ones(WIDTH, np.float32),
+        "zeros": np.zeros(WIDTH, np.float32), "ones": np.ones(WIDTH, np.float32),
     }  # fmt: skip
     return parse(text, opset, **{n: w for n, w in weights.items() if n in text})
 
@@ -54,5 +54,7 @@ def decoder(opset: int = 23, tokens: str = "input_ids", **parts: str) -> onnx.Mo
 COUNT = "shape = Shape(input_ids) count1 = Gather(shape, second) count = Squeeze(count1, first)"
 BY_RANGE = f"{COUNT} p = Range(zero, count, one) w = Gather(places, p) x = Add(e, w)"
 BY_SLICE = f"{COUNT} w = Slice(rows, first, count1, second) x = Add(e, w)"
+WINDOW = f"""{COUNT} i = Range(zero, count, one) column = Unsqueeze(i, second) distance = Sub(column, i) five = Constant<value = int64[1] {{5}}>()
+    before = GreaterOrEqual(distance, zero) near = Less(distance, five) seen = And(before, near) a = Attention<scale = 0.4>(q, k, v, seen)"""
 BY_INPUT = "w = Gather(places, position_ids) x = Add(e, w)"
 BY_MASK = "c = CumSum(attention_mask, one) m = Mul(c, attention_mask) p = Sub(m, one) g = Add(p, two) w = Gather(places, g) x = Add(e, w)"

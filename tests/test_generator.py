@@ -9,7 +9,7 @@ import threading
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from decoder import BY_RANGE, POSITIONS, VOCABULARY, decoder
+from decoder import BY_RANGE, POSITIONS, VOCABULARY, WINDOW, decoder
 from greedy import greedy
 
 import rewrite
@@ -17,6 +17,7 @@ from rewrite.cli import main
 from rewrite.cli_generate import parse_memory
 from rewrite.errors import RewriteError
 from rewrite.runtime.bench_generate import measure
+from rewrite.runtime.generator import Choice
 from rewrite.runtime.plan_model import PlanModel
 
 WORDS = [f"w{i}" for i in range(VOCABULARY - 3)]
@@ -79,6 +80,54 @@ def test_together_as_one_by_one(plans, expected, options):
     if "kv_memory" in options:
         assert generator.model.blocks == 12
         assert generator.stats()["preempted"] > 0
+    assert generator.generate(prompts()[6], max_new_tokens=20)[0].tokens == expected[6]  # alone and in chunks: steps that want no logits
+
+
+@pytest.fixture(scope="module")
+def windowed(tmp_path_factory):
+    """A plan whose only layer looks 5 tokens back: blocks before the window are given back."""
+    result = rewrite.optimize(decoder(attention=WINDOW), generate=True, block_size=2)
+    assert result.report.generator["layers"][0]["window"] == 5
+    return rewrite.build(result.model, tmp_path_factory.mktemp("windowed") / "plan", engines=False)
+
+
+@pytest.mark.parametrize("kind", ["whole", "windowed"])
+def test_random_schedules_change_no_token(plans, windowed, kind):
+    """Random budgets, seats, sizes of the cache, arrivals, priorities and cancellations: each text is as it is alone."""
+    plan = windowed if kind == "windowed" else rewrite.Plan(plans / "ids")
+    fewest = 12  # blocks of 4 hold the longest text; of 2 the windows of several, so that nobody is ever thrown out
+    alone, texts = rewrite.Generator(plan, kv_memory=1 << 20, reuse=False), {}
+    preempted = reused = 0
+    for seed in range(10):
+        rng = np.random.default_rng(seed)
+        blocks = int(rng.integers(fewest, 2 * fewest))
+        options = {"token_budget": int(rng.integers(4, 40)), "seats": int(rng.integers(3, 9)), "reuse": bool(rng.integers(2))}
+        generator = rewrite.Generator(plan, kv_memory=blocks * alone.model.block_bytes, **options)
+        start = rng.integers(0, VOCABULARY, 12).tolist()
+        choices, left, cancelled = {}, 10, set()
+        while left or generator.scheduler.unfinished:
+            if left and rng.random() < 0.8:
+                prompt = tuple(start[: rng.integers(0, 13)] + rng.integers(0, VOCABULARY, rng.integers(1, 9)).tolist())
+                choice = Choice()
+                number = generator.add(generator.request(prompt, None, True, {"max_new_tokens": int(rng.integers(1, 25))}), choice.add)
+                choices[number] = prompt, choice
+                left -= 1
+            if choices and rng.random() < 0.05:
+                number = int(rng.choice(list(choices)))
+                cancelled.add(number)
+                generator.cancel(number)
+            generator.step()
+            generator.scheduler.pool.check()
+        assert generator.scheduler.pool.used == 0
+        for number, (prompt, choice) in choices.items():
+            if prompt not in texts:
+                texts[prompt] = alone.generate(prompt, max_new_tokens=24)[0].tokens
+            assert choice.tokens == texts[prompt][: len(choice.tokens)]
+            assert choice.finished == "length" or number in cancelled
+        preempted += generator.scheduler.metrics.preempted
+        reused += generator.scheduler.metrics.reused_tokens
+    assert preempted > 5 or kind == "windowed"
+    assert reused > 100
 
 
 def test_a_prefix_is_computed_once(plans):

@@ -6,7 +6,7 @@ import numpy as np
 import onnx
 import pytest
 
-from rewrite.plugins.paged_attention import PagedAttention
+from rewrite.plugins.paged_attention import PagedAttention, are_alike
 from rewrite.plugins.paged_attention_onnx import body
 from rewrite.verify import compare, reference_runner, run_function
 
@@ -123,6 +123,23 @@ def test_what_a_table_holds_past_its_text_is_not_read():
     first = PagedAttention.reference(**{n: a.copy() for n, a in feeds.items()}, **attributes())[0]
     feeds["block_tables"] = np.where(feeds["block_tables"] < 0, 10**6, feeds["block_tables"]).astype(np.int32)
     assert np.array_equal(PagedAttention.reference(**feeds, **attributes())[0], first)
+
+
+def test_texts_of_very_different_lengths_are_not_padded(monkeypatch):
+    """One token each, computed together and one by one: the same."""
+    texts = Texts(9)
+    for chunks in ([(i, 0, n - 1) for i, n in enumerate(LENGTHS) if n > 1], [(i, n - 1, n) for i, n in enumerate(LENGTHS)]):
+        feeds = {n: a.copy() for n, a in texts.feeds(chunks).items()}
+        together = PagedAttention.reference(**texts.feeds(chunks), **attributes())
+        monkeypatch.setattr("rewrite.plugins.paged_attention.are_alike", lambda lengths, window: False)
+        alone = PagedAttention.reference(**feeds, **attributes())
+        monkeypatch.undo()
+        for one, other in zip(together, alone, strict=True):
+            np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
+    assert are_alike(np.array([100, 120]), 0)
+    assert are_alike(np.array([1, 30]), 0)  # few
+    assert not are_alike(np.array([10, 20, 10_000]), 0)
+    assert are_alike(np.array([400, 512, 10_000]), 512)
 
 
 def test_a_text_may_read_blocks_that_another_wrote():

@@ -69,6 +69,15 @@ def test_positions_come_from_the_runtime(name):
     assert used == (name != "none")
 
 
+def test_a_value_that_others_read_too_keeps_all_its_rows():
+    """The head reads the embeddings, which the attention reads as well: rows are picked for the head alone."""
+    result = rewrite.optimize(decoder(head="g = Mul(s, zeros) m = MatMul(g, head) u = MatMul(e, head) logits = Add(m, u)"), generate=True)
+    assert result.report.model_error < 1e-5
+    picked = [n.input[0] for n in result.model.proto.graph.node if "logit_rows" in n.input]
+    assert len(picked) == 1
+    assert picked[0] not in ("s", "e")
+
+
 def test_the_block_size_is_the_users():
     model = rewrite.optimize(decoder(positions=d.BY_RANGE), generate=True, block_size=4).model
     assert generator_of(model.proto)["block_size"] == 4
@@ -99,6 +108,8 @@ MIXED = {
     "tokens times tokens": ({"after": "turned = Transpose<perm = [0, 2, 1]>(s) g = MatMul(turned, s) r = MatMul(s, g)"}, "MatMul '.*': it multiplies tokens with tokens"),
     "the number of tokens": ({"before": f"{d.COUNT} fc = Cast<to = 1>(count) h = Mul(x, fc)"}, "Mul '.*': numbers depend on how many tokens there are"),
     "the largest over the tokens": ({"after": "most = ReduceMax<keepdims = 1>(s, second) r = Sub(s, most)"}, "ReduceMax '.*': it reduces over the tokens"),
+    "tokens repeated": ({"before": "times = Constant<value = int64[3] {1, 2, 1}>() h = Tile(x, times)"}, "Tile '.*': it repeats the tokens"),
+    "tokens picked by tokens": ({"after": "ix = Cast<to = 7>(s) w = GatherElements<axis = 1>(s, ix) r = Add(s, w)"}, "GatherElements '.*': it picks some of the tokens"),
     "one of the tokens": ({"after": "l = Gather<axis = 1>(s, first) r = Add(s, l)"}, "Gather '.*': it picks some of the tokens"),
 }  # fmt: skip
 
@@ -120,6 +131,8 @@ TOKENWISE = {
         "before": "half = Constant<value = int64[1] {8}>() all = Constant<value = int64[1] {16}>() low = Slice(x, first, half, third) high = Slice(x, half, all, third) h = Concat<axis = 2>(high, low)"
     },
     "tokens flattened": {"before": "fs = Constant<value = int64[2] {-1, 16}>() two_d = Reshape(x, fs) u = Tanh(two_d) sh = Shape(x) h = Reshape(u, sh)"},
+    "features repeated": {"before": "times = Constant<value = int64[3] {1, 1, 2}>() more = Tile(x, times) half = Constant<value = int64[1] {16}>() h = Slice(more, first, half, third)"},
+    "features picked by features": {"before": "z = Sub(x, x) ix = Cast<to = 7>(z) w = GatherElements<axis = 2>(x, ix) h = Add(x, w)"},
     "a reduction without keepdims": {"before": "m = ReduceSum<keepdims = 0>(x, third) n = Unsqueeze(m, third) h = Add(x, n)"},
 }  # fmt: skip
 
