@@ -12,6 +12,7 @@ import contextlib
 import ctypes
 import hashlib
 import os
+import re
 from collections.abc import Callable, Sequence
 from functools import cache
 from importlib import resources
@@ -24,6 +25,7 @@ Launch = Callable[[], None]
 CLUSTER, OVERLAP = 4, 6  # CUlaunchAttributeID: cluster dimension, programmatic stream serialization
 SHARED_MEMORY = 8  # CUfunction_attribute: largest dynamic shared memory
 MAP_TYPES = {"float16": 6, "bfloat16": 9}  # CUtensorMapDataType
+INCLUDE = re.compile(r'^#include "([\w.]+)"$', re.MULTILINE)
 MOST_SHARED = 227 << 10  # bytes a block may have on Hopper
 
 
@@ -90,7 +92,10 @@ def _binary(source: str, options: tuple[str, ...]) -> bytes:
 
 def compiled(name: str, dtype: str, defines: tuple[str, ...], changes: tuple[tuple[str, str], ...], target: int) -> bytes:
     """The binary of `name`.cu for float16 or bfloat16 and compute capability `target`, with macros NAME=VALUE and texts replaced in it."""
-    source = (resources.files(__package__) / f"{name}.cu").read_text()
+    folder = resources.files(__package__)
+    source = (folder / f"{name}.cu").read_text()
+    for header in INCLUDE.findall(source):
+        source = source.replace(f'#include "{header}"', (folder / header).read_text())
     for old, new in changes:
         source = source.replace(old, new)
     options = ("--std=c++17", f"-arch=sm_{target}{'a' if target == 90 else ''}", f"-DBFLOAT16={int(dtype == 'bfloat16')}", *(f"-D{d}" for d in defines))

@@ -1,9 +1,6 @@
 // AttentionMask: a block for each batch row and query, written for every head. PADDING is the type of the key padding, OUT an
 // unsigned integer as wide as an element of the result; the values come as its bits.
-typedef unsigned char u8;
-typedef unsigned short u16;
-typedef unsigned int u32;
-typedef unsigned long long u64;
+#include "sixteen.cuh"
 
 struct Mask {
     OUT* y;

@@ -1,27 +1,6 @@
 // LayerNormalization and RMSNormalization over the last axis, float16 or bfloat16, sums in float32. WARPS warps share a row, which
 // each thread keeps in registers, 8 elements at a time: the row is read once.
-typedef unsigned short u16;
-typedef unsigned int u32;
-
-__device__ __forceinline__ float2 unpack(u32 v) {
-    float2 f;
-#if BFLOAT16
-    f.x = __uint_as_float(v << 16);
-    f.y = __uint_as_float(v & 0xffff0000u);
-#else
-    asm("{ .reg .f16 l, h; mov.b32 {l, h}, %2; cvt.f32.f16 %0, l; cvt.f32.f16 %1, h; }" : "=f"(f.x), "=f"(f.y) : "r"(v));
-#endif
-    return f;
-}
-__device__ __forceinline__ u32 pack(float low, float high) {
-    u32 v;
-#if BFLOAT16
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(v) : "f"(high), "f"(low));
-#else
-    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(v) : "f"(high), "f"(low));
-#endif
-    return v;
-}
+#include "sixteen.cuh"
 
 template <int WARPS>
 __device__ __forceinline__ float total(float v) {
