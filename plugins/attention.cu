@@ -4,6 +4,7 @@
 // all queries have the same mask; CAUSAL; CAP 1 for a soft cap; PLAIN 1 if scores need nothing but a positive scale and the mask; HOPPER 1 for
 // the kernel with wgmma (MT 1, 128 queries a block).
 // Source: Dao, FlashAttention-2 (2023).
+#include "overlap.cuh"
 #include "sixteen.cuh"
 typedef long long i64;
 
@@ -197,8 +198,8 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) attention(const __grid_
     const u16* v = c.v + batch * c.vs[0] + head / c.group * c.vs[1];
     const i64 masks = MASK ? batch * c.ms[0] + head * c.ms[1] : 0;
     const int end = CAUSAL ? min(c.keys, start + 16 * MT * WARPS) : c.keys, steps = (end + KT - 1) / KT;
-    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-    asm volatile("griddepcontrol.wait;" ::: "memory");
+    letNextKernelStart();
+    waitForPrecedingKernel();
     fetch(tiles, k, c.ks[2], 0, c.keys);
     fetch(tiles + TILE, v, c.vs[2], 0, c.keys);
     asm volatile("cp.async.commit_group;");
@@ -307,8 +308,8 @@ extern "C" __global__ void __launch_bounds__(256, D > 64 ? 1 : 2)
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     }
     __syncthreads();
-    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-    asm volatile("griddepcontrol.wait;" ::: "memory");
+    letNextKernelStart();
+    waitForPrecedingKernel();
     auto load = [&](int step) {
         const int s = step % STAGES;
         if (step >= STAGES) wait(empty + s, (step / STAGES - 1) & 1);

@@ -165,9 +165,11 @@ def launcher(function: Any, grid: Sequence[int], block: int, arguments: Sequence
         check(driver.cuFuncSetAttribute(ctypes.c_void_p(function.ptr), SHARED_MEMORY, shared), f"a kernel with {shared} bytes of shared memory")
     values = [a if isinstance(a, (ctypes._SimpleCData, ctypes.Structure, ctypes.Array)) else ctypes.c_void_p(0 if a is None else int(a.data.ptr)) for a in arguments]
     pointers = (ctypes.c_void_p * len(values))(*[ctypes.addressof(v) for v in values])
-    attributes = (_Attribute * 2)(_Attribute(OVERLAP, 0, (ctypes.c_uint32 * 16)(1)), _Attribute(CLUSTER, 0, (ctypes.c_uint32 * 16)(cluster, 1, 1)))
+    wanted = [_Attribute(OVERLAP, 0, (ctypes.c_uint32 * 16)(1))] if capability() >= 90 else []
+    wanted += [_Attribute(CLUSTER, 0, (ctypes.c_uint32 * 16)(cluster, 1, 1))] if cluster > 1 else []
+    attributes = (_Attribute * 2)(*wanted)
     dimensions = (*grid, 1, 1)[:3]
-    config = _Config((ctypes.c_uint * 3)(*dimensions), (ctypes.c_uint * 3)(block, 1, 1), shared, None, attributes, 2 if cluster > 1 else 1)
+    config = _Config((ctypes.c_uint * 3)(*dimensions), (ctypes.c_uint * 3)(block, 1, 1), shared, None, attributes, len(wanted))
     handle, call, reference = ctypes.c_void_p(function.ptr), driver.cuLaunchKernelEx, ctypes.byref(config)
     kept = (function, values, attributes, list(arguments), keep)
 

@@ -8,6 +8,7 @@
 // Both take up to three products of the same tokens (Q, K, V), which then share one launch. Weights lie [features, inner].
 // ACTIVATION and GATED are constants, so that every variant is a module of its own; KERNEL at the end names it.
 // Source: PTX ISA, "Asynchronous Warpgroup Level Matrix Instructions"; CUDA Driver API, tensor maps.
+#include "overlap.cuh"
 #include "sixteen.cuh"
 #include "hopper.cuh"
 
@@ -46,8 +47,6 @@ __device__ __forceinline__ u64 descriptor(const void* tile) {  // K-major, 128-b
 __device__ __forceinline__ void wgmmaFence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ __forceinline__ void wgmmaCommit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 template <int N> __device__ __forceinline__ void wgmmaWait() { asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(N) : "memory"); }
-__device__ __forceinline__ void waitForPrecedingKernel() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
-__device__ __forceinline__ void letNextKernelStart() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
 __device__ __forceinline__ void clusterSync() { asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory"); }
 __device__ __forceinline__ u32 clusterRank() { u32 r; asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(r)); return r; }
 __device__ __forceinline__ float4 remote(const float* mine, u32 rank) {

@@ -1,5 +1,6 @@
 // LayerNormalization and RMSNormalization over the last axis, float16 or bfloat16, sums in float32. WARPS warps share a row, which
 // each thread keeps in registers, 8 elements at a time: the row is read once.
+#include "overlap.cuh"
 #include "sixteen.cuh"
 
 template <int WARPS>
@@ -21,7 +22,7 @@ template <int VECTORS, int WARPS, bool CENTRED>
 __device__ __forceinline__ void norm(u16* y, const u16* x, const u16* scale, const u16* bias, int rows, int width, float epsilon) {
     constexpr int THREADS = WARPS * 32;
     const int row = WARPS == 1 ? blockIdx.x * (blockDim.x >> 5) + (threadIdx.x >> 5) : blockIdx.x, at = threadIdx.x % THREADS;
-    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+    letNextKernelStart();
     // Weights do not depend on the preceding kernel.
     uint4 scales[VECTORS], biases[VECTORS];
     #pragma unroll
@@ -30,7 +31,7 @@ __device__ __forceinline__ void norm(u16* y, const u16* x, const u16* scale, con
         scales[n] = i * 8 < width ? __ldg((const uint4*)scale + i) : uint4{0, 0, 0, 0};
         biases[n] = bias && i * 8 < width ? __ldg((const uint4*)bias + i) : uint4{0, 0, 0, 0};
     }
-    asm volatile("griddepcontrol.wait;" ::: "memory");
+    waitForPrecedingKernel();
     if (row >= rows) return;
     const uint4* from = (const uint4*)(x + (long long)row * width);
     float v[VECTORS][8];
