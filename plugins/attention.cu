@@ -4,9 +4,8 @@
 // all queries have the same mask; CAUSAL; CAP 1 for a soft cap; PLAIN 1 if scores need nothing but a positive scale and the mask; HOPPER 1 for
 // the kernel with wgmma (MT 1, 128 queries a block).
 // Source: Dao, FlashAttention-2 (2023).
-typedef unsigned char u8;
-typedef unsigned short u16;
-typedef unsigned int u32;
+#include "overlap.cuh"
+#include "sixteen.cuh"
 typedef long long i64;
 
 struct Attention {
@@ -22,25 +21,6 @@ struct Attention {
 
 #define INF __int_as_float(0x7f800000)
 #define LOG2E 1.44269504f
-__device__ __forceinline__ u32 shared(const void* p) { return (u32)__cvta_generic_to_shared(p); }
-__device__ __forceinline__ float widen(u16 v) {
-#if BFLOAT16
-    return __uint_as_float((u32)v << 16);
-#else
-    float f;
-    asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(v));
-    return f;
-#endif
-}
-__device__ __forceinline__ u32 pack(float low, float high) {
-    u32 v;
-#if BFLOAT16
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(v) : "f"(high), "f"(low));
-#else
-    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(v) : "f"(high), "f"(low));
-#endif
-    return v;
-}
 __device__ __forceinline__ float exp2(float x) { float y; asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x)); return y; }
 // The mask of keys `key` and `key + 1`, packed; for a boolean one 1 where the key is seen.
 __device__ __forceinline__ u32 maskOf(const Attention& c, i64 line, int key) {
@@ -218,8 +198,8 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) attention(const __grid_
     const u16* v = c.v + batch * c.vs[0] + head / c.group * c.vs[1];
     const i64 masks = MASK ? batch * c.ms[0] + head * c.ms[1] : 0;
     const int end = CAUSAL ? min(c.keys, start + 16 * MT * WARPS) : c.keys, steps = (end + KT - 1) / KT;
-    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-    asm volatile("griddepcontrol.wait;" ::: "memory");
+    letNextKernelStart();
+    waitForPrecedingKernel();
     fetch(tiles, k, c.ks[2], 0, c.keys);
     fetch(tiles + TILE, v, c.vs[2], 0, c.keys);
     asm volatile("cp.async.commit_group;");
@@ -290,21 +270,12 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) attention(const __grid_
 // --- Hopper: wgmma, K and V by TMA ------------------------------------------------------------------------------------------
 // A block owns 128 queries of one head, 64 a warpgroup. Tiles lie as TMA swizzles them: rows of D elements (blocks of 64 elements for
 // D 128), for the scores K-major, for the values transposed as they are read.
-struct alignas(64) TensorMap { u8 opaque[128]; };
-typedef unsigned long long u64;
+#include "hopper.cuh"
 #define BLOCK (D < 64 ? D : 64)  // elements of a row that a box has
 #define BLOCKS (D / BLOCK)
 #define ROW (BLOCK * 2)          // bytes
 #define STAGES 3
 
-__device__ __forceinline__ void init(u64* barrier, int count) { asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared(barrier)), "r"(count)); }
-__device__ __forceinline__ void expect(u64* barrier, int bytes) {
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared(barrier)), "r"(bytes) : "memory");
-}
-__device__ __forceinline__ void arrive(u64* barrier) { asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared(barrier)) : "memory"); }
-__device__ __forceinline__ void wait(u64* barrier, u32 parity) {
-    asm volatile("{ .reg .pred p;\nagain: mbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1;\n@p bra done;\nbra again;\ndone: }" ::"r"(shared(barrier)), "r"(parity) : "memory");
-}
 // Rows [row, row + rows) of a head, in blocks of BLOCK elements one after another.
 __device__ __forceinline__ void fetch(u8* to, const TensorMap* map, u64* barrier, int rows, int row, int head, int batch) {
     #pragma unroll
@@ -331,14 +302,14 @@ extern "C" __global__ void __launch_bounds__(256, D > 64 ? 1 : 2)
     const i64 masks = MASK ? batch * c.ms[0] + head * c.ms[1] : 0;
     const int end = CAUSAL ? min(c.keys, start + 128) : c.keys, steps = (end + KT - 1) / KT;
     if (threadIdx.x == 0) {
-        for (const TensorMap* map : {&q, &k, &v}) asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
+        prepare(&q), prepare(&k), prepare(&v);
         for (int s = 0; s <= STAGES; ++s) init(full + s, 1);
         for (int s = 0; s < STAGES; ++s) init(empty + s, 8);
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     }
     __syncthreads();
-    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-    asm volatile("griddepcontrol.wait;" ::: "memory");
+    letNextKernelStart();
+    waitForPrecedingKernel();
     auto load = [&](int step) {
         const int s = step % STAGES;
         if (step >= STAGES) wait(empty + s, (step / STAGES - 1) & 1);

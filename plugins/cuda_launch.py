@@ -12,6 +12,7 @@ import contextlib
 import ctypes
 import hashlib
 import os
+import re
 from collections.abc import Callable, Sequence
 from functools import cache
 from importlib import resources
@@ -24,6 +25,7 @@ Launch = Callable[[], None]
 CLUSTER, OVERLAP = 4, 6  # CUlaunchAttributeID: cluster dimension, programmatic stream serialization
 SHARED_MEMORY = 8  # CUfunction_attribute: largest dynamic shared memory
 MAP_TYPES = {"float16": 6, "bfloat16": 9}  # CUtensorMapDataType
+INCLUDE = re.compile(r'^#include "([\w.]+)"$', re.MULTILINE)
 MOST_SHARED = 227 << 10  # bytes a block may have on Hopper
 
 
@@ -90,7 +92,10 @@ def _binary(source: str, options: tuple[str, ...]) -> bytes:
 
 def compiled(name: str, dtype: str, defines: tuple[str, ...], changes: tuple[tuple[str, str], ...], target: int) -> bytes:
     """The binary of `name`.cu for float16 or bfloat16 and compute capability `target`, with macros NAME=VALUE and texts replaced in it."""
-    source = (resources.files(__package__) / f"{name}.cu").read_text()
+    folder = resources.files(__package__)
+    source = (folder / f"{name}.cu").read_text()
+    for header in INCLUDE.findall(source):
+        source = source.replace(f'#include "{header}"', (folder / header).read_text())
     for old, new in changes:
         source = source.replace(old, new)
     options = ("--std=c++17", f"-arch=sm_{target}{'a' if target == 90 else ''}", f"-DBFLOAT16={int(dtype == 'bfloat16')}", *(f"-D{d}" for d in defines))
@@ -160,9 +165,11 @@ def launcher(function: Any, grid: Sequence[int], block: int, arguments: Sequence
         check(driver.cuFuncSetAttribute(ctypes.c_void_p(function.ptr), SHARED_MEMORY, shared), f"a kernel with {shared} bytes of shared memory")
     values = [a if isinstance(a, (ctypes._SimpleCData, ctypes.Structure, ctypes.Array)) else ctypes.c_void_p(0 if a is None else int(a.data.ptr)) for a in arguments]
     pointers = (ctypes.c_void_p * len(values))(*[ctypes.addressof(v) for v in values])
-    attributes = (_Attribute * 2)(_Attribute(OVERLAP, 0, (ctypes.c_uint32 * 16)(1)), _Attribute(CLUSTER, 0, (ctypes.c_uint32 * 16)(cluster, 1, 1)))
+    wanted = [_Attribute(OVERLAP, 0, (ctypes.c_uint32 * 16)(1))] if capability() >= 90 else []
+    wanted += [_Attribute(CLUSTER, 0, (ctypes.c_uint32 * 16)(cluster, 1, 1))] if cluster > 1 else []
+    attributes = (_Attribute * 2)(*wanted)
     dimensions = (*grid, 1, 1)[:3]
-    config = _Config((ctypes.c_uint * 3)(*dimensions), (ctypes.c_uint * 3)(block, 1, 1), shared, None, attributes, 2 if cluster > 1 else 1)
+    config = _Config((ctypes.c_uint * 3)(*dimensions), (ctypes.c_uint * 3)(block, 1, 1), shared, None, attributes, len(wanted))
     handle, call, reference = ctypes.c_void_p(function.ptr), driver.cuLaunchKernelEx, ctypes.byref(config)
     kept = (function, values, attributes, list(arguments), keep)
 

@@ -8,35 +8,12 @@
 // Both take up to three products of the same tokens (Q, K, V), which then share one launch. Weights lie [features, inner].
 // ACTIVATION and GATED are constants, so that every variant is a module of its own; KERNEL at the end names it.
 // Source: PTX ISA, "Asynchronous Warpgroup Level Matrix Instructions"; CUDA Driver API, tensor maps.
-typedef unsigned char u8;
-typedef unsigned short u16;
-typedef unsigned int u32;
-typedef unsigned long long u64;
+#include "overlap.cuh"
+#include "sixteen.cuh"
+#include "hopper.cuh"
 
-struct alignas(64) TensorMap { u8 opaque[128]; };
 struct Job { void* y; const void* bias; const void* residual; long long features; };
 struct Call { Job job[3]; int jobs, tokens, inner, tokenTiles, featureTiles, stages; };
-
-// --- 16-bit floats ----------------------------------------------------------------------------------------------------
-__device__ __forceinline__ float2 unpack(u32 v) {
-    float2 f;
-#if BFLOAT16
-    f.x = __uint_as_float(v << 16);
-    f.y = __uint_as_float(v & 0xffff0000u);
-#else
-    asm("{ .reg .f16 l, h; mov.b32 {l, h}, %2; cvt.f32.f16 %0, l; cvt.f32.f16 %1, h; }" : "=f"(f.x), "=f"(f.y) : "r"(v));
-#endif
-    return f;
-}
-__device__ __forceinline__ u32 pack(float low, float high) {
-    u32 v;
-#if BFLOAT16
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(v) : "f"(high), "f"(low));
-#else
-    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(v) : "f"(high), "f"(low));
-#endif
-    return v;
-}
 
 // --- activations, in the order of ACTIVATIONS in cuda_gemm.py ------------------------------------------------------------
 __device__ __forceinline__ float activate(float v) {
@@ -59,29 +36,17 @@ __device__ __forceinline__ float activate(float v) {
 }
 
 // --- barriers, TMA, wgmma, clusters ---------------------------------------------------------------------------------------
-__device__ __forceinline__ u32 shared(const void* p) { return (u32)__cvta_generic_to_shared(p); }
-__device__ __forceinline__ void init(u64* barrier, int count) { asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared(barrier)), "r"(count)); }
-__device__ __forceinline__ void expect(u64* barrier, int bytes) {
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared(barrier)), "r"(bytes) : "memory");
-}
-__device__ __forceinline__ void arrive(u64* barrier) { asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared(barrier)) : "memory"); }
-__device__ __forceinline__ void wait(u64* barrier, u32 parity) {
-    asm volatile("{ .reg .pred p;\nagain: mbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1;\n@p bra done;\nbra again;\ndone: }" ::"r"(shared(barrier)), "r"(parity) : "memory");
-}
 __device__ __forceinline__ void fetch(void* to, const TensorMap* map, u64* barrier, int column, int row) {
     asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], [%2];" ::"r"(shared(to)), "l"(map),
                  "r"(shared(barrier)), "r"(column), "r"(row)
                  : "memory");
 }
-__device__ __forceinline__ void prepare(const TensorMap* map) { asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory"); }
 __device__ __forceinline__ u64 descriptor(const void* tile) {  // K-major, 128-byte swizzle: rows of 64 elements, groups of 8 rows 1024 bytes apart
     return ((u64)(shared(tile) & 0x3ffff) >> 4) | (1ull << 16) | (64ull << 32) | (1ull << 62);
 }
 __device__ __forceinline__ void wgmmaFence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ __forceinline__ void wgmmaCommit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 template <int N> __device__ __forceinline__ void wgmmaWait() { asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(N) : "memory"); }
-__device__ __forceinline__ void waitForPrecedingKernel() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
-__device__ __forceinline__ void letNextKernelStart() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
 __device__ __forceinline__ void clusterSync() { asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory"); }
 __device__ __forceinline__ u32 clusterRank() { u32 r; asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(r)); return r; }
 __device__ __forceinline__ float4 remote(const float* mine, u32 rank) {

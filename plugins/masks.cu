@@ -1,9 +1,7 @@
 // AttentionMask: a block for each batch row and query, written for every head. PADDING is the type of the key padding, OUT an
 // unsigned integer as wide as an element of the result; the values come as its bits.
-typedef unsigned char u8;
-typedef unsigned short u16;
-typedef unsigned int u32;
-typedef unsigned long long u64;
+#include "overlap.cuh"
+#include "sixteen.cuh"
 
 struct Mask {
     OUT* y;
@@ -15,8 +13,8 @@ struct Mask {
 };
 
 extern "C" __global__ void mask(const __grid_constant__ Mask c) {
-    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-    asm volatile("griddepcontrol.wait;" ::: "memory");
+    letNextKernelStart();
+    waitForPrecedingKernel();
     const int query = blockIdx.x, batch = blockIdx.y;
     auto near = [&](int key) {
         const int distance = query + c.offset - key;

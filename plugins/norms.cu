@@ -1,27 +1,7 @@
 // LayerNormalization and RMSNormalization over the last axis, float16 or bfloat16, sums in float32. WARPS warps share a row, which
 // each thread keeps in registers, 8 elements at a time: the row is read once.
-typedef unsigned short u16;
-typedef unsigned int u32;
-
-__device__ __forceinline__ float2 unpack(u32 v) {
-    float2 f;
-#if BFLOAT16
-    f.x = __uint_as_float(v << 16);
-    f.y = __uint_as_float(v & 0xffff0000u);
-#else
-    asm("{ .reg .f16 l, h; mov.b32 {l, h}, %2; cvt.f32.f16 %0, l; cvt.f32.f16 %1, h; }" : "=f"(f.x), "=f"(f.y) : "r"(v));
-#endif
-    return f;
-}
-__device__ __forceinline__ u32 pack(float low, float high) {
-    u32 v;
-#if BFLOAT16
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(v) : "f"(high), "f"(low));
-#else
-    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(v) : "f"(high), "f"(low));
-#endif
-    return v;
-}
+#include "overlap.cuh"
+#include "sixteen.cuh"
 
 template <int WARPS>
 __device__ __forceinline__ float total(float v) {
@@ -42,7 +22,7 @@ template <int VECTORS, int WARPS, bool CENTRED>
 __device__ __forceinline__ void norm(u16* y, const u16* x, const u16* scale, const u16* bias, int rows, int width, float epsilon) {
     constexpr int THREADS = WARPS * 32;
     const int row = WARPS == 1 ? blockIdx.x * (blockDim.x >> 5) + (threadIdx.x >> 5) : blockIdx.x, at = threadIdx.x % THREADS;
-    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+    letNextKernelStart();
     // Weights do not depend on the preceding kernel.
     uint4 scales[VECTORS], biases[VECTORS];
     #pragma unroll
@@ -51,7 +31,7 @@ __device__ __forceinline__ void norm(u16* y, const u16* x, const u16* scale, con
         scales[n] = i * 8 < width ? __ldg((const uint4*)scale + i) : uint4{0, 0, 0, 0};
         biases[n] = bias && i * 8 < width ? __ldg((const uint4*)bias + i) : uint4{0, 0, 0, 0};
     }
-    asm volatile("griddepcontrol.wait;" ::: "memory");
+    waitForPrecedingKernel();
     if (row >= rows) return;
     const uint4* from = (const uint4*)(x + (long long)row * width);
     float v[VECTORS][8];

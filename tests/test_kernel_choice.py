@@ -7,6 +7,7 @@ import itertools
 import json
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ import onnx
 import pytest
 
 import rewrite
-from rewrite.plugins import cuda_attention, cuda_gemm, tuning
+from rewrite.plugins import cuda_attention, cuda_gemm, cuda_launch, tuning
 from rewrite.plugins.cuda_gemm import Product, Shape
 from rewrite.registry import library
 from rewrite.runtime import seal
@@ -214,3 +215,36 @@ def test_tuning_needs_a_gpu_and_says_so_first(tmp_path):
     assert not (tmp_path / "p").exists()
     with pytest.raises(rewrite.RewriteError, match="nothing to tune on the CPU"):
         rewrite.build(graphs.model(1, "bert"), tmp_path / "q", engines=False, verify=False).tune({})
+
+
+@pytest.mark.parametrize("name", ["gemm", "attention", "norms", "masks"])
+def test_a_source_is_whole_before_it_is_compiled(name, monkeypatch):
+    """NVRTC gets one text: no header is looked for on the user's machine."""
+    given: list[tuple[str, tuple[str, ...]]] = []
+    monkeypatch.setattr(cuda_launch, "_binary", lambda source, options: given.append((source, options)) or b"")
+    cuda_launch.compiled(name, "bfloat16", ("D=64",), (("WGMMA\n", "// here\n"),), 90)
+    ((source, options),) = given
+    assert "#include" not in source
+    assert source.count("typedef unsigned int u32;") == 1
+    assert {"-arch=sm_90a", "-DBFLOAT16=1", "-DD=64"} <= set(options)
+
+
+def test_compiled_kernels_are_kept_and_a_damaged_file_is_compiled_again(tmp_path, monkeypatch):
+    compiled = []
+    fake = types.SimpleNamespace(
+        getVersion=lambda: (13, 0), createProgram=lambda *a: a[0], compileProgram=lambda program, options: compiled.append(program), getCUBIN=lambda p: b"binary", destroyProgram=lambda p: None,
+        NVRTCError=ValueError,
+    )  # fmt: skip
+    monkeypatch.setitem(sys.modules, "cupy", types.SimpleNamespace(cuda=types.SimpleNamespace(nvrtc=fake)))
+    monkeypatch.setitem(sys.modules, "cupy.cuda", types.SimpleNamespace(nvrtc=fake))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert [cuda_launch._binary("source", ("-a",)) for _ in range(3)] == [b"binary"] * 3
+    assert compiled == ["source"]
+    (file,) = (tmp_path / "rewrite" / "kernels").iterdir()
+    file.write_bytes(file.read_bytes()[:-1])
+    assert cuda_launch._binary("source", ("-a",)) == b"binary"
+    assert len(compiled) == 2
+    assert cuda_launch._binary("source", ("-b",)) == b"binary"
+    assert len(compiled) == 3
+    monkeypatch.setenv("XDG_CACHE_HOME", "/dev/null")  # a cache that cannot be
+    assert cuda_launch._binary("source", ("-a",)) == b"binary"
