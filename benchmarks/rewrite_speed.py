@@ -264,8 +264,8 @@ def main() -> None:
     import record
 
     rows: list[dict[str, Any]] = []
-    slow: dict[str, str] = {}  # engines that ran out of time, or would in ten times as many nodes, are not tried on larger graphs
-    late: dict[str, str] = {}
+    slow: dict[tuple[str, str], str] = {}  # engines that ran out of time, or would with ten times as many nodes, are not tried on larger graphs
+    late: dict[tuple[str, str], str] = {}
     pythons = {e: python_for(e, arguments.peers_python) for e in arguments.engines}
     with tempfile.TemporaryDirectory() as folder:
         for size in sorted(arguments.sizes):
@@ -277,11 +277,12 @@ def main() -> None:
                 onnx.save(model, path)
                 del model
                 for engine in arguments.engines:
-                    result = {"failed": slow[engine]} if engine in slow else measure(engine, path, pythons[engine], arguments.timeout)
-                    if engine not in slow and result.get("failed", "").startswith("over "):
-                        slow[engine] = f"{result['failed']} for {count} nodes"
+                    known = slow.get((kind, engine))
+                    result = measure(engine, path, pythons[engine], arguments.timeout) if known is None else {"failed": known}
+                    if known is None and result.get("failed", "").startswith("over "):
+                        slow[kind, engine] = f"{result['failed']} for {count} nodes"
                     elif "rewrite" in result and 10 * result["rewrite"]["cpu"] > arguments.timeout:
-                        late[engine] = f"not tried: {result['rewrite']['cpu']:.0f} s for {count} nodes, and {arguments.timeout:.0f} s allowed"
+                        late[kind, engine] = f"not tried: {result['rewrite']['cpu']:.0f} s for {count} nodes, and {arguments.timeout:.0f} s allowed"
                     rows.append({"kind": kind, "size": size, "nodes": count, "engine": engine, **result})
                     show(rows[-1:])
     print()

@@ -160,9 +160,9 @@ class Driver:
 
     def _stop_loop(self, graph: Graph, rule: Rule, match: Match, anchor: Node) -> None:
         """A rule that finds again and again what it replaced before, on the same values, will find it for ever."""
-        key: tuple[Any, ...] = (rule.name, *(t.name for t in match.outputs))
-        self._fired[key] += 1
-        if self._fired[key] < 2:
+        key: tuple[Any, ...] = (rule.name, *[t.name for t in match.outputs])
+        if key not in self._fired:
+            self._fired[key] = 1
             return
         values = [_identity(graph, v) for v in match.bindings.values()]
         nodes = [(n.canonical, [(k, repr(v)) for k, v in n.attrs.items() if not isinstance(v, (gs.Tensor, gs.Graph))]) for n in match.nodes]
@@ -177,7 +177,10 @@ class Driver:
             return made, results
         node = made[0]
         key = (graph, node.canonical, *[t.name and id(t) for t in node.inputs])
-        alike = self._plugin_nodes.setdefault(key, [])
+        alike = self._plugin_nodes.get(key)
+        if alike is None:
+            self._plugin_nodes[key] = [node]
+            return made, results
         old = next((n for n in alike if not n.dead and repr(sorted(n.attrs.items())) == repr(sorted(node.attrs.items()))), None)
         if old is None:
             alike.append(node)
@@ -192,7 +195,9 @@ class Driver:
         for old, new in zip(match.outputs, results, strict=True):
             if (new.dtype is not None or new.shape is not None) and (changed := _type_change(old, new)):
                 return changed
-        own = next((n.op for n in made if n.domain == DOMAIN), "") if made else ""
+        own = ""
+        for node in made:
+            own = own or (node.op if node.domain == DOMAIN else "")
         site = Site(rule.name, own, [t.name for t in match.outputs], list(map(describe, match.nodes)))
         site.where = common_scope([n.scope if n.scope is not None else _scope(n) for n in match.nodes])
         reason = self._plugin_site(graph, rule, match, made, results, site) if own else self._plain_site(graph, match, made, results, site)

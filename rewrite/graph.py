@@ -259,7 +259,7 @@ class Graph:
         for node in order:
             for tensor in reads(node):
                 for producer in tensor.inputs:
-                    if producer.graph is self and producer.position >= node.position:
+                    if producer.position >= node.position and producer.graph is self:
                         return False
         return True
 

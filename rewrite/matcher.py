@@ -51,7 +51,11 @@ class _Refusal:
     reason: str
 
 
-FAILED: Goals = (_Refusal, None, None)
+class _Never:
+    """A goal that is failed already."""
+
+
+FAILED: Goals = (_Never(), None, None)
 
 
 class Matcher:
@@ -68,21 +72,23 @@ class Matcher:
         """All ways in which the pattern matches with its first output computed by `node`."""
         first = self.pattern[0]
         index = first.index if isinstance(first, P.Output) else 0
-        if index >= len(node.outputs):
-            return
-        for _ in self._solve((first, node.outputs[index], None)):
-            if len(self.pattern) == 1:
-                yield self._match([node.outputs[index]])
-            else:
-                yield from self._others(1, [node.outputs[index]])
+        step = self._advance((first, node.outputs[index], None)) if index < len(node.outputs) else FAILED
+        if step is FAILED:
+            return iter(())
+        return self._others(1, [node.outputs[index]], step)
 
     def _match(self, outputs: list[gs.Tensor]) -> Match:
         return Match(self.graph, outputs, dict(self.bindings), list(dict.fromkeys(self.nodes)))
 
-    def _others(self, position: int, found: list[gs.Tensor]) -> Iterator[Match]:
-        if position == len(self.pattern):
-            yield self._match(found)
-            return
+    def _others(self, position: int, found: list[gs.Tensor], step: Step) -> Iterator[Match]:
+        """The matches to which a step leads that is the last for the first `position` outputs, `found`."""
+        for _ in self._ways(step):
+            if position == len(self.pattern):
+                yield self._match(found)
+            else:
+                yield from self._next(position, found)
+
+    def _next(self, position: int, found: list[gs.Tensor]) -> Iterator[Match]:
         value = self.pattern[position]
         op = value.node if isinstance(value, P.Output) else value
         index = value.index if isinstance(value, P.Output) else 0
@@ -90,8 +96,8 @@ class Matcher:
         for node in [known] if known is not None else self._siblings(value):
             if index < len(node.outputs):
                 mark = self._mark()
-                for _ in self._solve((value, node.outputs[index], None)):
-                    yield from self._others(position + 1, [*found, node.outputs[index]])
+                step = self._advance((value, node.outputs[index], None))
+                yield from self._others(position + 1, [*found, node.outputs[index]], step)
                 self._undo(mark)
 
     def _siblings(self, value: P.Value) -> list[gs.Node]:
@@ -138,23 +144,29 @@ class Matcher:
         return found
 
     # --- goals -------------------------------------------------------------------------------------------------
-    def _solve(self, goals: Goals | None) -> Iterator[None]:
-        """Once for each way to meet all goals. What was bound on the way is left for the caller to undo."""
+    def _advance(self, goals: Goals | None) -> Step:
+        """Meet goals up to a choice: returns it, None if none is left, or FAILED. What was bound is left for the caller to undo."""
         while goals is not None:
             value, tensor, rest = goals
             step = MEETS[type(value)](self, value, tensor, rest)
-            if step is FAILED:
-                return
-            if step is None or type(step) is tuple:
-                goals = step
-                continue
-            mark = self._mark()
-            for choice in step:
-                if choice is not FAILED:
-                    yield from self._solve(choice)
-                self._undo(mark)
+            if step is FAILED or not (step is None or type(step) is tuple):
+                return step
+            goals = step
+        return None
+
+    def _ways(self, step: Step) -> Iterator[None]:
+        """Once for each way in which a step leads to the end of its goals, with what that way binds."""
+        if step is None:
+            yield
             return
-        yield
+        mark = self._mark()
+        for choice in () if step is FAILED else step:
+            left = self._advance(choice)
+            if left is None:
+                yield
+            elif left is not FAILED:
+                yield from self._ways(left)
+            self._undo(mark)
 
     def _mark(self) -> tuple[int, int]:
         return len(self._trail), len(self.nodes)
@@ -226,6 +238,9 @@ class Matcher:
         fit.met = True
         yield rest
         fit.noted = self.trace.copy()
+
+    def _never(self, value: _Never, tensor: None, rest: None) -> Step:
+        return FAILED
 
     def _refused(self, refusal: _Refusal, _: None, rest: Goals | None) -> Step:
         return self._stop(refusal.op.name, refusal.node, refusal.reason)
@@ -469,7 +484,7 @@ class Matcher:
 MEETS: dict[type, Callable[..., Step]] = {
     P.Var: Matcher._variable, P.Const: Matcher._constant, P.Scalar: Matcher._constant, P.Ints: Matcher._constant, P.AnyOf: Matcher._any_of,
     P.Tag: Matcher._tagged, P.Typed: Matcher._typed, P.Missing: Matcher._missing, P.Output: Matcher._output, P.Op: Matcher._produced,
-    P.Rest: Matcher._rest, tuple: Matcher._assign, _Fit: Matcher._fitted, _Refusal: Matcher._refused,
+    P.Rest: Matcher._rest, tuple: Matcher._assign, _Fit: Matcher._fitted, _Refusal: Matcher._refused, _Never: Matcher._never,
 }  # fmt: skip
 
 
