@@ -198,13 +198,14 @@ def page(results: dict[str, Rows]) -> str:
     for group, members in GROUPS.items():
         text += ["", f"## {group.capitalize()}", "", f"| function | what it computes | {' | '.join(columns)} |", f"|---|---|{'---|' * len(columns)}"]
         for name, block in members.items():
-            cells = [shown([results[t][name][c] for t in results], notes) for c in columns]
+            rows = [by_name[name] for by_name in results.values() if name in by_name]
+            cells = [shown([row[c] for row in rows], notes) for c in columns]
             text.append(f"| {name} | `{block.what}` | {' | '.join(cells)} |")
     text += ["", "## Why not", "", *(f"{i}. {note}" for i, note in enumerate(notes.texts, 1))]
     text += ["", "## Rules", "", "In how many of these functions each rule was applied, in either type, and in which of them at all.", ""]
     text += [f"| rule | {' | '.join(columns)} | functions |", f"|---|{'---|' * len(columns)}---|"]
     for rule in library([]).rules:
-        per_column = [[n for n in BLOCKS if any(rule.name in results[t][n][c].get("rules", {}) for t in results)] for c in columns]
+        per_column = [[n for n in BLOCKS if any(rule.name in rows[n][c].get("rules", {}) for rows in results.values() if n in rows)] for c in columns]
         functions = [n for n in BLOCKS if any(n in names for names in per_column)]
         text.append(f"| {rule.name} | {' | '.join(str(len(names) or '–') for names in per_column)} | {', '.join(functions)} |")
     return "\n".join(text) + "\n"
@@ -230,7 +231,7 @@ def main() -> None:
     file = record.RESULTS / "forms.json"
     if options.names:
         old = json.loads(file.read_text())["results"]
-        results = {t: {n: {**old[t], **results[t]}[n] for n in BLOCKS} for t in TYPES}
+        results = {t: {n: {**old[t], **results[t]}[n] for n in BLOCKS if n in {**old[t], **results[t]}} for t in TYPES}
     PAGE.write_text(page(results))
     path = record.write("forms", record.cpu(), record.versions("torch", "onnx", "onnxruntime", "onnxscript"), results)
     print(f"written to {PAGE} and {path}")
