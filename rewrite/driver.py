@@ -76,7 +76,7 @@ class Driver:
     def _try(self, graph: Graph, rule: Rule, node: Node) -> list[Node] | None:
         started = time.perf_counter()
         stats = self.report.rules[rule.name]
-        touched, covered = None, list[Node]()
+        touched, covered, bound = None, list[Node](), dict[str, Any]()
         self._blocked = self._rejected = False
         matches, refusal = self._matches(graph, rule, node)
         for match in matches:
@@ -94,10 +94,10 @@ class Driver:
                 refusal = reason
         if touched is None and self._rejected:
             stats.rejected += 1
-            self.report.missed(NearMiss(rule.name, describe(node), "replacement", "", refusal, {}, covered=list(map(describe, covered))))
+            self.report.missed(NearMiss(rule.name, describe(node), "replacement", "", refusal, _told(bound), covered=list(map(describe, covered))))
         elif touched is None and refusal:
             stats.refusals += 1
-            self.report.missed(NearMiss(rule.name, describe(node), "check", "", refusal, {}, covered=list(map(describe, covered))))
+            self.report.missed(NearMiss(rule.name, describe(node), "check", "", refusal, _told(bound), covered=list(map(describe, covered))))
         elif touched is None and self.explain and rule.find is None and (trace := _nearest(graph, rule, node)).depth > 0:
             size = sum(map(P.size, rule.pattern))
             self.report.missed(NearMiss(rule.name, describe(node), trace.part, trace.node, trace.reason, trace.bound, trace.depth, size, trace.covered))
@@ -225,7 +225,7 @@ class Driver:
             key = f"{body.digest}|{site.attributes}|{[(n, str(t.dtype), t.shape) for n, t in inputs.items()]}"
             run = reference_runner(plugin, site.attributes, [first[id(t)] if t.name else "" for t in node.inputs])
             verdict = self._verdict(key, graph, body.function, inputs, run, plugin.tolerance, plugin.sample, match.shapes)
-            site.error = verdict.error
+            site.error, site.reduced = verdict.error, verdict.reduced
             if not verdict.ok:
                 return f"plugin {plugin.name} differs from the subgraph it would replace: {verdict.reason}"
         node.op = body.called = body.called or self.table.add(body.function, body.digest)
@@ -254,7 +254,7 @@ class Driver:
             return run_function(after.function, needed, arrays)
 
         verdict = self._verdict(key, graph, before.function, inputs, run, TOLERANCE, None, contents=_target_shapes(match))
-        site.error = verdict.error
+        site.error, site.reduced = verdict.error, verdict.reduced
         return "" if verdict.ok else f"the replacement differs: {verdict.reason}"
 
     def _verdict(self, key: str, graph: Graph, body: onnx.FunctionProto, inputs: dict[str, gs.Tensor], run: Callable[..., list[Any]],
@@ -367,6 +367,12 @@ def _bound(match: Match) -> dict[str, Any]:
     bindings = {k: BoundValue(graph, v) if isinstance(v, gs.Tensor) else _wrapped(graph, v) for k, v in match.bindings.items()}
     bindings["output"] = BoundValue(graph, match.outputs[0])
     return bindings
+
+
+def _told(bound: dict[str, Any]) -> dict[str, str]:
+    """What the variables of a match stand for, as text; those that stand for nothing left out."""
+    values = {n: [v.name for v in value] if isinstance(value, list) and value and isinstance(value[0], BoundValue) else value for n, value in bound.items() if n != "output"}
+    return {n: v.name if isinstance(v, BoundValue) else str(v) for n, v in values.items() if v is not None}
 
 
 def _wrapped(graph: Graph, value: Any) -> Any:

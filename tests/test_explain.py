@@ -149,6 +149,13 @@ def test_what_is_there_of_a_near_miss_is_told_when_asked(tmp_path, rng):
     assert "x = m" not in run("explain", tmp_path / "m.onnx").stdout
 
 
+def test_what_the_variables_of_a_refused_match_stand_for_is_told(explain):
+    (miss,) = [m for m in explain(attention(axis=2), "--rule", "attention")["near_misses"] if m["part"] == "check"]
+    assert {n: miss["bound"][n] for n in ("q", "k", "v", "axis")} == {"q": "q", "k": "k", "v": "v", "axis": "2"}
+    assert float(miss["bound"]["s_scale"]) == pytest.approx(0.35)
+    assert "mask" not in miss["bound"]
+
+
 def test_operators_that_merely_share_a_root_are_no_near_miss(explain, rng):
     """A plain product or sum is the root of many rules, and none of them came near."""
     model = parse("(float[n, 8] x, float[n, 8] z) => (float[n, 8] y) { a = Add(x, z) b = Mul(a, z) c = Transpose(b) d = Transpose(c) y = Sub(d, x) }")

@@ -227,6 +227,16 @@ def test_large_sites_are_checked(wrong, fixed):
     assert verdict.reduced == (1 if fixed or wrong else 64)  # else the sizes of the model decided
 
 
+def test_a_site_with_very_large_weights_is_reported_as_checked_at_reduced_sizes():
+    """A product with its bias; one whose sizes have nothing in common is checked as it is."""
+    w, b = np.ones((4096, 2048), np.float32), np.ones(2048, np.float32)
+    proto = parse("(float[n, 4096] x) => (float[n, 2048] y) { m = MatMul(x, w) y = Add(m, b) }", w=w, b=b)
+    (site,) = rewrite.optimize(proto).report.sites
+    assert (site.rule, site.reduced) == ("linear_bias", 64)
+    (site,) = rewrite.optimize(parse("(float[n, 4096] x) => (float[n, 1023] y) { y = MatMul(x, w) }", w=w[:, :1023])).report.sites
+    assert (site.rule, site.reduced) == ("linear", 1)
+
+
 def test_the_report_says_where_a_site_was_checked_at_reduced_sizes(capsys):
     """In the table, one for all sites of a rule, and for each site in the JSON."""
     report = Report(verified=True, model_error=0.0)
