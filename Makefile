@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 PIP := $(VENV)/bin/python -m pip install -q --disable-pip-version-check
-SOURCES := $(wildcard rewrite/*.py patterns/*.py plugins/*.py export/*.py runtime/*.py) pyproject.toml README.md
+SOURCES := $(wildcard rewrite/*.py patterns/*.py plugins/*.py plugins/*.cu plugins/*.cuh export/*.py runtime/*.py) pyproject.toml README.md
 
 .PHONY: test coverage demo demo-generate clean
 
