@@ -231,7 +231,7 @@ def optimize(model: str, output: str | None, files: tuple[str, ...], only: tuple
     source = load(model)
     feeds = _load_inputs(inputs, source)
     result = run(source, rules=list(files), only=list(only) or None, verify=verify, inputs=feeds, tolerance=tolerance, explain=bool(expect), bitwise=bitwise, generate=generator, block_size=block_size)
-    if not result.report.sites and not expect:  # the user will want to know why
+    if not result.report.sites and not expect and not generator:  # the user will want to know why
         result = run(source, rules=list(files), only=list(only) or None, verify=verify, explain=True, bitwise=bitwise)
     report = result.report
     failures = check_expectations(expectations, report, set(known.plugins))
@@ -285,7 +285,7 @@ def print_report(report: Report, model: str, output: str | None) -> None:
 
 
 def _what_was_verified(report: Report) -> str:
-    if not report.sites:
+    if not report.sites and report.generator is None:
         return "No rule matched; the model is unchanged."
     if not report.verified:
         return "NOT verified (--no-verify)"
@@ -431,7 +431,9 @@ def verify(first: str, second: str, inputs: tuple[str, ...], tolerance: float) -
     """Compare the outputs of two models on the same inputs; exit code 1 if they differ."""
     sandbox.start()
     from rewrite.model import load
+    from rewrite.validity import check_tolerance
 
+    check_tolerance(tolerance)
     one, other = load(first), load(second)
     error = sandbox.compare(one, other, _load_inputs(inputs, one), tolerance)
     click.echo(f"equal: largest relative difference {error:.1e} (allowed {tolerance:.0e})")

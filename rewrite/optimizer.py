@@ -24,7 +24,7 @@ from rewrite.model import Model, close_graph, load, open_graph, overridable
 from rewrite.registry import TIERS, Library, Rule, library
 from rewrite.report import Report
 from rewrite.shapes import SymbolicShapes
-from rewrite.validity import check_feeds, unknown_operators
+from rewrite.validity import check_feeds, check_tolerance, unknown_operators
 from rewrite.weights import external_size
 
 LARGEST_RUN = 2 << 30  # bytes of external weights: a run holds those of both models in memory
@@ -77,6 +77,7 @@ def optimize(
         CheckFailed: the whole model differs from the original.
     """
     source = load(model)
+    check_tolerance(tolerance)
     for feeds in inputs or ():
         check_feeds(source.proto, feeds)
     chosen = library(rules) if only is None else library(rules).select(only)
@@ -100,6 +101,7 @@ def optimize(
         if bitwise and report.model_error:
             raise CheckFailed(f"the rewritten model differs by {report.model_error:.1e} where --bitwise allows nothing")
         report.verify_seconds += time.perf_counter() - started
+        report.seconds += time.perf_counter() - started
     return result
 
 

@@ -502,6 +502,14 @@ def test_usage_is_one_line_too(arguments, reason):
     refused(run("optimize", *arguments), reason, "--help")
 
 
+@pytest.mark.parametrize("tolerance", ["nan", "-1e-4", "inf"])
+@pytest.mark.parametrize("command", ["optimize", "verify", "build"])
+def test_a_tolerance_that_compares_nothing(tmp_path, model, command, tolerance):
+    extra = {"optimize": ["-o", tmp_path / "out"], "verify": [model], "build": ["-o", tmp_path / "out", "--no-engines"]}[command]
+    refused(run(command, model, *extra, "--tolerance", tolerance), "tolerance", "1e-4")
+    assert not (tmp_path / "out").exists()
+
+
 def test_commands():
     refused(run("optmize"), "no command 'optmize'; did you mean 'optimize'?")
     assert run("--help").exit_code == 0

@@ -233,13 +233,39 @@ def test_the_command(plans, tmp_path):
 @pytest.mark.parametrize(("arguments", "reason"), [
     (["--tokens", "a"], "write whole numbers"), ([], "there is no prompt"), (["--prompt", "w1"], "no tokenizer"), (["--tokens", "1", "--kv-memory", "much"], "write a number of bytes"),
     (["--tokens", "1", "--kv-memory", "10"], "a block of keys and values takes"), (["--tokens", "1", "--device", "cuda"], "device cuda is not supported yet"),
-    (["--prompts", "none"], "cannot be read"),
+    (["--prompts", "none"], "cannot be read"), (["--tokens", "-5"], "the prompt has token -5"), (["--tokens", "1", "--kv-memory", "4000000G"], "give less with --kv-memory"),
 ])  # fmt: skip
 def test_wrong_calls_are_one_line(plans, arguments, reason):
     shown = call("generate", plans / "ids", *arguments)
     assert shown.exit_code == 2
     assert reason in shown.stderr
     assert shown.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(("arguments", "reason"), [
+    (["--prompt", "\udcff w1"], "character 1 is no text"),
+    (["--prompt", "w1", "--system", "w2\udcff"], "character 3 is no text"), (["--prompt", "w1", "--no-chat", "--temperature", -1], "temperature is -1.0"),
+    (["--tokens", "-5"], "the prompt has token -5"), (["--prompt", "", "--no-chat"], "the prompt is empty"),
+])  # fmt: skip
+def test_a_refused_prompt_is_not_echoed(plans, arguments, reason):
+    shown = call("generate", plans / "text", *arguments, "--kv-memory", "1M")
+    assert (shown.exit_code, shown.stdout, shown.stderr.count("\n")) == (2, "", 1)
+    assert reason in shown.stderr
+
+
+def test_a_model_that_is_fused_already_becomes_a_generator(tmp_path):
+    rewrite.optimize(decoder()).model.save(tmp_path / "fused.onnx")
+    shown = call("optimize", tmp_path / "fused.onnx", "--generate", "-o", tmp_path / "made.onnx")
+    assert shown.exit_code == 0
+    assert "verified against the original, texts in ragged steps" in shown.stdout
+    assert "unchanged" not in shown.stdout
+    rewrite.Generator(rewrite.build(tmp_path / "made.onnx", tmp_path / "plan", engines=False), kv_memory=1 << 20)
+
+
+def test_a_tokenizer_is_for_generators(tmp_path, folder):
+    with pytest.raises(RewriteError, match="no use for a tokenizer"):
+        rewrite.build(rewrite.optimize(decoder()).model, tmp_path / "plan", engines=False, tokenizer=folder)
+    assert not (tmp_path / "plan").exists()
 
 
 def test_bench_generate(plans):
