@@ -451,6 +451,38 @@ def test_a_wrong_replacement_is_rejected_and_named(tmp_path):
     assert "mine at Neg 'y': REJECTED: the replacement differs" in done.stdout
 
 
+def test_a_rejection_is_told_where_another_rule_takes_the_node(tmp_path):
+    """Else whoever writes a plugin for what a built-in rule does, too, never learns that its reference is wrong."""
+    text = """import numpy as np, rewrite
+@rewrite.plugin
+class Wrong:
+    inputs, tolerance = ("x",), {"float32": (1e-5, 1e-5)}
+    def reference(x):
+        return np.zeros_like(x)
+@rewrite.rule(priority=10)
+class Mine:
+    def pattern(op, x):
+        return op.Neg(op.Neg(x))
+    def replace(op, x):
+        return op.Wrong(x)
+@rewrite.rule
+class Other:
+    def pattern(op, x):
+        return op.Neg(op.Neg(x))
+    def replace(op, x):
+        return op.Identity(x)
+"""
+    path = save(parse("(float[n, 8] x) => (float[n, 8] y) { a = Neg(x)\n y = Neg(a) }"), tmp_path / "m.onnx")
+    file = rules(tmp_path, text=text)
+    done = run("optimize", path, "--rules", file)
+    assert done.exit_code == 0, done.output
+    told = "mine at Neg 'y': REJECTED: plugin Wrong differs"
+    assert "other" in done.stdout
+    assert told in done.stdout
+    assert told in run("optimize", path, "--rules", file, "--expect", "wrong=1").stderr
+    assert "REJECTED" in run("explain", path, "--rules", file, "--rule", "mine").stdout
+
+
 @pytest.mark.parametrize("replace", ["return op.Neg(x)", "return op.Neg(op.Neg(op.Neg(x)))", "return op.Neg(op.Identity(x))"])
 def test_a_rule_that_loops_for_ever(tmp_path, replace):
     path, out = save(parse(PLAIN), tmp_path / "m.onnx"), tmp_path / "out.onnx"
