@@ -6,7 +6,7 @@ import contextlib
 import gc
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -78,6 +78,10 @@ def optimize(
     """
     source = load(model)
     check_tolerance(tolerance)
+    if isinstance(only, str):
+        raise RewriteError("only: give a list of names of rules, also of a single one")
+    if isinstance(inputs, Mapping):
+        raise RewriteError("inputs: give a list of dictionaries, a run each, also for a single run")
     for feeds in inputs or ():
         check_feeds(source.proto, feeds)
     chosen = library(rules) if only is None else library(rules).select(only)

@@ -68,6 +68,8 @@ def build(
         CheckFailed: the plan's outputs are not the model's; nothing is written.
     """
     check_tolerance(tolerance)
+    if profile is not None and not isinstance(profile, str):
+        raise RewriteError(f"profile: a {type(profile).__name__}; write the sizes as text, for example 'batch=1:8:32,sequence=1:128:512'")
     source, target = load(model), Path(directory)
     say: Progress = progress or (lambda line: None)
     if target.exists() and not (target / MANIFEST).is_file() and (not target.is_dir() or any(target.iterdir())):

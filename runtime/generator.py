@@ -210,7 +210,9 @@ class Generator:
 
 
 def as_prompts(given: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    """A list of prompts from one, or from several."""
+    """A list of prompts from one, or from several. Raises RewriteError for anything else."""
+    if not isinstance(given, Sequence) or not all(isinstance(p, (str, int, dict, Sequence)) for p in given):
+        raise RewriteError("generate: a prompt is a text, a list of token ids, or a list of messages {'role': ..., 'content': ...}; give one or a list of them")
     if isinstance(given, str) or (len(given) and isinstance(given[0], (int, dict))):
         return [given]  # type: ignore[list-item]
     return list(given)  # type: ignore[arg-type]

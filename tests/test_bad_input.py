@@ -419,6 +419,37 @@ def test_a_misspelled_name_in_a_rule(tmp_path):
     refused(run("list", "--rules", rules(tmp_path, text=text)), "takes 'wieght', which the pattern does not bind; did you mean 'weight'?")
 
 
+def test_an_operator_sign_in_a_replacement(tmp_path):
+    path = save(parse(PLAIN), tmp_path / "m.onnx")
+    refused(run("optimize", path, "--rules", rules(tmp_path, replace="return x * x")), "its replacement fails at Neg 'y'", "op.Mul(a, b)")
+
+
+@pytest.mark.parametrize(("arguments", "reason"), [
+    ({"only": "attention"}, "only: give a list"), ({"inputs": {"x": 1}}, "inputs: give a list"), ({"tolerance": float("nan")}, "tolerance nan"),
+])  # fmt: skip
+def test_arguments_of_a_wrong_kind(model, arguments, reason):
+    with pytest.raises(rewrite.RewriteError, match=reason):
+        rewrite.optimize(str(model), **arguments)
+
+
+def test_a_profile_is_text(model, tmp_path):
+    with pytest.raises(rewrite.RewriteError, match="profile: a dict"):
+        rewrite.build(str(model), tmp_path / "plan", profile={"n": (1, 2, 3)}, engines=False)
+
+
+@pytest.mark.parametrize(("arrays", "reason"), [
+    ({"x": np.zeros((2, 8))}, "'x' is float64, the model needs float32"), ({"z": np.zeros(2)}, "no input 'z'"), ({"x": np.zeros(8, np.float32)}, "shape [8]"),
+])  # fmt: skip
+def test_a_model_is_run_on_what_it_takes(tmp_path, model, arrays, reason):
+    np.savez(tmp_path / "in.npz", **arrays)
+    refused(run("run", model, "--inputs", tmp_path / "in.npz"), reason)
+
+
+@pytest.mark.parametrize("option", [["--segment", "a"], ["--check"], ["--key", "k"]])
+def test_what_only_plans_have(model, option):
+    refused(run("inspect", model, *option), "are for plans")
+
+
 @pytest.mark.parametrize(("file", "reason"), [("none.py", "no such file"), (".", "a directory"), ("rules.txt", "must end in .py")])
 def test_no_rules_file(tmp_path, model, file, reason):
     (tmp_path / "rules.txt").write_text("x = 1")

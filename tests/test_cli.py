@@ -120,6 +120,12 @@ def test_list_names_every_rule_with_its_line():
     assert all(r["doc"] for r in found["rules"] + found["plugins"])
 
 
+def test_explain_of_what_is_fused_does_not_say_that_nothing_is(tmp_path):
+    onnx.save(parse("(float[n, 8] x) => (float[n, 8] y) { m = MatMul(x, w) y = Relu(m) }", w=np.ones((8, 8), np.float32)), tmp_path / "m.onnx")
+    assert run("optimize", str(tmp_path / "m.onnx"), "-o", str(tmp_path / "f.onnx")).exit_code == 0
+    assert run("explain", str(tmp_path / "f.onnx")).stdout == "nothing more is fused; no near miss\n"
+
+
 def test_explain_names_the_stop(tmp_path):
     path = tmp_path / "m.onnx"
     onnx.save(parse("(float[n, 8] x, float[n, 8] z) => (float[n, 8] y) { s = Sigmoid(z)\n y = Mul(x, s) }"), path)

@@ -178,6 +178,8 @@ WRONG = [
     ([[1]], {"temperature": -1}, "temperature"),
     ([[1]], {"max_new_tokens": POSITIONS}, f"are more than the model's {POSITIONS}"),
     (["words"], {}, "the plan has no tokenizer"),
+    (5, {}, "a prompt is a text"),
+    ([None], {}, "a prompt is a text"),
     ([[1], [1] * 200], {}, "are more than the model's"),
 ]
 
