@@ -77,7 +77,8 @@ class Generator:
         self.plan = plan if isinstance(plan, Plan) else Plan(plan, device=device)
         self.model = PlanModel(self.plan, kv_memory)
         self.scheduler = Scheduler(self.model, BlockPool(self.model.blocks, self.model.block_size, self.model.window, reuse), token_budget, seats, context=self.model.positions)
-        self.eos = tuple(int(i) for i in self.model.found.get("eos") or ())
+        ends = (int(i) for i in self.model.found.get("eos") or ())
+        self.eos = tuple(i for i in ends if 0 <= i < self.model.vocabulary)  # a configuration may name another vocabulary's
         self._tokenizer: Tokenizer | None = None
         self._lock = threading.Lock()  # of the scheduler and the sinks
         self._sinks: dict[int, Callable[[Output], None]] = {}

@@ -113,6 +113,14 @@ def test_verify_tells_models_apart(model, tmp_path):
     assert "output 'y'" in done.output
 
 
+def test_verify_of_models_with_other_inputs(tmp_path):
+    for name in "ab":
+        onnx.save(parse(f"(float[n, 8] {name}) => (float[n, 8] y) {{ y = Neg({name}) }}"), tmp_path / name)
+    done = run("verify", str(tmp_path / "a"), str(tmp_path / "b"))
+    assert done.exit_code == 1
+    assert done.stderr == "rewrite: the inputs differ: the second model needs 'b' too, the first has a\n"
+
+
 def test_list_names_every_rule_with_its_line():
     done = subprocess.run([sys.executable, "-m", "rewrite.cli", "list", "--json"], capture_output=True, text=True)  # this process knows other tests' plugins
     found = json.loads(done.stdout)

@@ -264,6 +264,32 @@ def test_a_model_that_is_fused_already_becomes_a_generator(tmp_path):
     rewrite.Generator(rewrite.build(tmp_path / "made.onnx", tmp_path / "plan", engines=False), kv_memory=1 << 20)
 
 
+def test_an_end_of_text_beyond_the_vocabulary_ends_nothing(tmp_path, plans, expected):
+    """Small models that keep the configuration of a large one."""
+    model = rewrite.optimize(decoder(positions=BY_RANGE), generate=True).model
+    entry = model.proto.metadata_props.add()
+    entry.key, entry.value = "rewrite.eos", f"[{VOCABULARY}, 50256]"
+    generator = rewrite.Generator(rewrite.build(model, tmp_path / "plan", engines=False), kv_memory=1 << 20)
+    assert generator.eos == ()
+    assert len(generator.generate([1, 2, 3], max_new_tokens=5)[0].tokens) == 5
+
+
+def test_engines_do_not_bound_what_runs_on_the_cpu(tmp_path, monkeypatch):
+    """A plan with engines is built for at most 512 blocks; a pool has as many as there is memory for."""
+    model = rewrite.optimize(decoder(positions=BY_RANGE), generate=True).model
+    plan = rewrite.build(model, tmp_path / "plan", engines=False, profile="blocks=1:2:4,tokens=1:2:3")
+    monkeypatch.setattr(rewrite.Plan, "has_engines", True)
+    generator = rewrite.Generator(plan, kv_memory=1 << 20)
+    assert generator.model.blocks > 4
+    assert len(generator.generate([1, 2, 3, 4, 5, 6, 7, 8], max_new_tokens=5)[0].tokens) == 5
+
+
+def test_a_generator_is_measured_otherwise(plans):
+    shown = call("bench", plans / "ids")
+    assert (shown.exit_code, shown.stderr.count("\n")) == (2, 1)
+    assert "rewrite bench-generate" in shown.stderr
+
+
 def test_a_tokenizer_is_for_generators(tmp_path, folder):
     with pytest.raises(RewriteError, match="no use for a tokenizer"):
         rewrite.build(rewrite.optimize(decoder()).model, tmp_path / "plan", engines=False, tokenizer=folder)
