@@ -128,6 +128,9 @@ def export(source: str, output: str, opset: int, exporter: str, attention: str, 
     """
     from pathlib import Path
 
+    from rewrite.files import check_target
+
+    check_target(output)
     with progress() as say:
         say("loading PyTorch")
         from rewrite.export.torch_export import export as run

@@ -539,3 +539,16 @@ def test_sources_are_plain_data():
     assert isinstance(source, Source)
     assert source.dynamic == {"x": {0: "batch"}}
     assert as_source(Mlp(), torch.ones(3, 8, dtype=torch.long)).dynamic == {"x": {0: "batch", 1: "sequence"}}
+
+
+# --- where it is written --------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(("target", "reason"), [("pipe", "a device or a pipe"), (".", "is a directory"), ("no/such.onnx", "does not exist")])
+def test_what_is_no_file_is_never_replaced(tmp_path, target, reason):
+    """An export as root to /dev/null took its place."""
+    os.mkfifo(tmp_path / "pipe")
+    done = CliRunner().invoke(main, ["export", "no_module:at_all", "-o", str(tmp_path / target)])
+    assert (done.exit_code, done.stderr.count("\n")) == (2, 1)  # before PyTorch is loaded
+    assert reason in done.stderr
+    with pytest.raises(rewrite.RewriteError, match=reason):
+        export(as_source(torch.nn.Linear(2, 2), (torch.ones(1, 2),)), tmp_path / target)
+    assert [p.is_fifo() for p in tmp_path.iterdir()] == [True]
