@@ -20,7 +20,8 @@ from rewrite.verify import file_session
 SHAPES = ((2, 7), (1, 12), (3, 5))
 PADDINGS = ("none", "right", "left")
 # Largest difference from PyTorch, relative to an output's largest value.
-TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2}
+# That of bfloat16 is for constants alone, which the exporter rounded (to 8 bits): all else is computed in float32.
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 5e-3}
 
 
 def make_inputs(source: Source, sizes: Mapping[str, int], padding: str, seed: int) -> dict[str, torch.Tensor]:
@@ -75,7 +76,7 @@ def compare_with_torch(source: Source, model: Model) -> tuple[float, list[dict[s
     dtypes = {t.dtype for t in (*source.module.parameters(), *source.inputs.values())}
     dtype = next((t for t in (torch.bfloat16, torch.float16, torch.float32, torch.float64) if t in dtypes), torch.float32)
     if dtype == torch.bfloat16:
-        source, model, dtype = _widened(source), _widened_model(model), torch.float32
+        source, model = _widened(source), _widened_model(model)
     runner, worst = file_session(model), 0.0
     given = {i.name for i in runner.get_inputs()}
     masked = [n for n, t in source.inputs.items() if _is_mask(n, t)]
@@ -83,7 +84,7 @@ def compare_with_torch(source: Source, model: Model) -> tuple[float, list[dict[s
     for seed, planned in enumerate(_plans(source)):
         for padding in PADDINGS if masked else PADDINGS[:1]:
             sizes, inputs, expected = _reference(source, planned, padding, seed)
-            where = f"at {sizes}" + (f" with {padding} padding" if masked else "")
+            where = f"at {sizes}" + (f" with {'no' if padding == 'none' else padding} padding" if masked else "")
             try:
                 actual = runner.run(source.outputs, {n: t.numpy() for n, t in inputs.items() if n in given})
             except Exception as error:

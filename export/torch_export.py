@@ -28,7 +28,7 @@ from rewrite.export.compare import compare_with_torch
 from rewrite.export.source import Source, first_line, quiet
 from rewrite.export.source import as_source as as_source
 from rewrite.export.source import load_callable as load_callable
-from rewrite.files import move_into_place
+from rewrite.files import check_target, move_into_place
 from rewrite.model import Model, load
 from rewrite.validity import MIN_OPSET
 
@@ -68,10 +68,7 @@ def export(
         raise RewriteError(f"exporter {exporter!r} is unknown; use dynamo or torchscript")
     if not MIN_OPSET <= opset <= onnx.defs.onnx_opset_version():
         raise RewriteError(f"opset {opset} is not supported ({MIN_OPSET} to {onnx.defs.onnx_opset_version()} are); use {OPSET}")
-    if not target.parent.is_dir():
-        raise RewriteError(f"{target}: the folder {target.parent} does not exist; make it first")
-    if target.is_dir():
-        raise RewriteError(f"{target}: is a folder; name a file")
+    check_target(target)
     training = [m for m in source.module.modules() if m.training]
     source.module.eval()
     try:

@@ -128,6 +128,9 @@ def export(source: str, output: str, opset: int, exporter: str, attention: str, 
     """
     from pathlib import Path
 
+    from rewrite.files import check_target
+
+    check_target(output)
     with progress() as say:
         say("loading PyTorch")
         from rewrite.export.torch_export import export as run
@@ -152,7 +155,8 @@ def export(source: str, output: str, opset: int, exporter: str, attention: str, 
     if done.error is None:
         click.echo("NOT compared with PyTorch (--no-verify)")
     else:
-        click.echo(f"equal to PyTorch: largest relative difference {done.error:.1e}, at {', '.join(str(s).strip('{}') for s in done.shapes)}".replace("'", ""))
+        sizes = "; ".join(", ".join(f"{n} {size}" for n, size in s.items()) for s in done.shapes) or "the example's sizes"
+        click.echo(f"equal to PyTorch: largest relative difference {done.error:.1e}, at {sizes}")
     click.echo(f"written to {output}")
 
 
@@ -231,7 +235,7 @@ def optimize(model: str, output: str | None, files: tuple[str, ...], only: tuple
     source = load(model)
     feeds = _load_inputs(inputs, source)
     result = run(source, rules=list(files), only=list(only) or None, verify=verify, inputs=feeds, tolerance=tolerance, explain=bool(expect), bitwise=bitwise, generate=generator, block_size=block_size)
-    if not result.report.sites and not expect:  # the user will want to know why
+    if not result.report.sites and not expect and not generator:  # the user will want to know why
         result = run(source, rules=list(files), only=list(only) or None, verify=verify, explain=True, bitwise=bitwise)
     report = result.report
     failures = check_expectations(expectations, report, set(known.plugins))
@@ -285,7 +289,7 @@ def print_report(report: Report, model: str, output: str | None) -> None:
 
 
 def _what_was_verified(report: Report) -> str:
-    if not report.sites:
+    if not report.sites and report.generator is None:
         return "No rule matched; the model is unchanged."
     if not report.verified:
         return "NOT verified (--no-verify)"
@@ -378,7 +382,8 @@ def explain(model: str, rule_name: str | None, node: str | None, files: tuple[st
         table("Near misses" if left or asked else "Other near misses", ["rule", "at", "why not", *(["what is there"] if asked else [])], lines)
     if not left and not misses:
         of = "".join((f" of rule '{rule_name}'" if rule_name else "", f" at node '{node}'" if node else ""))
-        click.echo(f"{'' if taken else 'nothing fused; '}no near miss{of}")
+        nothing = "" if taken else "nothing more is fused; " if source.plugin_nodes() else "nothing fused; "
+        click.echo(f"{nothing}no near miss{of}")
 
 
 @main.command(short_help="Write a model without plugins.")
@@ -431,7 +436,9 @@ def verify(first: str, second: str, inputs: tuple[str, ...], tolerance: float) -
     """Compare the outputs of two models on the same inputs; exit code 1 if they differ."""
     sandbox.start()
     from rewrite.model import load
+    from rewrite.validity import check_tolerance
 
+    check_tolerance(tolerance)
     one, other = load(first), load(second)
     error = sandbox.compare(one, other, _load_inputs(inputs, one), tolerance)
     click.echo(f"equal: largest relative difference {error:.1e} (allowed {tolerance:.0e})")
@@ -563,6 +570,8 @@ def inspect(path: str, steps: bool, attributes: bool, segment: str | None, check
 
     if not Path(path).is_dir():
         model = load(path)
+        if segment is not None or check or key is not None:
+            raise RewriteError(f"{path}: a model; --segment, --check and --key are for plans, which `rewrite build` makes")
         if as_json:
             click.echo(json.dumps({"opset": model.opset, "operators": model.operators(), "plugins": model.plugin_nodes()}, indent=1))
             return
@@ -630,6 +639,7 @@ def run(path: str, file: str, output: str | None, device: str, key: str | None, 
     from rewrite.files import write_atomically
     from rewrite.model import load
     from rewrite.registry import library
+    from rewrite.validity import check_feeds
 
     library(list(files))
     if Path(path).is_dir():
@@ -642,7 +652,9 @@ def run(path: str, file: str, output: str | None, device: str, key: str | None, 
     else:
         model = load(path)
         initial = {i.name for i in model.proto.graph.initializer}
-        results = sandbox.run(model, load_feeds(file, [i.name for i in model.proto.graph.input if i.name not in initial]))
+        feeds = load_feeds(file, [i.name for i in model.proto.graph.input if i.name not in initial])
+        check_feeds(model.proto, feeds)
+        results = sandbox.run(model, feeds)
     if output:
         write_atomically(output, lambda f: np.savez(f, allow_pickle=False, **results))
     rows = []

@@ -118,10 +118,10 @@ def _chat(text: str, system: str | None) -> list[dict[str, str]]:
 
 
 def _print_as_it_comes(generator: Generator, prompt: Prompt, ignore_eos: bool, options: dict[str, Any]) -> None:
-    if isinstance(prompt, str):
-        click.echo(prompt, nl=False)
-    separator = ""
+    shown, separator = prompt if isinstance(prompt, str) else "", ""
     for output in generator.iterate(prompt, ignore_eos=ignore_eos, **options):
+        click.echo(shown, nl=False)  # not before: a prompt or an option that is refused has its line for itself
+        shown = ""
         if output.error:
             click.echo()
             raise RewriteError(f"generate: {output.error}")

@@ -57,6 +57,11 @@ class BoundValue:
     def __repr__(self) -> str:
         return f"{self.name}: {self.dtype}{self.shape}"
 
+    def _written_out(self, _: Any) -> Any:
+        raise TypeError("outside of patterns operators are written out, for example op.MatMul(x, w), op.Add(a, b), op.Mul(a, b)")
+
+    __matmul__ = __add__ = __radd__ = __mul__ = __rmul__ = __sub__ = __rsub__ = __truediv__ = __rtruediv__ = _written_out
+
 
 @dataclass
 class Match:

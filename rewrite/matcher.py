@@ -279,7 +279,7 @@ class Matcher:
             return FAILED if self.trace is None else self._stop(P.text(value), self.graph.producer(tensor), f"'{tensor.name}' is not a small constant")
         if isinstance(value, P.Ints):
             return self._integers(value, array, tensor, rest)
-        if array.size != 1 or not (array.dtype.kind in "fiub" or array.dtype.name == "bfloat16"):
+        if array.size != 1 or not _is_number(array):
             reason = f"has {array.size} elements, not one" if array.size != 1 else f"is of type {array.dtype}, no number"
             return self._stop(P.text(value), None, f"'{tensor.name}' {reason}")
         return self._number(value, float(array.reshape(())), tensor.name, rest)
@@ -456,7 +456,7 @@ class Matcher:
     def _inverse(self, value: P.Value, tensor: gs.Tensor, how: str, rest: Goals | None) -> Goals | None:
         """A divisor (or subtrahend) met where the pattern multiplies (or adds)."""
         array = self.graph.constant(tensor)
-        if array is None or array.size != 1 or not (array.dtype.kind == "f" or array.dtype.name == "bfloat16") or not isinstance(value, (P.Const, P.Scalar)):
+        if array is None or array.size != 1 or not _is_float(array) or not isinstance(value, (P.Const, P.Scalar)):
             return FAILED
         number = float(array.reshape(()))
         if how == "Div" and number == 0:
@@ -486,6 +486,14 @@ MEETS: dict[type, Callable[..., Step]] = {
     P.Tag: Matcher._tagged, P.Typed: Matcher._typed, P.Missing: Matcher._missing, P.Output: Matcher._output, P.Op: Matcher._produced,
     P.Rest: Matcher._rest, tuple: Matcher._assign, _Fit: Matcher._fitted, _Refusal: Matcher._refused, _Never: Matcher._never,
 }  # fmt: skip
+
+
+def _is_float(array: np.ndarray) -> bool:
+    return array.dtype.kind == "f" or array.dtype.name == "bfloat16"  # whose kind is "V" to NumPy
+
+
+def _is_number(array: np.ndarray) -> bool:
+    return array.dtype.kind in "iub" or _is_float(array)
 
 
 def _found(node: Node | None, tensor: gs.Tensor) -> str:

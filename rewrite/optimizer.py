@@ -6,7 +6,7 @@ import contextlib
 import gc
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -24,7 +24,7 @@ from rewrite.model import Model, close_graph, load, open_graph, overridable
 from rewrite.registry import TIERS, Library, Rule, library
 from rewrite.report import Report
 from rewrite.shapes import SymbolicShapes
-from rewrite.validity import check_feeds, unknown_operators
+from rewrite.validity import check_feeds, check_tolerance, unknown_operators
 from rewrite.weights import external_size
 
 LARGEST_RUN = 2 << 30  # bytes of external weights: a run holds those of both models in memory
@@ -77,6 +77,11 @@ def optimize(
         CheckFailed: the whole model differs from the original.
     """
     source = load(model)
+    check_tolerance(tolerance)
+    if isinstance(only, str):
+        raise RewriteError("only: give a list of names of rules, also of a single one")
+    if isinstance(inputs, Mapping):
+        raise RewriteError("inputs: give a list of dictionaries, a run each, also for a single run")
     for feeds in inputs or ():
         check_feeds(source.proto, feeds)
     chosen = library(rules) if only is None else library(rules).select(only)

@@ -166,9 +166,10 @@ class Report:
 
     @property
     def near_misses(self) -> list[NearMiss]:
-        """Every place where a rule came near, latest state, but for those where another rule took the node."""
+        """Every place where a rule came near, latest state. Where another rule took the node, only rejections are left."""
         taken = {n for s in self.sites for n in s.nodes}
-        return [m for m in self._misses.values() if m.at not in taken]
+        by_rule = {(s.rule, n) for s in self.sites for n in s.nodes}
+        return [m for m in self._misses.values() if (m.at not in taken if m.part != "replacement" else (m.rule, m.at) not in by_rule)]
 
     def add(self, site: Site) -> None:
         self.sites.append(site)

@@ -342,3 +342,9 @@ def unknown_operators(proto: onnx.ModelProto) -> dict[str, list[str]]:
         label = f"{domain}::{node.op_type}" if domain else str(node.op_type)
         found.setdefault(label, []).append(node.name or (node.output[0] if node.output else "?"))
     return found
+
+
+def check_tolerance(tolerance: float) -> None:
+    """Raises RewriteError for one that lets everything pass (NaN, infinity) or nothing (below zero)."""
+    if not 0 <= tolerance < math.inf:
+        raise RewriteError(f"tolerance {tolerance}: give a number from 0 on, for example 1e-4; --no-verify leaves the check out")

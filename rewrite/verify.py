@@ -465,6 +465,9 @@ def check_models(
     names = [o.name for o in first.get_outputs()]
     if names != [o.name for o in second.get_outputs()]:
         raise CheckFailed(f"the outputs differ: {names} and {[o.name for o in second.get_outputs()]}")
+    known = {i.name for i in first.get_inputs()}
+    if missing := [i.name for i in second.get_inputs() if i.name not in known]:
+        raise CheckFailed(f"the inputs differ: the second model needs '{missing[0]}' too, the first has {', '.join(sorted(known)) or 'none'}")
     worst = 0.0
     for attempt in range(attempts if inputs is None else len(inputs)):
         feeds = inputs[attempt] if inputs is not None else model_inputs(before.proto, attempt)

@@ -25,6 +25,7 @@ from rewrite.runtime.partition import Partition, partition
 from rewrite.runtime.plan import MANIFEST, WEIGHTS, Manifest, Plan
 from rewrite.runtime.profile import Profile
 from rewrite.runtime.tokenizer import copy_tokenizer, eos_of, tokenizer_folder
+from rewrite.validity import check_tolerance
 from rewrite.verify import MODEL_TOLERANCE, SIZES, compare, model_inputs
 from rewrite.verify_generator import Texts, at_once, compare_steps, generator_of
 
@@ -66,6 +67,9 @@ def build(
         RewriteError: bad input, or a segment that TensorRT cannot compile; nothing is written.
         CheckFailed: the plan's outputs are not the model's; nothing is written.
     """
+    check_tolerance(tolerance)
+    if profile is not None and not isinstance(profile, str):
+        raise RewriteError(f"profile: a {type(profile).__name__}; write the sizes as text, for example 'batch=1:8:32,sequence=1:128:512'")
     source, target = load(model), Path(directory)
     say: Progress = progress or (lambda line: None)
     if target.exists() and not (target / MANIFEST).is_file() and (not target.is_dir() or any(target.iterdir())):
@@ -78,6 +82,8 @@ def build(
     say("cutting the model at its plugin nodes")
     cut = partition(source, library().plugins)
     generator, folder = generator_of(source.proto), None
+    if generator is None and tokenizer is not None:
+        raise RewriteError(f"{source.name}: not a text generator, so it has no use for a tokenizer; leave --tokenizer out, or make one with `rewrite optimize --generate`")
     if generator is not None:
         folder = tokenizer_folder(source, tokenizer)
         generator = {**generator, "eos": eos_of(source), "tokenizer": "tokenizer" if folder is not None else None}

@@ -77,7 +77,8 @@ class Generator:
         self.plan = plan if isinstance(plan, Plan) else Plan(plan, device=device)
         self.model = PlanModel(self.plan, kv_memory)
         self.scheduler = Scheduler(self.model, BlockPool(self.model.blocks, self.model.block_size, self.model.window, reuse), token_budget, seats, context=self.model.positions)
-        self.eos = tuple(int(i) for i in self.model.found.get("eos") or ())
+        ends = (int(i) for i in self.model.found.get("eos") or ())
+        self.eos = tuple(i for i in ends if 0 <= i < self.model.vocabulary)  # a configuration may name another vocabulary's
         self._tokenizer: Tokenizer | None = None
         self._lock = threading.Lock()  # of the scheduler and the sinks
         self._sinks: dict[int, Callable[[Output], None]] = {}
@@ -210,7 +211,9 @@ class Generator:
 
 
 def as_prompts(given: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    """A list of prompts from one, or from several."""
+    """A list of prompts from one, or from several. Raises RewriteError for anything else."""
+    if not isinstance(given, Sequence) or not all(isinstance(p, (str, int, dict, Sequence)) for p in given):
+        raise RewriteError("generate: a prompt is a text, a list of token ids, or a list of messages {'role': ..., 'content': ...}; give one or a list of them")
     if isinstance(given, str) or (len(given) and isinstance(given[0], (int, dict))):
         return [given]  # type: ignore[list-item]
     return list(given)  # type: ignore[arg-type]

@@ -51,7 +51,11 @@ class PlanModel:
         for layer in found["layers"]:
             shape = (self.blocks, self.block_size, layer["kv_heads"])
             for name, size in (("key_cache", "size"), ("value_cache", "value_size")):
-                self.caches[layer[name]] = np.zeros((*shape, layer[size]), layer["dtype"])
+                try:
+                    self.caches[layer[name]] = np.zeros((*shape, layer[size]), layer["dtype"])
+                except MemoryError as error:
+                    needed = self.blocks * self.block_bytes / 2**20
+                    raise RewriteError(f"{self.plan.directory}: there is no room for {needed:.0f} MiB of keys and values; give less with --kv-memory") from error
 
     def step(self, batch: Batch) -> Array:
         """Store the keys and values of the batch's tokens; returns float32 [R, vocabulary], the logits of its rows."""

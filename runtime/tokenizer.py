@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import shutil
@@ -68,12 +69,16 @@ class Tokenizer:
         return bool(self.inner.chat_template)
 
     def encode(self, text: str) -> list[int]:
+        """The ids of a text. Raises RewriteError for bytes of a terminal or a file that were no UTF-8."""
+        _check_text(text)
         return [int(i) for i in self.inner(text)["input_ids"]]
 
     def encode_chat(self, messages: Sequence[dict[str, str]]) -> list[int]:
         """The ids of a dialogue, [{"role": "user", "content": ...}, ...], up to where the model answers. Raises RewriteError without a template."""
         if not self.has_chat_template:
             raise RewriteError("the tokenizer has no chat template; give the prompt as plain text (--no-chat)")
+        for message in messages:
+            _check_text(message.get("content", ""))
         made = self.inner.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=True, return_dict=True)
         return [int(i) for i in made["input_ids"]]
 
@@ -83,10 +88,20 @@ class Tokenizer:
     def continuation(self, prompt: Sequence[int]) -> Callable[[list[int]], str]:
         """A decoder of what follows the prompt: many tokenizers drop the space before a first word, which here is none."""
         tail = list(prompt[-TAIL:])
-        before = self.decode(tail)
+
+        @functools.cache
+        def decoded_tail() -> str:  # when it is wanted: only then the scheduler has seen that the prompt's ids are tokens
+            return self.decode(tail)
 
         def decode(ids: list[int]) -> str:
-            text = self.decode([*tail, *ids])
+            text, before = self.decode([*tail, *ids]), decoded_tail()
             return text[len(before) :] if text.startswith(before) else self.decode(ids)
 
         return decode
+
+
+def _check_text(text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise RewriteError(f"prompt {text[:40]!r}: character {error.start + 1} is no text (bytes that are not UTF-8); give the prompt as UTF-8") from error

@@ -13,6 +13,7 @@ import pytest
 from click.testing import CliRunner
 from conftest import nodes, parse
 
+import rewrite
 from rewrite.cli import main
 
 
@@ -33,6 +34,13 @@ def test_optimize_writes_the_model_and_the_report(model, tmp_path):
     assert done.exit_code == 0, done.output
     assert nodes(onnx.load(out)) == ["rewrite.Swish"]
     assert json.loads(report.read_text())["rules"]["swish_sigmoid"]["applied"] == 1
+
+
+def test_the_time_told_is_what_is_not_verification(model, tmp_path):
+    """The check of the whole model takes longer than matching: it counts to neither, or to both."""
+    report = rewrite.optimize(model).report
+    assert report.seconds > report.verify_seconds > 0
+    assert "in -" not in run("optimize", model).stdout
 
 
 def test_a_missing_fusion_is_exit_code_1_and_writes_nothing(model, tmp_path):
@@ -105,11 +113,25 @@ def test_verify_tells_models_apart(model, tmp_path):
     assert "output 'y'" in done.output
 
 
+def test_verify_of_models_with_other_inputs(tmp_path):
+    for name in "ab":
+        onnx.save(parse(f"(float[n, 8] {name}) => (float[n, 8] y) {{ y = Neg({name}) }}"), tmp_path / name)
+    done = run("verify", str(tmp_path / "a"), str(tmp_path / "b"))
+    assert done.exit_code == 1
+    assert done.stderr == "rewrite: the inputs differ: the second model needs 'b' too, the first has a\n"
+
+
 def test_list_names_every_rule_with_its_line():
     done = subprocess.run([sys.executable, "-m", "rewrite.cli", "list", "--json"], capture_output=True, text=True)  # this process knows other tests' plugins
     found = json.loads(done.stdout)
     assert {"attention", "gelu_erf"} <= {r["name"] for r in found["rules"]}
     assert all(r["doc"] for r in found["rules"] + found["plugins"])
+
+
+def test_explain_of_what_is_fused_does_not_say_that_nothing_is(tmp_path):
+    onnx.save(parse("(float[n, 8] x) => (float[n, 8] y) { m = MatMul(x, w) y = Relu(m) }", w=np.ones((8, 8), np.float32)), tmp_path / "m.onnx")
+    assert run("optimize", str(tmp_path / "m.onnx"), "-o", str(tmp_path / "f.onnx")).exit_code == 0
+    assert run("explain", str(tmp_path / "f.onnx")).stdout == "nothing more is fused; no near miss\n"
 
 
 def test_explain_names_the_stop(tmp_path):
@@ -146,7 +168,7 @@ def test_a_plan_is_built_shown_and_run(plan, tmp_path):
     shown = " ".join(run("inspect", folder, "--steps").stdout.split())
     assert "plugin attributes calls MatMulAct" in shown
     assert "activation=gelu" in shown
-    assert "step calls inputs outputs 0" in shown
+    assert "step calls inputs outputs of shape MB at best 0 MatMulAct" in shown
     x = np.arange(16, dtype=np.float32).reshape(2, 8)
     np.save(tmp_path / "x.npy", x)
     np.savez(tmp_path / "x.npz", x=x)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import subprocess
 import sys
 import textwrap
@@ -184,6 +185,11 @@ def test_bfloat16_is_compared_in_float32(tmp_path):
         source.module.model.lm_head.weight.mul_(1.01)
     with pytest.raises(rewrite.CheckFailed, match=r"output 'logits' differs from PyTorch by 1\.0e-02"):
         compare_with_torch(source, model)
+
+
+def test_rounded_constants_of_a_bfloat16_model_are_no_difference(tmp_path):
+    """Those of GPT-2's Gelu and scale: 0.044715 is 0.0447998 there, and PyTorch in float32 has it exactly."""
+    assert 1e-4 < export(half("gpt2", "eager", torch.bfloat16), tmp_path / "m.onnx").error < 5e-3
 
 
 # --- rotary embeddings at opset 23 ----------------------------------------------------------------------------------
@@ -465,6 +471,7 @@ def test_a_callable_is_exported(models):
     done = command("my_models:good", "-o", "m.onnx")
     assert done.exit_code == 0, done.stderr
     assert "equal to PyTorch" in done.stdout
+    assert re.search(r", at \w+ \d+", done.stdout)
     assert dims("m.onnx") == {"input": ["batch", 8]}
     assert command("my_models:named", "-o", "m.onnx", "--no-verify").exit_code == 0
     assert dims("m.onnx") == {"input": ["rows", 8]}
@@ -532,3 +539,16 @@ def test_sources_are_plain_data():
     assert isinstance(source, Source)
     assert source.dynamic == {"x": {0: "batch"}}
     assert as_source(Mlp(), torch.ones(3, 8, dtype=torch.long)).dynamic == {"x": {0: "batch", 1: "sequence"}}
+
+
+# --- where it is written --------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(("target", "reason"), [("pipe", "a device or a pipe"), (".", "is a directory"), ("no/such.onnx", "does not exist")])
+def test_what_is_no_file_is_never_replaced(tmp_path, target, reason):
+    """An export as root to /dev/null took its place."""
+    os.mkfifo(tmp_path / "pipe")
+    done = CliRunner().invoke(main, ["export", "no_module:at_all", "-o", str(tmp_path / target)])
+    assert (done.exit_code, done.stderr.count("\n")) == (2, 1)  # before PyTorch is loaded
+    assert reason in done.stderr
+    with pytest.raises(rewrite.RewriteError, match=reason):
+        export(as_source(torch.nn.Linear(2, 2), (torch.ones(1, 2),)), tmp_path / target)
+    assert [p.is_fifo() for p in tmp_path.iterdir()] == [True]

@@ -227,6 +227,8 @@ WRONG = [
     ([[1]], {"temperature": -1}, "temperature"),
     ([[1]], {"max_new_tokens": POSITIONS}, f"are more than the model's {POSITIONS}"),
     (["words"], {}, "the plan has no tokenizer"),
+    (5, {}, "a prompt is a text"),
+    ([None], {}, "a prompt is a text"),
     ([[1], [1] * 200], {}, "are more than the model's"),
 ]
 
@@ -282,13 +284,65 @@ def test_the_command(plans, tmp_path):
 @pytest.mark.parametrize(("arguments", "reason"), [
     (["--tokens", "a"], "write whole numbers"), ([], "there is no prompt"), (["--prompt", "w1"], "no tokenizer"), (["--tokens", "1", "--kv-memory", "much"], "write a number of bytes"),
     (["--tokens", "1", "--kv-memory", "10"], "a block of keys and values takes"), (["--tokens", "1", "--device", "cuda"], "device cuda is not supported yet"),
-    (["--prompts", "none"], "cannot be read"),
+    (["--prompts", "none"], "cannot be read"), (["--tokens", "-5"], "the prompt has token -5"), (["--tokens", "1", "--kv-memory", "4000000G"], "give less with --kv-memory"),
 ])  # fmt: skip
 def test_wrong_calls_are_one_line(plans, arguments, reason):
     shown = call("generate", plans / "ids", *arguments)
     assert shown.exit_code == 2
     assert reason in shown.stderr
     assert shown.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(("arguments", "reason"), [
+    (["--prompt", "\udcff w1"], "character 1 is no text"),
+    (["--prompt", "w1", "--system", "w2\udcff"], "character 3 is no text"), (["--prompt", "w1", "--no-chat", "--temperature", -1], "temperature is -1.0"),
+    (["--tokens", "-5"], "the prompt has token -5"), (["--prompt", "", "--no-chat"], "the prompt is empty"),
+])  # fmt: skip
+def test_a_refused_prompt_is_not_echoed(plans, arguments, reason):
+    shown = call("generate", plans / "text", *arguments, "--kv-memory", "1M")
+    assert (shown.exit_code, shown.stdout, shown.stderr.count("\n")) == (2, "", 1)
+    assert reason in shown.stderr
+
+
+def test_a_model_that_is_fused_already_becomes_a_generator(tmp_path):
+    rewrite.optimize(decoder()).model.save(tmp_path / "fused.onnx")
+    shown = call("optimize", tmp_path / "fused.onnx", "--generate", "-o", tmp_path / "made.onnx")
+    assert shown.exit_code == 0
+    assert "verified against the original, texts in ragged steps" in shown.stdout
+    assert "unchanged" not in shown.stdout
+    rewrite.Generator(rewrite.build(tmp_path / "made.onnx", tmp_path / "plan", engines=False), kv_memory=1 << 20)
+
+
+def test_an_end_of_text_beyond_the_vocabulary_ends_nothing(tmp_path, plans, expected):
+    """Small models that keep the configuration of a large one."""
+    model = rewrite.optimize(decoder(positions=BY_RANGE), generate=True).model
+    entry = model.proto.metadata_props.add()
+    entry.key, entry.value = "rewrite.eos", f"[{VOCABULARY}, 50256]"
+    generator = rewrite.Generator(rewrite.build(model, tmp_path / "plan", engines=False), kv_memory=1 << 20)
+    assert generator.eos == ()
+    assert len(generator.generate([1, 2, 3], max_new_tokens=5)[0].tokens) == 5
+
+
+def test_engines_do_not_bound_what_runs_on_the_cpu(tmp_path, monkeypatch):
+    """A plan with engines is built for at most 512 blocks; a pool has as many as there is memory for."""
+    model = rewrite.optimize(decoder(positions=BY_RANGE), generate=True).model
+    plan = rewrite.build(model, tmp_path / "plan", engines=False, profile="blocks=1:2:4,tokens=1:2:3")
+    monkeypatch.setattr(rewrite.Plan, "has_engines", True)
+    generator = rewrite.Generator(plan, kv_memory=1 << 20)
+    assert generator.model.blocks > 4
+    assert len(generator.generate([1, 2, 3, 4, 5, 6, 7, 8], max_new_tokens=5)[0].tokens) == 5
+
+
+def test_a_generator_is_measured_otherwise(plans):
+    shown = call("bench", plans / "ids")
+    assert (shown.exit_code, shown.stderr.count("\n")) == (2, 1)
+    assert "rewrite bench-generate" in shown.stderr
+
+
+def test_a_tokenizer_is_for_generators(tmp_path, folder):
+    with pytest.raises(RewriteError, match="no use for a tokenizer"):
+        rewrite.build(rewrite.optimize(decoder()).model, tmp_path / "plan", engines=False, tokenizer=folder)
+    assert not (tmp_path / "plan").exists()
 
 
 def test_bench_generate(plans):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 
+import ml_dtypes
+import numpy as np
 import onnx
 import pytest
 from conftest import nodes, parse
@@ -39,6 +41,15 @@ def test_gelu_in_every_order(product, total):
 
 def test_gelu_with_the_reciprocal_factor():
     assert nodes(rewrite.optimize(gelu(scale="Mul", root=0.70710677)).model.proto) == ["rewrite.Gelu"]
+
+
+@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])
+@pytest.mark.parametrize(("scale", "root"), [("Div", 1.41421354), ("Mul", 0.70710677)])
+def test_gelu_with_constants_of_another_type(dtype, scale, root):
+    kind = np.dtype(dtype).name
+    text = f"({kind}[n, 8] x) => ({kind}[n, 8] y) {{ d = {scale}(x, root) e = Erf(d) s = Add(e, one) t = Mul(x, half) y = Mul(t, s) }}"
+    before = parse(text, half=np.asarray(0.5, dtype), one=np.asarray(1, dtype), root=np.asarray(root, dtype))
+    assert nodes(rewrite.optimize(before).model.proto) == ["rewrite.Gelu"]
 
 
 @pytest.mark.parametrize("change", [{"half": 0.51}, {"one": 1.01}, {"root": 1.5}, {"scale": "Mul"}, {"sum": "one, one"}])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ml_dtypes
 import numpy as np
 import onnx
 import pytest
@@ -35,6 +36,18 @@ def fused(body, **options):
     assert "Softmax" not in nodes(after)
     node = next(n for n in after.graph.node if n.op_type.startswith("FusedAttention"))
     return {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}, list(node.input)
+
+
+@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])
+@pytest.mark.parametrize(("scale", "number"), [("s = Div(m, c)", E**0.5), ("s = Mul(c, m)", E**-0.5)])
+def test_16_bit_scales(dtype, scale, number):
+    kind = np.dtype(dtype).name
+    inputs = ", ".join(i.replace("float[", f"{kind}[") for i in (Q4, K4, V4))
+    text = f"({inputs}) => ({kind}[B, 4, S, 8] y) {{ {TURN} m = MatMul(q, kt) {scale} {TAIL} }}"
+    after = rewrite.optimize(parse(text, 18, c=np.asarray(number, dtype))).model.proto
+    (node,) = after.graph.node
+    assert node.op_type.startswith("FusedAttention")
+    assert {a.name: a.f for a in node.attribute}["scale"] == pytest.approx(E**-0.5, rel=2**-8)
 
 
 SCALES = {
