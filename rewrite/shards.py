@@ -111,11 +111,11 @@ def shards_of(proto: onnx.ModelProto) -> Shards | None:
         raise RewriteError(f"the model's metadata '{KEY}' are not those of a model in shards ({reason}); make it again with `rewrite optimize --tensor-parallel`") from error
 
 
-def _dims(value: onnx.ValueInfoProto) -> Any:
+def dims_of(value: onnx.ValueInfoProto) -> Any:
     return value.type.tensor_type.shape.dim
 
 
-class _Local:
+class LocalNodes:
     """The nodes of a rank's model, which are the same for all ranks."""
 
     def __init__(self, model: Model, shards: Shards):
@@ -142,7 +142,7 @@ class _Local:
             made.attribute.extend(onnx.helper.make_attribute(k, v) for k, v in sorted(attributes.items()))
             cache = next(i for i in self.model.proto.graph.input if i.name == node.input[4])
             dtype = onnx.helper.tensor_dtype_to_np_dtype(cache.type.tensor_type.elem_type)
-            made.op_type = self.table.add(paged_attention_onnx.body(attributes, _dims(cache)[3].dim_value, dtype, opset))
+            made.op_type = self.table.add(paged_attention_onnx.body(attributes, dims_of(cache)[3].dim_value, dtype, opset))
         elif kind == "FusedAttention" and node.output[0] in self.shards.heads:
             mask = node.input[3] if len(node.input) > 3 else ""
             boolean = self.types.get(mask) == onnx.TensorProto.BOOL
@@ -150,7 +150,7 @@ class _Local:
         return made
 
 
-def _proto(model: Model, table: FunctionTable) -> onnx.ModelProto:
+def without_graph(model: Model, table: FunctionTable) -> onnx.ModelProto:
     """The model without its graph and its description of shards."""
     proto = onnx.ModelProto()
     proto.CopyFrom(model.proto)
@@ -169,8 +169,8 @@ def all_ranks(model: Model) -> Model:
     """
     shards = shards_of(model.proto)
     assert shards is not None
-    local = _Local(model, shards)
-    proto = _proto(model, local.table)
+    local = LocalNodes(model, shards)
+    proto = without_graph(model, local.table)
     graph, source = proto.graph, model.proto.graph
     graph.initializer.extend(source.initializer)
     made = _AllRanks(shards, local, {i.name for i in source.input})
@@ -189,7 +189,7 @@ def all_ranks(model: Model) -> Model:
 class _AllRanks:
     """The graph of all ranks in the making; the values of rank r are called `rank r/name`."""
 
-    def __init__(self, shards: Shards, local: _Local, inputs: set[str]):
+    def __init__(self, shards: Shards, local: LocalNodes, inputs: set[str]):
         self.shards, self.local, self.inputs = shards, local, inputs
         self.ranks = range(shards.world)
         self.constants: dict[tuple[int, ...], str] = {}
@@ -227,7 +227,7 @@ class _AllRanks:
     def caches(self, graph: onnx.GraphProto) -> None:
         for value in graph.input:
             if value.name in self.shards.values:
-                held = self._held(value.name, _dims(value)[2].dim_value)
+                held = self._held(value.name, dims_of(value)[2].dim_value)
                 for rank in self.ranks:
                     self.part(graph, value.name, list(held.ranges(rank, self.shards.world)), held.axis, f"rank {rank}/{value.name}")
 
@@ -274,7 +274,7 @@ class _AllRanks:
             graph.node.append(onnx.helper.make_node("Identity", [self.name(name, 0)], [name], name=name))
             return
         value = next(o for o in graph.output if o.name == name)
-        held = self._held(name, _dims(value)[2].dim_value)
+        held = self._held(name, dims_of(value)[2].dim_value)
         ranges = {next(held.ranges(rank, self.shards.world)): f"rank {rank}/{name}" for rank in self.ranks}
         graph.node.append(onnx.helper.make_node("Concat", [ranges[r] for r in sorted(ranges)], [name], name=name, axis=held.axis))
 
