@@ -172,10 +172,10 @@ def _split(source: Model, result: Result, world: int, verify: bool, inputs: list
         check_attentions(made.proto, library([]).plugins["PagedAttention"])
     for model in (made, together):
         if report.generator is not None:
-            error = sandbox.compare_generator(source, model, tolerance)
+            worst = sandbox.compare_generator(source, model, tolerance)
         else:
-            error = sandbox.compare(source, model, inputs, tolerance, "give small inputs with --inputs FILE.npz, or leave the check out with --no-verify")
-        report.model_error = max(report.model_error or 0.0, error)
+            worst = sandbox.compare(source, model, inputs, tolerance, "give small inputs with --inputs FILE.npz, or leave the check out with --no-verify")
+        report.model_error = max(report.model_error or 0.0, worst)
     report.verify_seconds += time.perf_counter() - started
     report.seconds += time.perf_counter() - started
     return Result(made, report)

@@ -146,7 +146,8 @@ class LocalNodes:
         elif kind == "FusedAttention" and node.output[0] in self.shards.heads:
             mask = node.input[3] if len(node.input) > 3 else ""
             boolean = self.types.get(mask) == onnx.TensorProto.BOOL
-            made.op_type = self.table.add(shards_onnx.attention(*self.shards.heads[node.output[0]], "" if not mask else "bool" if boolean else "float", attributes, opset))
+            heads, kv_heads = self.shards.heads[node.output[0]]
+            made.op_type = self.table.add(shards_onnx.attention(heads, kv_heads, "" if not mask else "bool" if boolean else "float", attributes, opset))
         return made
 
 
