@@ -37,6 +37,8 @@ def to_shards(model: Model, world: int) -> tuple[Model, list[str]]:
         raise RewriteError(f"{model.name}: it is in shards already")
     if any(a.type in (onnx.AttributeProto.GRAPH, onnx.AttributeProto.GRAPHS) for n in model.proto.graph.node for a in n.attribute):
         raise RewriteError(f"{model.name}: it has branches or loops, which cannot be split over ranks")
+    if model.opset < 15:
+        raise RewriteError(f"{model.name}: it is of opset {model.opset}; export it at opset 15 or later to split it")
     return _Transform(model, world).run()
 
 

@@ -16,21 +16,26 @@ from rewrite.runtime.weights import Array, tensor_array
 from rewrite.shards import LocalNodes, dims_of, shards_of, without_graph
 
 
-def rank_model(model: Model, rank: int) -> tuple[Model, dict[str, Array]]:
-    """The model of one rank; and its larger weights by name, views of the whole ones where they can be."""
+def rank_model(model: Model, rank: int, read: dict[str, Array]) -> tuple[Model, dict[str, Array]]:
+    """The model of one rank; and its larger weights by name, views of the whole ones where they can be.
+
+    `read` keeps the whole ones that were sliced, for the next rank.
+    """
     shards = shards_of(model.proto)
     assert shards is not None
     local = LocalNodes(model, shards)
     proto, arrays = without_graph(model, local.table), {}
-    read = {n for node in local.nodes for n in node.input}
+    used = {n for node in local.nodes for n in node.input}
     proto.graph.node.extend(local.nodes)
     for name, tensor in local.elements.items():
         if name in shards.constants:
             proto.graph.initializer.append(onnx.numpy_helper.from_array(np.array(shards.constants[name], np.int64), name))
-        elif name not in shards.weights and name in read:
+        elif name not in shards.weights and name in used:
             proto.graph.initializer.append(tensor)
     for name, s in shards.weights.items():
-        part = s.take(tensor_array(local.elements[s.of], model.folder), rank, shards.world)
+        if s.of not in read:
+            read[s.of] = tensor_array(local.elements[s.of], model.folder)
+        part = s.take(read[s.of], rank, shards.world)
         if part.size < 2:
             raise RewriteError(f"{model.name}: a rank would have one element of weight '{s.of}'; split it over fewer ranks")
         if part.size <= SMALL:
@@ -49,21 +54,24 @@ def rank_model(model: Model, rank: int) -> tuple[Model, dict[str, Array]]:
 
 def partition_ranks(model: Model, world: int, plugins: dict[str, Plugin]) -> Partition:
     """The model of a rank, cut, with the weights of all: those that differ are called `rank 0/...` and so on, a rank's one after the other."""
-    cuts = [partition(*_for_partition(model, rank, plugins)) for rank in range(world)]
-    first = cuts[0]
-    for other in cuts[1:]:
-        assert other.steps == first.steps  # nothing but weights tells ranks apart
-        assert list(other.weights) == list(first.weights)
-    sliced = shards_of(model.proto).weights  # type: ignore[union-attr]
-    shared = {n: a for n, a in first.weights.items() if n not in sliced and all(_equal(a, c.weights[n]) for c in cuts[1:])}
-    own = {f"rank {rank}/{n}": a for rank, cut in enumerate(cuts) for n, a in cut.weights.items() if n not in shared}
-    first.weights = {**shared, **own}
+    read: dict[str, Array] = {}
+    first: Partition | None = None
+    own: list[dict[str, Array]] = []  # of each rank
+    shared: dict[str, Array] = {}
+    for rank in range(world):
+        made, arrays = rank_model(model, rank, read)
+        cut = partition(made, plugins, arrays)
+        if first is None:
+            first, shared = cut, {n: a for n, a in cut.weights.items() if n not in arrays}
+        assert cut.steps == first.steps  # nothing but weights tells ranks apart
+        assert list(cut.weights) == list(first.weights)
+        shared = {n: a for n, a in shared.items() if _equal(a, cut.weights[n])}
+        own.append({n: a for n, a in cut.weights.items() if n not in shared})
+    assert first is not None
+    names = [n for n in first.weights if n not in shared]
+    of_first = first.weights  # what another rank has not of its own was equal to that so far
+    first.weights = {**shared, **{f"rank {rank}/{n}": weights.get(n, of_first[n]) for rank, weights in enumerate(own) for n in names}}
     return first
-
-
-def _for_partition(model: Model, rank: int, plugins: dict[str, Plugin]) -> tuple[Model, dict[str, Plugin], dict[str, Array]]:
-    made, arrays = rank_model(model, rank)
-    return made, plugins, arrays
 
 
 def _equal(one: Array, other: Array) -> bool:

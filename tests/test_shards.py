@@ -98,6 +98,24 @@ PAIRS = {
 }
 
 
+@pytest.mark.parametrize("kind", ["float16", "bfloat16", "double"])
+def test_types(kind):
+    model = mlp(middle="g = Relu(h)")  # ONNX Runtime has no Erf for doubles
+    element = {"float16": onnx.TensorProto.FLOAT16, "bfloat16": onnx.TensorProto.BFLOAT16, "double": onnx.TensorProto.DOUBLE}[kind]
+    for tensor in model.graph.initializer:
+        tensor.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(tensor).astype(onnx.helper.tensor_dtype_to_np_dtype(element)), tensor.name))
+    for value in (*model.graph.input, *model.graph.output):
+        value.type.tensor_type.elem_type = element
+    result = rewrite.optimize(model, tensor_parallel=2, tolerance=2e-2)
+    assert result.report.model_error < (1e-10 if kind == "double" else 1e-2)
+    assert shards_of(result.model.proto).weights["w2"].axis == 0
+
+
+def test_old_opsets_are_refused():
+    with pytest.raises(RewriteError, match="it is of opset 13; export it at opset 15 or later"):
+        rewrite.optimize(parse("(float[n, 4] x) => (float[n, 4] y) { y = MatMul(x, w) }", 13, w=np.eye(4, dtype=np.float32)), tensor_parallel=2)
+
+
 @pytest.mark.parametrize("name", PAIRS)
 def test_pairs(name):
     result = rewrite.optimize(mlp(**PAIRS[name]), tensor_parallel=4)
