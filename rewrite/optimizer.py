@@ -93,6 +93,8 @@ def optimize(
         raise RewriteError(f"tensor parallel: {tensor_parallel} ranks; use 2 to 1024, without bitwise, because sums over ranks round differently")
     if tensor_parallel > 1 and any(p.key == "rewrite.generator" for p in source.proto.metadata_props):
         raise RewriteError(f"{source.name}: it is a generator already; split the decoder it was made of, with generate and tensor_parallel together")
+    if any(p.key == "rewrite.shards" for p in source.proto.metadata_props):
+        raise RewriteError(f"{source.name}: it is in shards already, and what its metadata say of it would no longer be right; rewrite the model that it was made of")
     result = apply_rules(source, chosen.exact() if bitwise else chosen, verify=verify, explain=explain, bitwise=bitwise)
     report = result.report
     if generate:

@@ -122,9 +122,22 @@ class LocalNodes:
         self.model, self.shards = model, shards
         self.table = FunctionTable(list(model.proto.functions))
         self.elements = {i.name: i for i in model.proto.graph.initializer}
+        self._check(model.proto.graph)
         types = {v.name: v.type.tensor_type.elem_type for v in (*model.proto.graph.value_info, *model.proto.graph.input, *model.proto.graph.output)}
         self.types = {**types, **{i.name: i.data_type for i in self.elements.values()}}
         self.nodes = [self._node(n) for n in model.proto.graph.node if not (n.op_type == "Identity" and n.output[0] in shards.weights)]
+
+    def _check(self, graph: onnx.GraphProto) -> None:
+        """Raises RewriteError if the graph is no longer the one that was split."""
+        parts = {n.output[0]: n.input[0] for n in graph.node if n.op_type == "Identity"}
+        values = {name for node in graph.node for name in node.output} | {i.name for i in graph.input}
+        sizes = {n: list(i.dims) for n, i in self.elements.items()}
+        slices = self.shards.weights.items()
+        wrong = [n for n, s in slices if s.of not in sizes or (n != s.of and parts.get(n) != s.of) or sizes[s.of][s.axis : s.axis + 1] != [sum(size for size, _ in s.sections)]]
+        wrong += [n for n in self.shards.constants if n not in self.elements]
+        wrong += [n for n in (*self.shards.heads, *self.shards.values) if n not in values]
+        if wrong:
+            raise RewriteError(f"{self.model.name}: it was changed after it was split over ranks: '{wrong[0]}' is not what its metadata say; split it again")
 
     def _node(self, node: onnx.NodeProto) -> onnx.NodeProto:
         made = onnx.NodeProto()

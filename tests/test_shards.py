@@ -18,6 +18,7 @@ import rewrite
 from rewrite import sandbox
 from rewrite.cli import main
 from rewrite.errors import CheckFailed, RewriteError
+from rewrite.functions import unfuse
 from rewrite.model import Model
 from rewrite.shards import KEY, Slice, all_ranks, shards_of
 
@@ -181,6 +182,14 @@ def test_options_that_make_no_sense_together():
         rewrite.optimize(made, tensor_parallel=2)
     with pytest.raises(RewriteError, match="without bitwise"):
         rewrite.optimize(mlp(), tensor_parallel=2, bitwise=True)
+    assert shards_of(unfuse(made.proto)) is None
+    changed = rewrite.Model(onnx.ModelProto())
+    changed.proto.CopyFrom(made.proto)
+    next(i for i in changed.proto.graph.initializer if i.name == "wq").name = "other"
+    with pytest.raises(RewriteError, match="it was changed after it was split over ranks: 'wq' is not what its metadata say"):
+        all_ranks(changed)
+    with pytest.raises(RewriteError, match="it is in shards already"):
+        rewrite.optimize(rewrite.optimize(mlp(), tensor_parallel=2).model)
     with pytest.raises(RewriteError, match="it is in shards already"):
         rewrite.optimize(rewrite.optimize(mlp(), tensor_parallel=2).model, tensor_parallel=2)
 
