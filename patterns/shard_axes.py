@@ -184,6 +184,18 @@ def transpose(s: Spread, node: gs.Node) -> None:
 def regrouped(cut: Cut, before: list[Any], after: list[Any]) -> Cut:
     """Where a cut of a value lies when its shape becomes `after`. Raises ValueError if it does not stay one."""
     first = product(before[: cut.axis])
+    for axis, start in ((a, b) for a in range(len(after)) for b in range(cut.axis) if product(after[:a]) == product(before[:b])):
+        times, size = product(before[start : cut.axis]), after[axis]  # joined with axes before it: as many sections, one after the other
+        if isinstance(times, int) and isinstance(size, int) and times > 1 and size % (times * cut.size) == 0:
+            one = cut.scaled(axis, up=size // (times * cut.size))
+            return Cut(axis, one.sections * times)
+    for axis in range(1, len(after)):
+        times, size = after[axis - 1], after[axis]  # taken apart again
+        if product(after[: axis - 1]) != first or not isinstance(times, int) or not isinstance(size, int) or times < 2 or len(cut.sections) % times:
+            continue
+        one = Cut(axis, cut.sections[: len(cut.sections) // times])
+        if len(cut.sections) > 1 and one.sections * times == cut.sections and one.size % size == 0:
+            return one.scaled(axis, down=one.size // size)
     for axis in range(len(after)):
         if product(after[:axis]) != first or not isinstance(after[axis], int):
             continue

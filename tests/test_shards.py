@@ -20,6 +20,7 @@ from rewrite.cli import main
 from rewrite.errors import CheckFailed, RewriteError
 from rewrite.functions import unfuse
 from rewrite.model import Model
+from rewrite.patterns.shard_axes import Cut, regrouped
 from rewrite.shards import KEY, Slice, all_ranks, shards_of
 
 
@@ -210,3 +211,15 @@ def test_real_exports(name, world):
         result = rewrite.optimize(exported.exported(name, exporter, opset), generate=True, tensor_parallel=world)
         assert result.report.model_error < 1e-5
         assert result.report.plugins["AllReduce"] == 4
+
+
+def test_a_reshape_that_joins_or_parts_sections():
+    cut = Cut(3, ((4, 4),))
+    joined = regrouped(cut, ["batch", "sequence", 3, 4, 16], ["batch", "sequence", 192])
+    assert joined == Cut(2, ((64, 4), (64, 4), (64, 4)))
+    assert regrouped(joined, ["batch", "sequence", 192], ["batch", "sequence", 3, 4, 16]) == cut
+    assert regrouped(Cut(2, ((4, 4),)), ["batch", "sequence", 4, 16], ["batch", "sequence", 64]) == Cut(2, ((64, 4),))
+    assert regrouped(Cut(2, ((64, 4),)), ["batch", "sequence", 64], ["batch", "sequence", 4, 16]) == Cut(2, ((4, 4),))
+    for before, after in ((["n", 12], ["n", 5, 3]), (["n", 4], [4, "n"]), (["n", 4, "m"], ["4*n", "m"])):
+        with pytest.raises(ValueError, match=r"would not stay split|units are cut apart"):
+            regrouped(Cut(1, ((before[1], 4),)), before, after)
