@@ -309,6 +309,15 @@ def slice_(s: Spread, node: gs.Node) -> None:
     _joined(s, x, cut.axis, [b for b, _ in parts], [t for _, t in parts])
 
 
+def gather(s: Spread, node: gs.Node) -> None:
+    """Rows of a table whose columns are split, as the biases of each head are."""
+    table, indices, y = node.inputs[0], node.inputs[1], node.outputs[0]
+    cut = s.of(y)
+    if cut is None or int(node.attrs.get("axis", 0)) != 0 or cut.axis < _rank(indices) or not s.graph.is_constant(table):
+        raise Unsplit("what it picks from, or the rows it picks, would be split")
+    s.use(node, 0, cut.at(cut.axis - _rank(indices) + 1))
+
+
 def normalization(s: Spread, node: gs.Node) -> None:
     axis = s.graph.attribute(node, "axis")
     s.same(node.inputs[0], node.outputs[0], axis=(int(axis) if isinstance(axis, int) else -1) % _rank(node.inputs[0]))
@@ -415,6 +424,6 @@ RULES: dict[str, Handler] = {
     **dict.fromkeys(("RMSNormalization", "LayerNormalization"), normalization),
     **dict.fromkeys(("Squeeze", "Unsqueeze"), squeeze),
     **dict.fromkeys(("FusedAttention", "PagedAttention"), attention),
-    "Concat": concat, "Transpose": transpose, "Reshape": reshape, "Split": split, "Slice": slice_, "Softmax": over_axis, "Rotary": rotary,
+    "Concat": concat, "Transpose": transpose, "Reshape": reshape, "Split": split, "Slice": slice_, "Gather": gather, "Softmax": over_axis, "Rotary": rotary,
     "MatMulAct": linear, "GatedMatMulAct": gated,
 }  # fmt: skip
