@@ -10,7 +10,7 @@ $(VENV)/dependencies: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) "$$(grep '^torch==' constraints.txt)"
 	$(PIP) -c constraints.txt build setuptools wheel
-	$(PIP) -c constraints.txt "$$(pwd)[export,test]"
+	$(PIP) -c constraints.txt "$$(pwd)[export,mpi,test]"
 	rm -rf build rewrite_onnx.egg-info
 	touch $@
 

@@ -50,21 +50,41 @@ def parse_memory(text: str | None) -> int | None:
 @click.option("--beams", default=1, help="Beam search of this width.")
 @click.option("--seed", type=int, help="The same seed gives the same tokens.")
 @click.option("--ignore-eos", is_flag=True, help="Go on where the model ends its text.")
+@click.option("--world", type=click.IntRange(1, 1), help="1: compute all ranks of a plan for several in this process, in turn (docs/parallel.md).")
 @device_option
 @memory_option
 @budget_option
 @click.option("--stats", is_flag=True, help="Print tokens a second, latencies and the use of the cache, on standard error.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON for programs.")
 def generate(plan: str, prompts: tuple[str, ...], file: str | None, tokens: tuple[str, ...], chat: bool | None, system: str | None, device: str, kv_memory: str | None,
-             token_budget: int, stats: bool, as_json: bool, ignore_eos: bool, **options: Any) -> None:  # fmt: skip
+             token_budget: int, stats: bool, as_json: bool, ignore_eos: bool, world: int | None, **options: Any) -> None:  # fmt: skip
     """Generate text with PLAN, made of a decoder by `rewrite optimize --generate` and `rewrite build`.
 
-    A single prompt's text is printed as it comes.
+    A single prompt's text is printed as it comes. A plan for several ranks is started by `mpirun -n N rewrite generate PLAN ...`.
     """
+    from rewrite.runtime.communication import agree, connect, together
     from rewrite.runtime.generator import Generator
+    from rewrite.runtime.plan import Plan
+    from rewrite.runtime.plan_model import PlanModel
 
     options["stop"] = list(options["stop"])
-    generator = Generator(plan, device=device, kv_memory=parse_memory(kv_memory), token_budget=token_budget)
+    communicator = None if world == 1 else connect()
+    with together(communicator):
+        loaded, memory = Plan(plan, device=device), parse_memory(kv_memory)
+        if communicator is not None:
+            agree(communicator, loaded)
+        elif loaded.manifest.world > 1 and world is None:
+            raise RewriteError(f"{plan}: the plan is for {(n := loaded.manifest.world)} ranks; start them with `mpirun -n {n} rewrite generate ...`, or compute all in this process with --world 1")
+        if communicator is not None and communicator.rank:
+            PlanModel(loaded, memory, communicator).follow()
+            return
+        generator = Generator(loaded, kv_memory=memory, token_budget=token_budget, communicator=communicator)
+        _generate(generator, prompts, file, tokens, chat, system, stats, as_json, ignore_eos, options)
+        generator.model.stop()
+
+
+def _generate(generator: Generator, prompts: tuple[str, ...], file: str | None, tokens: tuple[str, ...], chat: bool | None, system: str | None, stats: bool,
+              as_json: bool, ignore_eos: bool, options: dict[str, Any]) -> None:  # fmt: skip
     texts = [*prompts, *(_lines(file) if file is not None else ())]
     given: list[Prompt] = [*(_chat(t, system) if _chats(generator, chat, system) else t for t in texts), *map(_ids, tokens)]
     if not given:

@@ -311,4 +311,6 @@ def unfuse(proto: onnx.ModelProto) -> onnx.ModelProto:
     kept = [o for o in result.opset_import if o.domain != DOMAIN]
     del result.opset_import[:]
     result.opset_import.extend(kept)
+    props = {p.key: p.value for p in result.metadata_props if p.key != "rewrite.shards"}  # without its sums a model is one whole
+    onnx.helper.set_model_props(result, props)
     return result

@@ -50,6 +50,7 @@ def optimize(
     bitwise: bool = False,
     generate: bool = False,
     block_size: int = 16,
+    tensor_parallel: int = 1,
 ) -> Result:
     """Rewrite a model with all known rules.
 
@@ -68,6 +69,8 @@ def optimize(
         generate: make a generator of a decoder that was exported without a cache: paged caches, packed tokens, logits
             where they are wanted. Then its logits, computed step by step, are compared with those of the whole texts.
         block_size: positions of a block of a generator's caches.
+        tensor_parallel: split the model over so many ranks (docs/parallel.md): the result is still the whole model, and says
+            what of it each rank has. Then all ranks, computed one after the other, are compared with the original.
 
     Returns:
         Result with the new model (the argument is not changed) and the report.
@@ -91,10 +94,20 @@ def optimize(
         raise RewriteError(f"generate: a block size of {block_size} makes no sense; use 1 to 4096, for example 16")
     if generate and (bitwise or inputs is not None):
         raise RewriteError("generate: a generator is checked on texts of its own; leave out bitwise and inputs")
+    if not 1 <= tensor_parallel <= 1024 or (tensor_parallel > 1 and bitwise):
+        raise RewriteError(f"tensor parallel: {tensor_parallel} ranks; use 2 to 1024, without bitwise, because sums over ranks round differently")
+    if tensor_parallel > 1 and any(p.key == "rewrite.generator" for p in source.proto.metadata_props):
+        raise RewriteError(f"{source.name}: it is a generator already; split the decoder it was made of, with generate and tensor_parallel together")
+    if any(p.key == "rewrite.shards" for p in source.proto.metadata_props):
+        raise RewriteError(f"{source.name}: it is in shards already, and what its metadata say of it would no longer be right; rewrite the model that it was made of")
     result = apply_rules(source, chosen.exact() if bitwise else chosen, verify=verify, explain=explain, bitwise=bitwise)
     report = result.report
     if generate:
-        return _make_generator(source, result, library([]), verify, tolerance, block_size)
+        result = _make_generator(source, result, library([]), verify and tensor_parallel == 1, tolerance, block_size)
+    if tensor_parallel > 1:
+        return _split(source, result, tensor_parallel, verify, inputs, tolerance)
+    if generate:
+        return result
     if verify and not report.sites:
         report.model_error = 0.0  # it is the same model
     elif verify and inputs is None and (size := external_size(source.external)) > LARGEST_RUN:
@@ -135,6 +148,43 @@ def _make_generator(source: Model, result: Result, known: Library, verify: bool,
             report.model_error = sandbox.compare_generator(source, made, tolerance)
         report.verify_seconds += time.perf_counter() - started
         report.seconds += time.perf_counter() - started
+    return Result(made, report)
+
+
+def _split(source: Model, result: Result, world: int, verify: bool, inputs: list[dict[str, np.ndarray[Any, Any]]] | None, tolerance: float) -> Result:
+    """The model in shards; as it is, and as all ranks compute it, compared with the original."""
+    from rewrite.patterns.transform_shard import to_shards
+    from rewrite.shards import all_ranks, describe_shards
+    from rewrite.verify_generator import check_attentions
+
+    report, started = result.report, time.perf_counter()
+    try:
+        made, report.whole = to_shards(result.model, world)
+        together = all_ranks(made)
+    except (RewriteError, MemoryError):
+        raise
+    except Exception as error:  # as in `apply_rules`
+        raise RewriteError(f"{source.name}: the model breaks ONNX's rules, or this is a bug in rewrite ({blame(error)}); `onnx.checker.check_model` tells which") from error
+    report.shards = describe_shards(made)
+    report.operators_after, report.plugins, report.kinds = made.operators(), made.plugin_nodes(), made.plugin_kinds()
+    report.seconds += time.perf_counter() - started
+    size = made.proto.ByteSize() + external_size(made.external)
+    if not verify:
+        return Result(made, report)
+    if size > LARGEST_RUN:
+        report.not_run = f"its weights are {size / 2**30:.1f} GiB, more than the {LARGEST_RUN / 2**30:.0f} GiB up to which it is run"
+        return Result(made, report)
+    started = time.perf_counter()
+    if report.generator is not None:
+        check_attentions(made.proto, library([]).plugins["PagedAttention"])
+    for model in (made, together):
+        if report.generator is not None:
+            worst = sandbox.compare_generator(source, model, tolerance)
+        else:
+            worst = sandbox.compare(source, model, inputs, tolerance, "give small inputs with --inputs FILE.npz, or leave the check out with --no-verify")
+        report.model_error = max(report.model_error or 0.0, worst)
+    report.verify_seconds += time.perf_counter() - started
+    report.seconds += time.perf_counter() - started
     return Result(made, report)
 
 

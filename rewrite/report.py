@@ -149,6 +149,8 @@ class Report:
     model_error: float | None = None
     not_run: str = ""  # why the model as a whole was not run
     generator: dict[str, Any] | None = None  # what the model says of itself, if it became a generator
+    shards: str = ""  # of a model that was split over ranks, what each of them has
+    whole: list[str] = field(default_factory=list)  # and what stays whole on each, with the reason
     seconds: float = 0.0
     verify_seconds: float = 0.0
 

@@ -87,6 +87,8 @@ def bench(plan: Plan, sizes: Mapping[str, int], *, warmup: int = 5, iterations: 
     """
     if plan.manifest.generator is not None:
         raise RewriteError(f"{plan.directory}: a text generator, whose inputs depend on each other; measure it with `rewrite bench-generate`")
+    if plan.manifest.world > 1:
+        raise RewriteError(f"{plan.directory}: it is for {plan.manifest.world} ranks, and only plans for one are measured yet")
     inputs = make_inputs(plan, sizes)
     plan.check(inputs)
     measure = _on_cpu if plan.device == "cpu" else _on_cuda

@@ -23,6 +23,9 @@ def measure(plan: str | os.PathLike[str] | Plan, batch: int, prompt_length: int,
     The weights are counted once a step, an embedding table that is only looked up not at all. Raises RewriteError if the
     texts do not fit in the cache together: then they would wait for one another.
     """
+    plan = plan if isinstance(plan, Plan) else Plan(plan, device=device)
+    if plan.manifest.world > 1:
+        raise RewriteError(f"{plan.directory}: it is for {plan.manifest.world} ranks, and only plans for one are measured yet")
     generator = Generator(plan, device=device, kv_memory=kv_memory, token_budget=token_budget, seats=max(64, batch), reuse=False)
     needed = batch * -(-(prompt_length + new_tokens) // generator.model.block_size)
     if needed > generator.model.blocks:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,19 +15,24 @@ from rewrite.runtime.partition import Step
 from rewrite.verify import has_bfloat16, session
 
 if TYPE_CHECKING:
+    from rewrite.runtime.communication import Communicator
     from rewrite.runtime.plan import Plan
 
 Array = np.ndarray[Any, Any]
+COLLECTIVES = ("AllReduce", "AllGather")
 Call = Callable[[list[Any]], list[Any]]
 
 
 class CpuExecutor:
-    """A plan on the CPU: one ONNX Runtime session for each distinct segment; a value is dropped after its last reader."""
+    """A plan on the CPU: one ONNX Runtime session for each distinct segment; a value is dropped after its last reader.
 
-    def __init__(self, plan: Plan):
-        self.plan, self.plugins = plan, library().plugins
+    Of a plan for several ranks it is one rank, which needs a `communicator` to the others; `all_ranks.AllRanks` has them all.
+    """
+
+    def __init__(self, plan: Plan, rank: int = 0, communicator: Communicator | None = None):
+        self.plan, self.plugins, self.communicator = plan, library().plugins, communicator
         self.sessions: dict[str, Any] = {}
-        self.weights = {name: np.ascontiguousarray(array).reshape(array.shape) for name, array in plan.weights.items()}
+        self.weights = {name: np.ascontiguousarray(array).reshape(array.shape) for name, array in plan.weights_of(rank).items()}
         steps, self.outputs = plan.manifest.steps, plan.manifest.outputs
         self.calls = [(step, self._segment(step) if step.kind == "segment" else self._plugin(step)) for step in steps]
         last = {name: index for index, step in enumerate(steps) for name in (*step.inputs, *step.outputs)}
@@ -40,6 +45,17 @@ class CpuExecutor:
 
     def run(self, inputs: Mapping[str, Array], in_place: frozenset[str] = frozenset()) -> dict[str, Array]:
         """The outputs by name. Plugins that update an input (a cache) overwrite a copy, but those inputs named in `in_place` themselves."""
+        walk = self.walk(inputs, in_place)
+        try:
+            kind, x = next(walk)
+            while True:
+                assert self.communicator is not None
+                kind, x = walk.send(self.communicator.all_reduce(x) if kind == "AllReduce" else self.communicator.all_gather(x))
+        except StopIteration as done:
+            return dict(done.value)
+
+    def walk(self, inputs: Mapping[str, Array], in_place: frozenset[str] = frozenset()) -> Generator[tuple[str, Array], Array, dict[str, Array]]:
+        """`run`, step by step: yields what is to be summed or joined with that of the other ranks, and is sent the result."""
         self.plan.check(inputs)
         values = {**self.weights, **{name: np.ascontiguousarray(a).reshape(a.shape) for name, a in inputs.items()}}
         for (step, call), dropped, updated in zip(self.calls, self.dropped, self.updated, strict=True):
@@ -47,7 +63,13 @@ class CpuExecutor:
             for index in updated:
                 if step.inputs[index] not in in_place:
                     operands[index] = operands[index].copy()  # type: ignore[union-attr]
-            results = call(operands)
+            if step.name in COLLECTIVES and self.plan.manifest.world > 1:
+                x = operands[0]
+                assert x is not None
+                operands[0] = yield step.name, x
+                results = [r.astype(x.dtype) for r in call(operands)]
+            else:
+                results = call(operands)
             values.update(zip(step.outputs, results, strict=True))
             for name in dropped:
                 values.pop(name, None)

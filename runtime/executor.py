@@ -24,6 +24,10 @@ def make_executor(plan: Plan) -> Executor:
     """The executor for the plan's device. Raises RewriteError if the device or its software is missing, or does not fit the plan."""
     check_plugins(plan.manifest, library().plugins, str(plan.directory))
     _ = plan.weights  # compared with their SHA-256, before anything is loaded
+    if plan.manifest.world > 1:
+        from rewrite.runtime.all_ranks import AllRanks
+
+        return AllRanks(plan)
     if plan.device == "cpu":
         from rewrite.runtime.cpu import CpuExecutor
 

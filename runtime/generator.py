@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from rewrite.errors import RewriteError
+from rewrite.runtime.communication import Communicator
 from rewrite.runtime.kv_cache import BlockPool
 from rewrite.runtime.plan import Plan
 from rewrite.runtime.plan_model import PlanModel
@@ -68,14 +69,16 @@ class Generator:
     token_budget  most tokens of a step: longer prompts are read in chunks, between the other texts' tokens
     seats         most texts in flight
     reuse         keep keys and values for prompts that start alike
+    communicator  to the other ranks of a plan for several, of which this is the first (`plan_model.PlanModel`)
 
     It may be used from several threads, and from several coroutines of any event loop. Raises RewriteError if the plan is no
     text generator.
     """
 
-    def __init__(self, plan: str | os.PathLike[str] | Plan, *, device: str = "cpu", kv_memory: int | None = None, token_budget: int = 256, seats: int = 64, reuse: bool = True):
+    def __init__(self, plan: str | os.PathLike[str] | Plan, *, device: str = "cpu", kv_memory: int | None = None, token_budget: int = 256, seats: int = 64, reuse: bool = True,
+                 communicator: Communicator | None = None):  # fmt: skip
         self.plan = plan if isinstance(plan, Plan) else Plan(plan, device=device)
-        self.model = PlanModel(self.plan, kv_memory)
+        self.model = PlanModel(self.plan, kv_memory, communicator)
         self.scheduler = Scheduler(self.model, BlockPool(self.model.blocks, self.model.block_size, self.model.window, reuse), token_budget, seats, context=self.model.positions)
         ends = (int(i) for i in self.model.found.get("eos") or ())
         self.eos = tuple(i for i in ends if 0 <= i < self.model.vocabulary)  # a configuration may name another vocabulary's

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -75,8 +75,8 @@ class Partition:
     weights: dict[str, Array]
 
 
-def partition(model: Model, plugins: dict[str, Plugin]) -> Partition:
-    """Cut `model` at its plugin nodes.
+def partition(model: Model, plugins: dict[str, Plugin], arrays: Mapping[str, Array] | None = None) -> Partition:
+    """Cut `model` at its plugin nodes. `arrays` are initializers whose data lie elsewhere.
 
     `outputs` of the result maps each output's name to the value it is. Raises RewriteError for a plugin that is not in
     `plugins`, and for a value that crosses a border and whose shape is not known from the model's inputs.
@@ -88,7 +88,7 @@ def partition(model: Model, plugins: dict[str, Plugin]) -> Partition:
     graph = Graph(imported.graph, model.opset)
     symbols = SymbolicShapes(graph)
     symbols.run()
-    return _Cutter(imported, graph, symbols, model, plugins).run()
+    return _Cutter(imported, graph, symbols, model, plugins, arrays or {}).run()
 
 
 def _without_weights(model: Model) -> Model:
@@ -145,7 +145,8 @@ def _nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
 class _Cutter:
     """The state of one `partition`."""
 
-    def __init__(self, imported: Imported, graph: Graph, symbols: SymbolicShapes, whole: Model, plugins: dict[str, Plugin]):
+    def __init__(self, imported: Imported, graph: Graph, symbols: SymbolicShapes, whole: Model, plugins: dict[str, Plugin], arrays: Mapping[str, Array]):
+        self.arrays = arrays
         self.imported, self.graph, self.symbols, self.plugins = imported, graph, symbols, plugins
         self.model = imported.model
         self.protos = {i.name: i for proto in (self.model.proto, whole.proto) for i in proto.graph.initializer}  # the latter have their data
@@ -203,6 +204,8 @@ class _Cutter:
         return name
 
     def constant(self, tensor: gs.Tensor) -> Array:
+        if tensor.name in self.arrays and tensor.name in self.protos:
+            return self.arrays[tensor.name]
         if tensor.name in self.protos:
             return tensor_array(self.protos[tensor.name], self.model.folder)
         value = self.graph.constant(tensor, limit=2**62)

@@ -55,6 +55,7 @@ class Manifest:
     plugins: dict[str, str] = field(default_factory=dict)
     tuning: dict[str, dict[str, float]] = field(default_factory=dict)
     files: dict[str, tuple[int, list[str]]] = field(default_factory=dict)
+    world: int = 1  # ranks that run it together, each with weights of its own, called `rank 0/...`, beside those of all
     generator: dict[str, Any] | None = None  # of a text generator: block size, vocabulary, layers with their caches, eos, tokenizer
 
     def to_json(self) -> str:
@@ -85,6 +86,8 @@ class Manifest:
         for name, (low, best, high) in self.profile.ranges.items():
             if not 0 < low <= best <= high:
                 raise ValueError(f"profile: {name[:100]} is not in order")
+        if not 1 <= self.world <= 4096:
+            raise ValueError(f"there are {self.world} ranks")
         if WEIGHTS not in self.files:
             raise ValueError(f"files: there is no {WEIGHTS}")
         known = {*self.inputs}
@@ -167,11 +170,35 @@ class Plan:
     def weights(self) -> dict[str, Array]:
         """The weights by name, mapped from their file. Raises RewriteError if it is not what was built."""
         found = weights.parse(seal.map_checked(self.directory, WEIGHTS, *self.manifest.files[WEIGHTS]), self.directory / WEIGHTS)
+        for rank in range(self.manifest.world):
+            self._check_weights(self._of_rank(found, rank))
+        return found
+
+    def weights_of(self, rank: int) -> dict[str, Array]:
+        """The weights of a rank by name; nothing is read of the file but what holds these. Raises RewriteError as `weights` does."""
+        if self.manifest.world == 1 or "weights" in self.__dict__:
+            return self._of_rank(self.weights, rank)
+        path, (size, digests) = self.directory / WEIGHTS, self.manifest.files[WEIGHTS]
+        data = seal.map_unchecked(self.directory, WEIGHTS, size)
+        seal.check_pieces(path, data, digests, [(0, weights.header_size(data, path))])
+        places = weights.places(data, path)
+        mine = {n: p for n, p in places.items() if not n.startswith("rank ") or n.startswith(f"rank {rank}/")}
+        seal.check_pieces(path, data, digests, list(mine.values()))
+        found = self._of_rank(weights.parse(data, path), rank)
+        self._check_weights(found)
+        return found
+
+    def _of_rank(self, found: dict[str, Array], rank: int) -> dict[str, Array]:
+        if self.manifest.world == 1:
+            return found
+        prefix = f"rank {rank}/"
+        return {n.removeprefix(prefix): a for n, a in found.items() if not n.startswith("rank ") or n.startswith(prefix)}
+
+    def _check_weights(self, found: dict[str, Array]) -> None:
         made = {*self.inputs, *self.manifest.values}
         for name in [n for s in self.manifest.steps for n in s.inputs] + list(self.manifest.outputs.values()):
             if name and name not in made and name not in found:
                 raise RewriteError(f"{self.directory / MANIFEST}: a step reads {name[:100]!r}, which is neither made nor among the weights; build the plan again")
-        return found
 
     @cached_property
     def executor(self) -> Executor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -9,11 +10,14 @@ import ml_dtypes  # noqa: F401  gives NumPy the names of its types
 import numpy as np
 
 from rewrite.errors import RewriteError
+from rewrite.runtime.all_ranks import AllRanks
 from rewrite.runtime.batch import Batch
+from rewrite.runtime.communication import Communicator, sent, smallest
 from rewrite.runtime.cpu import CpuExecutor
 from rewrite.runtime.plan import Plan
 
 Array = np.ndarray[Any, Any]
+STOP, STEP, COPY = range(3)  # what rank 0 tells the others to do
 SHARE = 0.25  # of the free memory, for keys and values, unless the caller says how much
 
 
@@ -21,21 +25,27 @@ class PlanModel:
     """Attributes: `block_size` positions a block, `blocks` in the pool, `vocabulary`, `positions` that a text may have (None: no
     limit), `window` in which all layers look back (None: some see everything).
 
-    Raises RewriteError if the plan is no generator, or `memory` (bytes) holds no block.
+    Of a plan for several ranks it is all of them, in turn, or with a `communicator` one: rank 0 steps and copies, and `stop`s
+    at the end; the others `follow`.
+
+    Raises RewriteError if the plan is no generator, or `memory` (bytes, of each rank) holds no block.
     """
 
-    def __init__(self, plan: Plan, memory: int | None = None):
+    def __init__(self, plan: Plan, memory: int | None = None, communicator: Communicator | None = None):
         found = plan.manifest.generator
         if found is None:
             raise RewriteError(f"{plan.directory}: not a text generator; make one with `rewrite optimize --generate` and `rewrite build`")
         if plan.device != "cpu":
             raise RewriteError(f"{plan.directory}: text generation runs on the CPU; device {plan.device} is not supported yet")
-        self.plan, self.found, self.executor = plan, found, CpuExecutor(plan)
+        self.plan, self.found, self.communicator = plan, found, communicator
+        alone = plan.manifest.world == 1 or communicator is not None
+        self.executor = CpuExecutor(plan, communicator.rank if communicator is not None else 0, communicator) if alone else AllRanks(plan)
+        self.ranks = 1 if alone else plan.manifest.world  # in this process
         try:
             self._make_pool(found, memory)
         except (KeyError, TypeError, ValueError) as error:
             raise RewriteError(f"{plan.directory}: its manifest does not say what a generator needs ({type(error).__name__}: {error}); build the plan again") from error
-        self._in_place = frozenset(self.caches)
+        self._in_place = frozenset(self.caches[0])
 
     def _make_pool(self, found: Mapping[str, Any], memory: int | None) -> None:
         self.block_size, self.vocabulary = int(found["block_size"]), int(found["vocabulary"])
@@ -43,22 +53,31 @@ class PlanModel:
         windows = [int(layer["window"]) for layer in found["layers"]]
         self.window = max(windows) if all(windows) else None
         sizes = [(layer["kv_heads"] * (layer["size"] + layer["value_size"])) * np.dtype(layer["dtype"]).itemsize for layer in found["layers"]]
-        self.block_bytes = self.block_size * sum(sizes)
+        self.block_bytes = self.ranks * self.block_size * sum(sizes)
         self.blocks = (memory if memory is not None else int(SHARE * free_memory())) // self.block_bytes
+        if self.communicator is not None:
+            self.blocks = smallest(self.communicator, self.blocks)
         if self.blocks < 1:
             raise RewriteError(f"{self.plan.directory}: a block of keys and values takes {self.block_bytes} bytes, and there are {memory} (--kv-memory); give more")
-        self.caches: dict[str, Array] = {}
+        self.caches: list[dict[str, Array]] = [{} for _ in range(self.ranks)]
         for layer in found["layers"]:
             shape = (self.blocks, self.block_size, layer["kv_heads"])
             for name, size in (("key_cache", "size"), ("value_cache", "value_size")):
                 try:
-                    self.caches[layer[name]] = np.zeros((*shape, layer[size]), layer["dtype"])
+                    for caches in self.caches:
+                        caches[layer[name]] = np.zeros((*shape, layer[size]), layer["dtype"])
                 except MemoryError as error:
                     needed = self.blocks * self.block_bytes / 2**20
                     raise RewriteError(f"{self.plan.directory}: there is no room for {needed:.0f} MiB of keys and values; give less with --kv-memory") from error
 
     def step(self, batch: Batch) -> Array:
         """Store the keys and values of the batch's tokens; returns float32 [R, vocabulary], the logits of its rows."""
+        if self.communicator is not None:
+            sent(self.communicator, [np.array([STEP])], 1)
+            sent(self.communicator, [getattr(batch, f.name) for f in dataclasses.fields(Batch)], len(dataclasses.fields(Batch)))
+        return self._step(batch)
+
+    def _step(self, batch: Batch) -> Array:
         feeds = {
             "input_ids": batch.tokens[None],
             "position_ids": batch.positions[None],
@@ -68,13 +87,44 @@ class PlanModel:
             "context_lengths": batch.context_lengths,
             "logit_rows": batch.logit_rows,
         }
-        return np.asarray(self.executor.run({**feeds, **self.caches}, in_place=self._in_place)["logits"])
+        given = [{**feeds, **caches} for caches in self.caches]
+        if isinstance(self.executor, AllRanks):
+            return np.asarray(self.executor.run_each(given, self._in_place)[0]["logits"])
+        return np.asarray(self.executor.run(given[0], in_place=self._in_place)["logits"])
 
     def copy_blocks(self, pairs: Iterable[tuple[int, int]]) -> None:
         """Copy blocks (from, to) in every layer."""
+        pairs = list(pairs)
+        if self.communicator is not None and pairs:
+            sent(self.communicator, [np.array([COPY])], 1)
+            sent(self.communicator, [np.array(pairs)], 1)
+        self._copy_blocks(pairs)
+
+    def _copy_blocks(self, pairs: Iterable[tuple[int, int]]) -> None:
         for source, target in pairs:
-            for cache in self.caches.values():
-                cache[target] = cache[source]
+            for caches in self.caches:
+                for cache in caches.values():
+                    cache[target] = cache[source]
+
+    def follow(self) -> None:
+        """Do what rank 0 does, until it stops."""
+        assert self.communicator is not None
+        while True:
+            what = int(sent(self.communicator, None, 1)[0][0])
+            if what == STOP:
+                return
+            if what == COPY:
+                self._copy_blocks([(int(a), int(b)) for a, b in sent(self.communicator, None, 1)[0]])
+                continue
+            arrays = sent(self.communicator, None, len(dataclasses.fields(Batch)))
+            batch = Batch(*arrays)
+            narrow = {name: getattr(batch, name).astype(np.int32) for name in ("slots", "block_tables", "query_starts", "context_lengths")}
+            self._step(dataclasses.replace(batch, **narrow))
+
+    def stop(self) -> None:
+        """Of rank 0: let the others go."""
+        if self.communicator is not None:
+            sent(self.communicator, [np.array([STOP])], 1)
 
 
 def free_memory() -> int:

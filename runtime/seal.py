@@ -125,6 +125,25 @@ def map_checked(folder: Path, name: str, size: int, expected: list[str]) -> byte
     return data
 
 
+def map_unchecked(folder: Path, name: str, size: int) -> mmap.mmap:
+    """A large file of this size, mapped; what is used of it must go through `check_pieces` first."""
+    with open_inside(folder, name) as file:
+        check_size(folder / name, file, size)
+        if not size:
+            raise RewriteError(f"{folder / name}: is empty; {AGAIN}")
+        return mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
+
+
+def check_pieces(path: Path, data: mmap.mmap, expected: list[str], ranges: list[tuple[int, int]]) -> None:
+    """Compare the pieces that hold these ranges of bytes with their digests. Raises RewriteError if one differs."""
+    needed = sorted({i for begin, end in ranges if begin < end for i in range(begin // PIECE, -(-end // PIECE))})
+    view = memoryview(data)
+    with ThreadPoolExecutor(max(1, min(len(needed), os.cpu_count() or 1))) as pool:
+        found = list(pool.map(lambda i: hashlib.sha256(view[i * PIECE : (i + 1) * PIECE]).hexdigest(), needed))
+    if any(i >= len(expected) or expected[i] != digest for i, digest in zip(needed, found, strict=True)):
+        raise RewriteError(f"{path}: its content is not what was built (SHA-256 differs); {AGAIN}")
+
+
 def check_size(path: Path, file: BinaryIO, size: int) -> None:
     found = os.fstat(file.fileno()).st_size
     if found != size:

