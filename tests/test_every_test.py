@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from pathlib import Path
 
 CHECKS = {"raises", "fail", "assert_allclose", "assert_array_equal"}
@@ -30,3 +31,10 @@ def test_every_test_checks_something():
 def test_a_test_that_checks_nothing_is_seen():
     assert idle_tests("def test_it():\n    work()\n") == ["test_it"]
     assert idle_tests("def same(a):\n    assert a\ndef test_it():\n    same(work())\n") == []
+
+
+def test_every_link_of_the_documents_leads_somewhere():
+    root = Path(__file__).parent.parent
+    links = [(page, target) for page in (root / "README.md", *sorted((root / "docs").glob("*.md"))) for target in re.findall(r"\]\(([^)#\s]+)", page.read_text())]
+    assert len(links) > 20
+    assert [f"{page.name}: {target}" for page, target in links if "://" not in target and not (page.parent / target).exists()] == []
