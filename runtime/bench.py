@@ -85,10 +85,10 @@ def bench(plan: Plan, sizes: Mapping[str, int], *, warmup: int = 5, iterations: 
     Times are in microseconds, rates in bytes and operations a second, fractions of the ceilings from 0 to 1.
     Raises RewriteError for sizes that the plan was not built for, and what running it raises.
     """
-    if plan.manifest.generator is not None:
-        raise RewriteError(f"{plan.directory}: a text generator, whose inputs depend on each other; measure it with `rewrite bench-generate`")
     if plan.manifest.world > 1:
         raise RewriteError(f"{plan.directory}: it is for {plan.manifest.world} ranks, and only plans for one are measured yet")
+    if plan.manifest.generator is not None:
+        raise RewriteError(f"{plan.directory}: a text generator, whose inputs depend on each other; measure it with `rewrite bench-generate`")
     inputs = make_inputs(plan, sizes)
     plan.check(inputs)
     measure = _on_cpu if plan.device == "cpu" else _on_cuda

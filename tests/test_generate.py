@@ -138,7 +138,7 @@ def test_sixteen_bits(dtype, tmp_path):
     assert [layer["dtype"] for layer in generator_of(result.model.proto)["layers"]] == [dtype] * 2
     assert result.model.proto.graph.output[0].type.tensor_type.elem_type == onnx.TensorProto.FLOAT
     plan = PlanModel(rewrite.build(result.model, tmp_path / "plan", engines=False), 1 << 20)
-    assert {c.dtype.name for c in plan.caches.values()} == {dtype}
+    assert {c.dtype.name for caches in plan.caches for c in caches.values()} == {dtype}
     texts, seen = [[5, 6, 7, 8, 9]], {}
     tokens = greedy(plan, texts, 4, seen=seen)[0]
     with torch.no_grad():
