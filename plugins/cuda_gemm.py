@@ -69,7 +69,8 @@ def shapes(tokens: int, features: int, inner: int) -> list[Shape]:
     steps = ceil_div(inner, 64)
     tiles = [t for t in NARROW if t < 2 * tokens or t == NARROW[0]]
     found = [Shape("narrow", t, s) for t in tiles for s in CLUSTERS if s <= steps and t >= s and ceil_div(tokens, t) * ceil_div(features, 64) * s <= 132 * 16]
-    return found + [Shape("wide", t) for t in WIDE if tokens > 64]
+    found += [Shape("wide", t) for t in WIDE if tokens > 64]
+    return found or [Shape("narrow", tiles[-1])]  # few tokens of very many features: a head of 262,144 words
 
 
 def choose(tokens: int, features: int, inner: int) -> list[Shape]:

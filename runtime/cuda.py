@@ -8,7 +8,7 @@ can be captured, too. What is executed was checked against the manifest's SHA-25
 from __future__ import annotations
 
 import contextlib
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -120,18 +120,14 @@ class CudaExecutor:
 
     def _turn_weights(self) -> set[int]:
         """Store matrices the way kernels read them, [N, K]; the steps (by index) whose `trans_w` becomes 1 by that."""
-        readers: dict[str, list[tuple[int, str]]] = {}
-        for index, step in enumerate(self.plan.manifest.steps):
-            known = self.plugins[step.name].inputs if step.kind == "plugin" and step.name in self.plugins else ()
-            for place, name in enumerate(step.inputs):
-                readers.setdefault(name, []).append((index, known[place].rstrip("?") if known else ""))
+        readers = Counter(name for step in self.plan.manifest.steps for name in step.inputs)
         turned: set[int] = set()
         for index, step in enumerate(self.plan.manifest.steps):
             plugin = self.plugins.get(step.name) if step.kind == "plugin" else None
             if plugin is None or not plugin.transposable or step.attributes.get("trans_w"):
                 continue
             names = [n for n, given in zip(step.inputs, plugin.inputs, strict=False) if n and given.rstrip("?") in plugin.transposable]
-            own = all(n in self.weights and len(readers[n]) == 1 and self.weights[n].dtype.itemsize == 2 for n in names)
+            own = all(n in self.weights and readers[n] == 1 and self.weights[n].dtype.itemsize == 2 for n in names)
             if not own or set(names) & set(self.plan.manifest.outputs.values()):
                 continue
             for name in names:

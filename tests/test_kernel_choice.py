@@ -59,7 +59,7 @@ def test_what_is_measured_is_kept_and_the_fastest_taken(monkeypatch):
 
 # --- layouts ------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("tokens", [1, 7, 32, 129, 1024, 20000])
-@pytest.mark.parametrize(("features", "inner"), [(8, 8), (384, 384), (1152, 384), (1024, 4096), (14336, 4096)])
+@pytest.mark.parametrize(("features", "inner"), [(8, 8), (384, 384), (1152, 384), (1024, 4096), (14336, 4096), (262144, 640)])
 def test_every_layout_fits_the_gpu(tokens, features, inner):
     found = cuda_gemm.choose(tokens, features, inner)
     assert found
@@ -167,6 +167,20 @@ def test_bfloat16_is_fused_as_float16_is(kind):
     assert brain.model.plugin_nodes() == narrow.model.plugin_nodes()
     assert brain.model.plugin_nodes()["FusedAttention"] == 2
     assert brain.report.model_error <= 5e-2
+
+
+def test_matrices_are_turned_once_where_one_product_alone_reads_them(tmp_path):
+    text = """<ir_version: 10, opset_import: ["" : 18]> g (float16[n, 2] x) => (float16[n, 3] a, float16[n, 2] b, float16[n, 2] c)
+        <float16[2, 3] own = {1, 2, 3, 4, 5, 6}, float16[2, 2] both = {1, 2, 3, 4}> { a = MatMul(x, own)  b = MatMul(x, both)  d = Neg(x)  c = MatMul(d, both) }"""
+    plan = rewrite.build(rewrite.optimize(onnx.parser.parse_model(text)).model, tmp_path / "p", engines=False)
+    executor = CudaExecutor.__new__(CudaExecutor)
+    executor.plan, executor.plugins, executor.cupy, executor.weights = plan, library().plugins, np, dict(plan.weights)
+    turned = executor._turn_weights()
+    assert [plan.manifest.steps[i].inputs[1] for i in turned] == ["own"]
+    np.testing.assert_array_equal(executor.weights["own"], plan.weights["own"].T)
+    assert executor.weights["own"].flags.c_contiguous
+    assert len(np.unique(plan.weights["own"])) == 6
+    assert executor.weights["both"] is plan.weights["both"]  # two read it
 
 
 # --- plans --------------------------------------------------------------------------------------------------------
