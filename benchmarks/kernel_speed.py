@@ -1,7 +1,7 @@
 """Our CUDA kernels one by one: right against float64, and how fast against the libraries and the ceilings of the card.
 
     python benchmarks/kernel_speed.py                       everything (about 2 minutes on an H100)
-    python benchmarks/kernel_speed.py --only products       products, attention or norms
+    python benchmarks/kernel_speed.py --only products       products, decoding, attention or norms
 
 Each time is the median of the GPU time of one launch among 20 in a CUDA graph. Weights are different ones in turn where a model's
 would not stay in the L2 cache. Ceilings: a product of 8192 x 8192 x 8192 by cuBLASLt, and a copy of 1 GB.
@@ -159,6 +159,41 @@ def time_products(limits: dict[str, float], all_layouts: bool) -> list[dict[str,
     return rows
 
 
+DECODERS = {"llama-1b": (2048, (2048, 512, 512), 8192, 128256), "llama-8b": (4096, (4096, 1024, 1024), 14336, 128256)}  # width, Q K V, hidden, words
+
+
+def time_decoding(limits: dict[str, float], all_layouts: bool) -> list[dict[str, Any]]:
+    """The products of one token of each of a few texts: weights are nearly all that is moved, and come from memory each time."""
+    rows, rng, dtype = [], cupy.random.default_rng(0), "bfloat16"
+    cases = []
+    for name, (width, heads, hidden, words) in DECODERS.items():
+        products = [("qkv", heads, width), ("out", (width,), width), ("gate, up", (hidden, hidden), width), ("down", (width,), hidden), ("head", (words,), width)]
+        for (what, parts, inner), tokens in itertools.product(products, (1, 8, 32, 64)):
+            layouts = (cuda_gemm.shapes if all_layouts else cuda_gemm.choose)(tokens, sum(parts), inner)
+            cases.append((name, what, parts, inner, tokens, layouts))
+    compile_all(cuda_gemm.variant(s, dtype, "swish" if what == "gate, up" else "none", what == "gate, up") for _, what, _, _, _, layouts in cases for s in layouts)
+    print(f"{'decoding':38} {'library':>8} {'ours':>8} {'layout':>14} {'chosen':>8} {'GB/s':>6} {'of copy':>8}")
+    for name, what, parts, inner, tokens, layouts in cases:
+        gated, features, sets = what == "gate, up", sum(parts), -(-(200 << 20) // (sum(parts) * inner * 2))
+        x = random(rng, tokens, inner, dtype=dtype)
+        calls, library = [], []
+        for _ in range(sets):
+            residual = random(rng, tokens, features, dtype=dtype) if what in ("out", "down") else None
+            jobs = [cuda_gemm.Product(cupy.empty((tokens, n), dtype), random(rng, n, inner, dtype=dtype, scale=inner**-0.5), None, residual) for n in parts]
+            calls.append(jobs)
+            library += [library_product(j.y[None], x[None], j.w[None], trans_w=True, residual=None if residual is None else residual[None]) for j in jobs]
+        activation = "swish" if gated else "none"
+        times = {str(s): median_us([cuda_gemm.product(x, jobs, activation, gated, s) for jobs in calls]) for s in layouts}
+        best, chosen = min(times, key=times.__getitem__), str(cuda_gemm.choose(tokens, features, inner)[0])
+        moved = 2 * (features * inner + tokens * (inner + features))
+        row = {"model": name, "what": what, "tokens": tokens, "features": features, "inner": inner, "library_us": median_us(library) * len(library) / sets, "layouts_us": times}
+        row |= {"best": best, "best_us": times[best], "chosen": chosen, "chosen_us": times[chosen], "gbs": moved / times[best] / 1e3}
+        rows.append(row)
+        label, share = f"{name} {what} {tokens} x {features} x {inner}", row["gbs"] / limits["gbs"]
+        print(f"{label:38} {row['library_us']:8.2f} {row['best_us']:8.2f} {best:>14} {row['chosen_us']:8.2f} {row['gbs']:6.0f} {share:8.0%}", flush=True)
+    return rows
+
+
 def check_attention() -> list[dict[str, Any]]:
     from rewrite.registry import library
 
@@ -242,7 +277,7 @@ def norms(limits: dict[str, float]) -> list[dict[str, Any]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", default="products,attention,norms")
+    parser.add_argument("--only", default="products,decoding,attention,norms")
     parser.add_argument("--all-layouts", action="store_true", help="time every layout of a product, not only the chosen one")
     parser.add_argument("--output", default="kernel_speed")
     options = parser.parse_args()
@@ -252,6 +287,8 @@ def main() -> None:
     results: dict[str, Any] = {"ceilings": limits}
     if "products" in options.only:
         results["products_right"], results["products"] = check_products(), time_products(limits, options.all_layouts)
+    if "decoding" in options.only:
+        results["decoding"] = time_decoding(limits, options.all_layouts)
     if "attention" in options.only:
         results["attention_right"], results["attention"] = check_attention(), time_attention(limits)
     if "norms" in options.only:
