@@ -258,7 +258,7 @@ def check_chains() -> list[dict[str, Any]]:
     return rows
 
 
-def time_chains(limits: dict[str, float]) -> list[dict[str, Any]]:
+def time_chains(limits: dict[str, float], batches: tuple[int, ...] = (1, 8, 32, 64)) -> list[dict[str, Any]]:
     """All products of a decoding step but the head, one layer a launch and all layers in one; beside launches one by one."""
     rows, rng, dtype = [], cupy.random.default_rng(0), "bfloat16"
     for name, layers in (("llama-1b", 16), ("llama-8b", 12)):
@@ -268,7 +268,7 @@ def time_chains(limits: dict[str, float]) -> list[dict[str, Any]]:
             made = {"out": (width, width), "gate": (hidden, width), "up": (hidden, width), "down": (width, hidden), "q": (heads[0], width), "k": (heads[1], width), "v": (heads[2], width)}
             weights.append({n: random(rng, *s, dtype=dtype, scale=s[1] ** -0.5) for n, s in made.items()} | {"s": random(rng, width, dtype=dtype)})
         moved = sum(a.nbytes for w in weights for a in w.values())
-        for tokens in (1, 8, 32, 64):
+        for tokens in batches:
             values = {n: cupy.zeros((tokens, s), dtype) for n, s in (("x", width), ("scaled", width), ("q", heads[0]), ("k", heads[1]), ("v", heads[2]), ("gate", hidden))}
             x, P = values["x"], cuda_gemm.Product
             chains, single = [], []

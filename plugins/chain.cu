@@ -3,8 +3,9 @@
 //
 // One block a multiprocessor. A warp fetches weights in the order of the chain, through all of it and as far ahead as shared memory
 // holds; they depend on nothing, so memory never rests while a product waits for the one before it. A second warp fetches tokens
-// when they are there, a warpgroup multiplies. A product's steps of 64 inner elements are dealt evenly: where several blocks share a
-// tile of 64 features (32 with a gate), the last to come adds up the parts, in the blocks' order.
+// when they are there, a warpgroup multiplies, a second one does all that comes after, so that the first never stops. Work is dealt
+// in `grain` steps of 64 inner elements, evenly: where several blocks share a tile of 64 features (32 with a gate), the last to come
+// adds up the parts, in the blocks' order.
 //
 // A root-mean-square norm between two products costs nothing: the first one also writes its result times the norm's scale, and the
 // squares of each tile; the second one reads the former and divides its sums by the root of the mean of the latter.
@@ -22,7 +23,7 @@ struct alignas(64) Link {
     float* squares;       // [tiles, BN], of y
     const float* normed;  // the squares of the link before, if x was only scaled
     float epsilon;
-    int normedTiles, jobs, inner, tiles, gated, activated;
+    int normedTiles, jobs, inner, tiles, gated, activated, grain;
 };
 struct Chain {
     const Link* link;
@@ -37,18 +38,21 @@ __device__ __forceinline__ void waitFor(const int* count, int wanted) {
     do asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(v) : "l"(count) : "memory");
     while (v < wanted);
 }
-__device__ __forceinline__ void together() { asm volatile("bar.sync 1, 128;" ::: "memory"); }  // the warpgroup that multiplies
+__device__ __forceinline__ void together() { asm volatile("bar.sync 1, 128;" ::: "memory"); }  // the warpgroup that finishes
 // What copies by TMA read was written by ordinary stores: they are different ways to memory.
 __device__ __forceinline__ void fenceCopies() { asm volatile("fence.proxy.async;" ::: "memory"); }
 
-// The steps of a link that this block does, in order: `step` is called with tile and place of 64 inner elements.
+// What this block does of a link: steps from `first` up to `end`, counted through all tiles.
 struct Share {
-    int steps, units, blocks, first, end;
+    int steps, grains, grain, units, blocks, first, end;
     __device__ Share(const Link& l) {
-        steps = up(l.inner, 64), units = l.tiles * steps, blocks = min((int)gridDim.x, units);
+        steps = up(l.inner, 64), grain = l.grain, grains = up(steps, grain), units = l.tiles * grains, blocks = min((int)gridDim.x, units);
         first = begin(blockIdx.x), end = begin(blockIdx.x + 1);
     }
-    __device__ int begin(int block) const { return (int)((long long)units * min(block, blocks) / blocks); }
+    __device__ int begin(int block) const {
+        const int unit = (int)((long long)units * min(block, blocks) / blocks);
+        return unit / grains * steps + min(unit % grains * grain, steps);
+    }
     __device__ int owner(int unit) const { return (int)(((long long)(unit + 1) * blocks + units - 1) / units) - 1; }  // the block that does it
 };
 struct Ring {  // a place in the ring of stages, and how often it was passed
@@ -62,13 +66,17 @@ __device__ __forceinline__ void chain(const Chain& c) {
     extern __shared__ u8 raw[];
     u8* base = (u8*)(((u64)raw + 1023) & ~1023ull);
     float* part = (float*)(base + c.stages * STAGE);
-    float* factor = part + BN * PITCH;
+    float* factor = part + 2 * BN * PITCH;
     int* last = (int*)(factor + BN);
+    int* reached = last + 1;  // how many links' tokens are there
     u64* full = (u64*)(last + 4);
     u64* empty = full + c.stages;
+    u64 *given = empty + c.stages, *taken = given + 2;  // the two sides of `part`, from one warpgroup to the other
     const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
     if (threadIdx.x == 0) {
         for (int s = 0; s < c.stages; ++s) init(full + s, 2), init(empty + s, 4);
+        for (int s = 0; s < 2; ++s) init(given + s, 4), init(taken + s, 1);
+        *reached = 0;
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     }
     __syncthreads();
@@ -83,13 +91,13 @@ __device__ __forceinline__ void chain(const Chain& c) {
         for (int n = 0; n < c.count; ++n) {
             const Link& l = c.link[n];
             const Share share(l);
-            for (int unit = share.first; unit < share.end;) {
-                int tile = unit / share.steps;
+            for (int step = share.first; step < share.end;) {
+                int tile = step / share.steps;
                 const int stop = min(share.end, (tile + 1) * share.steps);
-                int k = unit - tile * share.steps;
+                int k = step - tile * share.steps;
                 const int j = locate(l, tile), feature = tile * (l.gated ? 32 : 64);
                 const TensorMap *w = l.w + j, *half = l.gated ? l.w + 1 : w;
-                for (; unit < stop; ++unit, ++k) {
+                for (; step < stop; ++step, ++k) {
                     if (again) wait(empty + at.stage, at.parity ^ 1);
                     u8* to = base + at.stage * STAGE;
                     expect(full + at.stage, 8192);
@@ -108,10 +116,11 @@ __device__ __forceinline__ void chain(const Chain& c) {
             if (n) waitFor(c.ready + n - 1, c.link[n - 1].tiles);
             else waitForPrecedingKernel();
             fenceCopies();
+            asm volatile("st.release.cta.shared.s32 [%0], %1;" ::"r"(shared(reached)), "r"(n + 1) : "memory");
             if (n == c.count - 1) letNextKernelStart();  // all blocks run by now, so none of the next kernel's can keep one out
             const Share share(l);
             int k = share.first % share.steps;
-            for (int unit = share.first; unit < share.end; ++unit) {
+            for (int step = share.first; step < share.end; ++step) {
                 if (again) wait(empty + at.stage, at.parity ^ 1);
                 expect(full + at.stage, BN * 128);
                 fetch(base + at.stage * STAGE + 8192, &l.x, full + at.stage, k * 64, 0);
@@ -121,46 +130,24 @@ __device__ __forceinline__ void chain(const Chain& c) {
             }
         }
     } else if (warp < 4) {
-        waitForPrecedingKernel();
         Ring at;
+        int segment = 0;
         for (int n = 0; n < c.count; ++n) {
-            const Link& l = c.link[n];
-            const Share share(l);
-            const int chunks = l.gated ? 4 : 8, bits = l.gated ? 2 : 3;
-            for (int unit = share.first; unit < share.end;) {
-                const int whole = unit / share.steps, stop = min(share.end, (whole + 1) * share.steps), start = unit;
-                int tile = whole;
-                const Job& job = l.job[locate(l, tile)];
-                const int feature = tile * 8 * chunks;
+            const Share share(c.link[n]);
+            for (int step = share.first; step < share.end; ++segment) {
+                const int stop = min(share.end, (step / share.steps + 1) * share.steps), start = step;
                 float d[BN / 2];
                 #pragma unroll
                 for (int i = 0; i < BN / 2; ++i) d[i] = 0.f;
-                uint4 residuals[ROUNDS];
                 int before = 0;
-                for (; unit < stop; ++unit) {
+                for (; step < stop; ++step) {
                     wait(full + at.stage, at.parity);
-                    if (unit == start) {  // tokens are there, so all that earlier links made is
-                        #pragma unroll
-                        for (int round = 0; round < ROUNDS; ++round) {
-                            const int e = round * 128 + threadIdx.x, t = e >> bits, f = (e & chunks - 1) * 8;
-                            const bool there = job.residual && t < c.tokens && feature + f < job.features;
-                            residuals[round] = there ? __ldcg((const uint4*)((const u16*)job.residual + t * job.features + feature + f)) : uint4{0, 0, 0, 0};
-                        }
-                        if (l.normed && start == share.first) {
-                            constexpr int PER = 128 / BN;  // threads a token
-                            float sum = 0.f;
-                            for (int i = threadIdx.x % PER; i < l.normedTiles; i += PER) sum += __ldcg(l.normed + i * BN + threadIdx.x / PER);
-                            #pragma unroll
-                            for (int o = 1; o < PER; o *= 2) sum += __shfl_xor_sync(~0u, sum, o);
-                            if (threadIdx.x % PER == 0) factor[threadIdx.x / PER] = rsqrtf(sum / l.inner + l.epsilon);
-                        }
-                    }
                     const u64 a = descriptor(base + at.stage * STAGE), b = descriptor(base + at.stage * STAGE + 8192);
                     wgmmaFence();
                     #pragma unroll
                     for (int k = 0; k < 4; ++k) Wgmma<BN>::add(d, a + 2 * k, b + 2 * k);
                     wgmmaCommit();
-                    if (unit > start) {
+                    if (step > start) {
                         wgmmaWait<1>();
                         if (lane == 0) arrive(empty + before);
                     }
@@ -169,7 +156,9 @@ __device__ __forceinline__ void chain(const Chain& c) {
                 }
                 wgmmaWait<0>();
                 if (lane == 0) arrive(empty + before);
-                float* to = part + 2 * (lane & 3) * PITCH + warp * 16 + (lane >> 2);  // rows are tokens
+                const int side = segment & 1;
+                if (segment > 1) wait(taken + side, (segment >> 1) - 1 & 1);
+                float* to = part + side * (BN * PITCH) + 2 * (lane & 3) * PITCH + warp * 16 + (lane >> 2);  // rows are tokens
                 #pragma unroll
                 for (int i = 0; i < BN / 8; ++i, to += 8 * PITCH) {
                     to[0] = d[4 * i];
@@ -177,32 +166,73 @@ __device__ __forceinline__ void chain(const Chain& c) {
                     to[8] = d[4 * i + 2];
                     to[PITCH + 8] = d[4 * i + 3];
                 }
+                __syncwarp();
+                if (lane == 0) arrive(given + side);
+            }
+        }
+    } else if (warp > 5) {
+        const int thread = threadIdx.x - 192;
+        waitForPrecedingKernel();
+        int segment = 0;
+        for (int n = 0; n < c.count; ++n) {
+            const Link& l = c.link[n];
+            const Share share(l);
+            if (share.first == share.end) continue;
+            const int chunks = l.gated ? 4 : 8, bits = l.gated ? 2 : 3;
+            int there;
+            do asm volatile("ld.acquire.cta.shared.s32 %0, [%1];" : "=r"(there) : "r"(shared(reached)) : "memory");
+            while (there <= n);  // all that earlier links made is there
+            if (l.normed) {
+                constexpr int PER = 128 / BN;  // threads a token
+                float sum = 0.f;
+                for (int i = thread % PER; i < l.normedTiles; i += PER) sum += __ldcg(l.normed + i * BN + thread / PER);
+                #pragma unroll
+                for (int o = 1; o < PER; o *= 2) sum += __shfl_xor_sync(~0u, sum, o);
+                if (thread % PER == 0) factor[thread / PER] = rsqrtf(sum / l.inner + l.epsilon);
                 together();
-                const int opening = share.owner(whole * share.steps), parts = share.owner((whole + 1) * share.steps - 1) - opening + 1;
+            }
+            for (int step = share.first; step < share.end; ++segment) {
+                const int whole = step / share.steps;
+                step = min(share.end, (whole + 1) * share.steps);
+                int tile = whole;
+                const Job& job = l.job[locate(l, tile)];
+                const int feature = tile * 8 * chunks;
+                uint4 residuals[ROUNDS];
+                #pragma unroll
+                for (int round = 0; round < ROUNDS; ++round) {
+                    const int e = round * 128 + thread, t = e >> bits, f = (e & chunks - 1) * 8;
+                    const bool inside = job.residual && t < c.tokens && feature + f < job.features;
+                    residuals[round] = inside ? __ldcg((const uint4*)((const u16*)job.residual + t * job.features + feature + f)) : uint4{0, 0, 0, 0};
+                }
+                const int side = segment & 1;
+                const float* mine = part + side * (BN * PITCH);
+                wait(given + side, segment >> 1 & 1);
+                const int opening = share.owner(whole * share.grains), parts = share.owner((whole + 1) * share.grains - 1) - opening + 1;
                 const long long places = (long long)whole * c.room;
                 if (parts > 1) {
                     float* slot = c.parts + (places + blockIdx.x - opening) * (BN * 64);
-                    for (int e = threadIdx.x; e < c.tokens * 16; e += 128) __stcg((float4*)slot + e, *(const float4*)(part + (e >> 4) * PITCH + (e & 15) * 4));
+                    for (int e = thread; e < c.tokens * 16; e += 128) __stcg((float4*)slot + e, *(const float4*)(mine + (e >> 4) * PITCH + (e & 15) * 4));
                     together();
-                    if (threadIdx.x == 0) {
-                        __threadfence();
-                        *last = atomicAdd(c.arrived + whole, 1) == parts - 1;
-                        __threadfence();
+                    if (thread == 0) {
+                        arrive(taken + side);
+                        int old;
+                        asm volatile("atom.acq_rel.gpu.global.add.s32 %0, [%1], 1;" : "=r"(old) : "l"(c.arrived + whole) : "memory");
+                        *last = old == parts - 1;
+                        if (*last) c.arrived[whole] = 0;
                     }
                     together();
                     if (!*last) continue;
-                    if (threadIdx.x == 0) c.arrived[whole] = 0;
                 }
                 auto sums = [&](float (&v)[8], int t, int f) {
                     if (parts == 1) {
-                        const float4 a = *(const float4*)(part + t * PITCH + f), b = *(const float4*)(part + t * PITCH + f + 4);
+                        const float4 a = *(const float4*)(mine + t * PITCH + f), b = *(const float4*)(mine + t * PITCH + f + 4);
                         v[0] = a.x, v[1] = a.y, v[2] = a.z, v[3] = a.w, v[4] = b.x, v[5] = b.y, v[6] = b.z, v[7] = b.w;
                         return;
                     }
                     #pragma unroll
                     for (int i = 0; i < 8; ++i) v[i] = 0.f;
                     const float* from = c.parts + places * (BN * 64) + t * 64 + f;
-                    #pragma unroll 4
+                    #pragma unroll 8
                     for (int p = 0; p < parts; ++p, from += BN * 64) {
                         const float4 a = __ldcg((const float4*)from), b = __ldcg((const float4*)from + 1);
                         v[0] += a.x, v[1] += a.y, v[2] += a.z, v[3] += a.w, v[4] += b.x, v[5] += b.y, v[6] += b.z, v[7] += b.w;
@@ -210,11 +240,10 @@ __device__ __forceinline__ void chain(const Chain& c) {
                 };
                 #pragma unroll
                 for (int round = 0; round < ROUNDS; ++round) {
-                    const int e = round * 128 + threadIdx.x, t = e >> bits, f = (e & chunks - 1) * 8;
+                    const int e = round * 128 + thread, t = e >> bits, f = (e & chunks - 1) * 8;
                     if (t >= BN) break;  // whole warps
-                    const bool there = t < c.tokens && feature + f < job.features;
                     float square = 0.f;
-                    if (there) {
+                    if (t < c.tokens && feature + f < job.features) {
                         const float by = l.normed ? factor[t] : 1.f;
                         const long long place = t * job.features + feature + f;
                         float v[8], u[8];
@@ -257,8 +286,8 @@ __device__ __forceinline__ void chain(const Chain& c) {
                 }
                 fenceCopies();
                 together();
-                if (threadIdx.x == 0) {
-                    __threadfence();
+                if (thread == 0) {
+                    if (parts == 1) arrive(taken + side);
                     asm volatile("red.release.gpu.global.add.s32 [%0], 1;" ::"l"(c.ready + n) : "memory");
                 }
             }
@@ -274,4 +303,4 @@ __device__ __forceinline__ void chain(const Chain& c) {
     }
 }
 
-extern "C" __global__ void __launch_bounds__(192, 1) multiply(const __grid_constant__ Chain c) { chain<TOKENS>(c); }
+extern "C" __global__ void __launch_bounds__(320, 1) multiply(const __grid_constant__ Chain c) { chain<TOKENS>(c); }

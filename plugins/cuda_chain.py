@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import pairwise
 from typing import Any
 
@@ -20,6 +21,7 @@ from rewrite.plugins.cuda_launch import Launch, launcher, module, tensor_map, wg
 TOKENS = (16, 32, 64)  # of a tile
 RING = 160 << 10  # bytes of shared memory for what is fetched ahead: leaves room for the blocks of an attention beside
 TILE = 64  # rows of weights
+PIECE, PART = 1.0, 0.5  # a piece of a tile and a part of a sum, in steps: what they cost beside what is fetched
 
 
 @dataclass
@@ -50,14 +52,14 @@ class Link:
         return sum(ceil_div(p.w.shape[0], TILE // 2 if self.gated else TILE) for p in self.outputs)
 
     @property
-    def units(self) -> int:
-        return self.tiles * ceil_div(self.x.shape[1], 64)
+    def steps(self) -> int:
+        return ceil_div(self.x.shape[1], 64)
 
 
 class _Link(ctypes.Structure):
     _fields_ = [
         ("maps", ctypes.c_char * 128 * 4), ("job", cuda_gemm._Job * 3), ("scaled", ctypes.c_void_p), ("scale", ctypes.c_void_p), ("squares", ctypes.c_void_p), ("normed", ctypes.c_void_p),
-        ("epsilon", ctypes.c_float), *((n, ctypes.c_int) for n in ("normed_tiles", "jobs", "inner", "tiles", "gated", "activated")), ("_", ctypes.c_char * 36),
+        ("epsilon", ctypes.c_float), *((n, ctypes.c_int) for n in ("normed_tiles", "jobs", "inner", "tiles", "gated", "activated", "grain")), ("_", ctypes.c_char * 32),
     ]  # fmt: skip
 
 
@@ -81,14 +83,30 @@ def refusal(links: Sequence[Link]) -> str | None:
     return "a norm behind the last product" if links[-1].norm is not None else None
 
 
-def shares(units: int, steps: int, blocks: int) -> int:
-    """The most blocks that share a tile, where `units` = tiles * steps are dealt evenly to `blocks`; as in chain.cu."""
+def deal(tiles: int, steps: int, grain: int, blocks: int) -> tuple[int, int, int]:
+    """How `tiles` of `steps` each are shared out in pieces of `grain` steps, as in chain.cu: the most steps and the most pieces of tiles
+    that a block gets, and the most blocks that share a tile.
+    """
+    grains = ceil_div(steps, grain)
+    units = tiles * grains
     blocks = min(blocks, units)
+    starts = [units * b // blocks for b in range(blocks + 1)]
+    places = [u // grains * steps + min(u % grains * grain, steps) for u in starts]
+    longest = max(b - a for a, b in pairwise(places))
+    pieces = max((b - 1) // grains - a // grains + 1 for a, b in pairwise(starts))
+    owners = [ceil_div((u + 1) * blocks, units) - 1 for u in range(units)]
+    return longest, pieces, max(owners[t + grains - 1] - owners[t] + 1 for t in range(0, units, grains))
 
-    def owner(unit: int) -> int:
-        return ceil_div((unit + 1) * blocks, units) - 1
 
-    return max(owner(first + steps - 1) - owner(first) + 1 for first in range(0, units, steps))
+@cache
+def best_grain(tiles: int, steps: int, blocks: int) -> int:
+    """The grain that keeps every block about equally busy with few pieces."""
+
+    def cost(grain: int) -> float:
+        longest, pieces, shared = deal(tiles, steps, grain, blocks)
+        return longest + PIECE * pieces + PART * shared * (shared > 1)
+
+    return min((ceil_div(steps, n) for n in (1, 2, 3, 4, 6, 8, 11, 16, steps)), key=cost)
 
 
 def stages(tile: int) -> int:
@@ -126,6 +144,7 @@ def chain(links: Sequence[Link], scratch: Any = None) -> Launch:
         if before is not None:
             into.normed, into.epsilon, into.normed_tiles = _address(squares[index - 1]), before.epsilon, links[index - 1].tiles
         into.jobs, into.inner, into.tiles, into.gated, into.activated = len(link.outputs), link.x.shape[1], link.tiles, link.gated, link.activation != "none"
+        into.grain = best_grain(link.tiles, link.steps, blocks)
     memory = cupy.asarray(np.frombuffer(described, np.uint8))
     base = int(scratch.data.ptr)
     most = max(link.tiles for link in links)
@@ -136,8 +155,8 @@ def chain(links: Sequence[Link], scratch: Any = None) -> Launch:
     assert 4 * (1 + len(links) + most) <= counters
     activation = next((link.activation for link in links if link.activation != "none"), "none")
     function = module(*variant(tile, links[0].x.dtype.name, activation)).get_function("multiply")
-    shared = 1024 + stages(tile) * (8192 + tile * 128 + 16) + tile * 276 + 16
-    return launcher(function, (blocks,), 192, [call], shared=shared, keep=(links, scratch, squares, memory))
+    shared = 1024 + stages(tile) * (8192 + tile * 128 + 16) + tile * 548 + 64
+    return launcher(function, (blocks,), 320, [call], shared=shared, keep=(links, scratch, squares, memory))
 
 
 def scratch_bytes(links: Sequence[Link]) -> int:
@@ -154,7 +173,7 @@ def _counters(links: Sequence[Link]) -> int:
 
 
 def _room(links: Sequence[Link], blocks: int) -> int:
-    return max(shares(link.units, ceil_div(link.x.shape[1], 64), blocks) for link in links)
+    return max(deal(link.tiles, link.steps, best_grain(link.tiles, link.steps, blocks), blocks)[2] for link in links)
 
 
 def _address(array: Any) -> int | None:
