@@ -70,11 +70,12 @@ __device__ __forceinline__ void chain(const Chain& c) {
     int* last = (int*)(factor + BN);
     int* reached = last + 1;  // how many links' tokens are there
     u64* full = (u64*)(last + 4);
-    u64* empty = full + c.stages;
+    u64* arrived = full + c.stages;
+    u64* empty = arrived + c.stages;
     u64 *given = empty + c.stages, *taken = given + 2;  // the two sides of `part`, from one warpgroup to the other
     const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
     if (threadIdx.x == 0) {
-        for (int s = 0; s < c.stages; ++s) init(full + s, 2), init(empty + s, 4);
+        for (int s = 0; s < c.stages; ++s) init(full + s, 1), init(arrived + s, 1), init(empty + s, 4);
         for (int s = 0; s < 2; ++s) init(given + s, 4), init(taken + s, 1);
         *reached = 0;
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
@@ -86,8 +87,9 @@ __device__ __forceinline__ void chain(const Chain& c) {
         return j;
     };
     if (warp == 4 && lane == 0) {
-        Ring at;
+        Ring at, old;
         bool again = false;  // stages were used before
+        int issued = 0;
         for (int n = 0; n < c.count; ++n) {
             const Link& l = c.link[n];
             const Share share(l);
@@ -99,6 +101,7 @@ __device__ __forceinline__ void chain(const Chain& c) {
                 const TensorMap *w = l.w + j, *half = l.gated ? l.w + 1 : w;
                 for (; step < stop; ++step, ++k) {
                     if (again) wait(empty + at.stage, at.parity ^ 1);
+                    if (issued++ >= WINDOW) wait(full + old.stage, old.parity), old.advance(c.stages);
                     u8* to = base + at.stage * STAGE;
                     expect(full + at.stage, 8192);
                     fetch(to, w, full + at.stage, k * 64, feature);
@@ -122,8 +125,8 @@ __device__ __forceinline__ void chain(const Chain& c) {
             int k = share.first % share.steps;
             for (int step = share.first; step < share.end; ++step) {
                 if (again) wait(empty + at.stage, at.parity ^ 1);
-                expect(full + at.stage, BN * 128);
-                fetch(base + at.stage * STAGE + 8192, &l.x, full + at.stage, k * 64, 0);
+                expect(arrived + at.stage, BN * 128);
+                fetch(base + at.stage * STAGE + 8192, &l.x, arrived + at.stage, k * 64, 0);
                 at.advance(c.stages);
                 again |= !at.stage;
                 if (++k == share.steps) k = 0;
@@ -142,6 +145,7 @@ __device__ __forceinline__ void chain(const Chain& c) {
                 int before = 0;
                 for (; step < stop; ++step) {
                     wait(full + at.stage, at.parity);
+                    wait(arrived + at.stage, at.parity);
                     const u64 a = descriptor(base + at.stage * STAGE), b = descriptor(base + at.stage * STAGE + 8192);
                     wgmmaFence();
                     #pragma unroll

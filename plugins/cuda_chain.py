@@ -21,7 +21,8 @@ from rewrite.plugins.cuda_launch import Launch, launcher, module, tensor_map, wg
 TOKENS = (16, 32, 64)  # of a tile
 RING = 160 << 10  # bytes of shared memory for what is fetched ahead: leaves room for the blocks of an attention beside
 TILE = 64  # rows of weights
-PIECE, PART = 1.0, 0.5  # a piece of a tile and a part of a sum, in steps: what they cost beside what is fetched
+WINDOW = 6  # stages that are on their way at a time: more would keep what the blocks tell each other waiting
+PIECE, PART = 4.0, 2.0  # a piece of a tile and a part of a sum, in steps: what they cost beside what is fetched
 
 
 @dataclass
@@ -116,7 +117,7 @@ def stages(tile: int) -> int:
 
 def variant(tile: int, dtype: str, activation: str) -> tuple[str, str, tuple[str, ...], tuple[tuple[str, str], ...]]:
     """What `cuda_launch.module` needs."""
-    return "chain", dtype, (f"ACTIVATION={ACTIVATIONS.index(activation)}", f"TOKENS={tile}"), (("WGMMA\n", wgmma(tile, dtype=dtype)),)
+    return "chain", dtype, (f"ACTIVATION={ACTIVATIONS.index(activation)}", f"TOKENS={tile}", f"WINDOW={WINDOW}"), (("WGMMA\n", wgmma(tile, dtype=dtype)),)
 
 
 def chain(links: Sequence[Link], scratch: Any = None) -> Launch:
@@ -155,7 +156,7 @@ def chain(links: Sequence[Link], scratch: Any = None) -> Launch:
     assert 4 * (1 + len(links) + most) <= counters
     activation = next((link.activation for link in links if link.activation != "none"), "none")
     function = module(*variant(tile, links[0].x.dtype.name, activation)).get_function("multiply")
-    shared = 1024 + stages(tile) * (8192 + tile * 128 + 16) + tile * 548 + 64
+    shared = 1024 + stages(tile) * (8192 + tile * 128 + 24) + tile * 548 + 64
     return launcher(function, (blocks,), 320, [call], shared=shared, keep=(links, scratch, squares, memory))
 
 
