@@ -1,6 +1,6 @@
 """Chains of products of few tokens in one launch (`chain.cu`): the links, their memory, and the launch.
 
-Weights lie [N, K], inputs and outputs are packed, float16 or bfloat16, at most 64 tokens, on Hopper.
+Weights lie [N, K], inputs and outputs are packed, float16 or bfloat16, at most 16 tokens, on Hopper.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from rewrite.plugins import cuda_gemm
 from rewrite.plugins.cuda_gemm import ACTIVATIONS, Product, ceil_div
 from rewrite.plugins.cuda_launch import Launch, launcher, module, tensor_map, wgmma
 
-TOKENS = (16, 32, 64)  # of a tile
+TOKENS = (8, 16)  # of a tile
 RING = 160 << 10  # bytes of shared memory for what is fetched ahead: leaves room for the blocks of an attention beside
 TILE = 64  # rows of weights
-WINDOW = 6  # stages that are on their way at a time: more would keep what the blocks tell each other waiting
+WINDOW = 8  # stages that are on their way at a time: more would keep what the blocks tell each other waiting
 PIECE, PART = 4.0, 2.0  # a piece of a tile and a part of a sum, in steps: what they cost beside what is fetched
 
 
@@ -59,13 +59,14 @@ class Link:
 
 class _Link(ctypes.Structure):
     _fields_ = [
-        ("maps", ctypes.c_char * 128 * 4), ("job", cuda_gemm._Job * 3), ("scaled", ctypes.c_void_p), ("scale", ctypes.c_void_p), ("squares", ctypes.c_void_p), ("normed", ctypes.c_void_p),
-        ("epsilon", ctypes.c_float), *((n, ctypes.c_int) for n in ("normed_tiles", "jobs", "inner", "tiles", "gated", "activated", "grain")), ("_", ctypes.c_char * 32),
+        ("maps", ctypes.c_char * 128 * 3), ("job", cuda_gemm._Job * 3), ("x", ctypes.c_void_p), ("scale", ctypes.c_void_p),
+        *((n, ctypes.c_int) for n in ("source", "residual", "sent", "scaled", "squares", "normed", "parts", "room")),
+        ("epsilon", ctypes.c_float), *((n, ctypes.c_int) for n in ("normed_tiles", "jobs", "inner", "tiles", "gated", "activated", "grain")), ("_", ctypes.c_char * 16),
     ]  # fmt: skip
 
 
 class _Chain(ctypes.Structure):
-    _fields_ = [("link", ctypes.c_void_p), *((n, ctypes.c_int) for n in ("count", "tokens", "stages", "room")), *((n, ctypes.c_void_p) for n in ("ready", "arrived", "finished", "parts"))]
+    _fields_ = [("link", ctypes.c_void_p), *((n, ctypes.c_int) for n in ("count", "tokens", "stages", "size")), ("state", ctypes.c_void_p), ("memory", ctypes.c_void_p)]
 
 
 def refusal(links: Sequence[Link]) -> str | None:
@@ -79,8 +80,10 @@ def refusal(links: Sequence[Link]) -> str | None:
         return "two activations"
     for before, link in pairwise(links):
         norm = before.norm
-        if norm is not None and (len(before.outputs) > 1 or norm.scale.dtype != before.x.dtype or before.x.dtype.name != "bfloat16" or norm.scaled.data.ptr != link.x.data.ptr):
-            return "a norm of another type, of float16 (y * scale may be too large for it), or of several products"
+        if len(before.outputs) > 1 or _address(link.x) != _address(norm.scaled if norm else before.products[0].y):
+            return "a product that does not read the one before it"
+        if norm is not None and (norm.scale.dtype != before.x.dtype or before.x.dtype.name != "bfloat16"):
+            return "a norm of another type, or of float16, for which y * scale may be too large"
     return "a norm behind the last product" if links[-1].norm is not None else None
 
 
@@ -120,61 +123,90 @@ def variant(tile: int, dtype: str, activation: str) -> tuple[str, str, tuple[str
     return "chain", dtype, (f"ACTIVATION={ACTIVATIONS.index(activation)}", f"TOKENS={tile}", f"WINDOW={WINDOW}"), (("WGMMA\n", wgmma(tile, dtype=dtype)),)
 
 
-def chain(links: Sequence[Link], scratch: Any = None) -> Launch:
-    """A function that enqueues the links in order, each of which waits for all before it. Call only where `refusal` is None.
+def chain(links: Sequence[Link], memory: Any = None) -> Launch:
+    """A function that enqueues the links in order. Call only where `refusal` is None.
 
-    `scratch`, of `scratch_bytes(links)` zeros, may be shared by chains that never run at the same time.
+    `memory`, uint8 of 512 bytes of zeros and then two parts of 0xFF, each of `memory_bytes(links)` or more, may be shared by chains that
+    never run at the same time.
     """
     import cupy
 
-    tokens, blocks = links[0].x.shape[0], cupy.cuda.Device().attributes["MultiProcessorCount"]
+    tokens, blocks = links[0].x.shape[0], _blocks()
     tile = next(t for t in TOKENS if tokens <= t)
-    counters, room = _counters(links), _room(links, blocks)
-    scratch = scratch if scratch is not None else cupy.zeros(scratch_bytes(links), cupy.uint8)
-    squares = [cupy.zeros(link.tiles * tile if link.norm else 0, cupy.float32) for link in links]
+    if memory is None:
+        memory = new_memory(memory_bytes(links))
+    places, _ = _layout(links, blocks)
     described = (_Link * len(links))()
-    for index, (link, into) in enumerate(zip(links, described, strict=True)):
+    for index, (link, into, place) in enumerate(zip(links, described, places, strict=True)):
         before = links[index - 1].norm if index else None
         w = [tensor_map(p.w, (TILE // 2, 64)) for p in link.products]
-        for place, map_ in enumerate([tensor_map(link.x, (tile, 64)), *(w + w[:1] * 2)[:3]]):
-            ctypes.memmove(ctypes.byref(into.maps[place]), ctypes.byref(map_), 128)
-        for place, p in enumerate(link.products):
-            into.job[place] = cuda_gemm._Job(_address(p.y), _address(p.bias), _address(p.residual), p.w.shape[0])
-        if link.norm is not None:
-            into.scaled, into.scale, into.squares = _address(link.norm.scaled), _address(link.norm.scale), _address(squares[index])
+        for number, map_ in enumerate((w + w[:1] * 2)[:3]):
+            ctypes.memmove(ctypes.byref(into.maps[number]), ctypes.byref(map_), 128)
+        for number, p in enumerate(link.products):
+            into.job[number] = cuda_gemm._Job(_address(p.y), _address(p.bias), _address(p.residual), p.w.shape[0])
+        for name, offset in place.items():
+            setattr(into, name, offset)
+        into.x, into.scale = _address(link.x), _address(link.norm.scale) if link.norm else None
         if before is not None:
-            into.normed, into.epsilon, into.normed_tiles = _address(squares[index - 1]), before.epsilon, links[index - 1].tiles
+            into.epsilon, into.normed_tiles = before.epsilon, links[index - 1].tiles
         into.jobs, into.inner, into.tiles, into.gated, into.activated = len(link.outputs), link.x.shape[1], link.tiles, link.gated, link.activation != "none"
         into.grain = best_grain(link.tiles, link.steps, blocks)
-    memory = cupy.asarray(np.frombuffer(described, np.uint8))
-    base = int(scratch.data.ptr)
-    most = max(link.tiles for link in links)
-    call = _Chain(
-        link=int(memory.data.ptr), count=len(links), tokens=tokens, stages=stages(tile), room=room,
-        finished=base, ready=base + 4, arrived=base + 4 * (1 + len(links)), parts=base + counters,
-    )  # fmt: skip
-    assert 4 * (1 + len(links) + most) <= counters
+    table = cupy.asarray(np.frombuffer(described, np.uint8))
+    base = int(memory.data.ptr)
+    call = _Chain(link=int(table.data.ptr), count=len(links), tokens=tokens, stages=stages(tile), size=(memory.nbytes - 512) // 2, state=base, memory=base + 512)
     activation = next((link.activation for link in links if link.activation != "none"), "none")
     function = module(*variant(tile, links[0].x.dtype.name, activation)).get_function("multiply")
     shared = 1024 + stages(tile) * (8192 + tile * 128 + 24) + tile * 548 + 64
-    return launcher(function, (blocks,), 320, [call], shared=shared, keep=(links, scratch, squares, memory))
+    return launcher(function, (blocks,), 352, [call], shared=shared, keep=(links, memory, table))
 
 
-def scratch_bytes(links: Sequence[Link]) -> int:
-    """Bytes of counters and of parts of sums."""
+def memory_bytes(links: Sequence[Link]) -> int:
+    """Bytes of one of the two memories through which the blocks talk."""
+    return _layout(links, _blocks())[1]
+
+
+def new_memory(size: int) -> Any:
+    """What chains of at most `size` bytes each may share."""
     import cupy
 
-    tile = next(t for t in TOKENS if links[0].x.shape[0] <= t)
-    blocks = cupy.cuda.Device().attributes["MultiProcessorCount"]
-    return _counters(links) + max(link.tiles for link in links) * _room(links, blocks) * tile * 256
+    memory = cupy.full(512 + 2 * size, 0xFF, cupy.uint8)
+    memory[:512] = 0
+    return memory
 
 
-def _counters(links: Sequence[Link]) -> int:
-    return ceil_div(4 * (1 + len(links) + max(link.tiles for link in links)), 512) * 512
+def _blocks() -> int:
+    import cupy
+
+    return int(cupy.cuda.Device().attributes["MultiProcessorCount"])
 
 
-def _room(links: Sequence[Link], blocks: int) -> int:
-    return max(deal(link.tiles, link.steps, best_grain(link.tiles, link.steps, blocks), blocks)[2] for link in links)
+def _layout(links: Sequence[Link], blocks: int) -> tuple[list[dict[str, int]], int]:
+    """Where each link finds and leaves what it shares with others, in bytes; -1: nowhere. And the bytes in all."""
+    tokens = links[0].x.shape[0]
+    tile = next(t for t in TOKENS if tokens <= t)
+    size, found = 0, []
+
+    def room(count: int) -> int:
+        nonlocal size
+        size += ceil_div(count, 512) * 512
+        return size - ceil_div(count, 512) * 512
+
+    residuals = {_address(p.residual) for link in links for p in link.products} - {None}
+    written: dict[int | None, int] = {}  # where y of earlier links are sent
+    for index, link in enumerate(links):
+        y, last = link.products[0].y, index == len(links) - 1
+        before = found[-1] if found else None
+        place = {
+            "source": -1 if before is None else before["sent"] if links[index - 1].norm is None else before["scaled"],
+            "residual": written.get(_address(link.products[0].residual), -1), "normed": before["squares"] if before else -1,
+            "sent": room(y.nbytes) if not last and (link.norm is None or _address(y) in residuals) else -1,
+            "scaled": room(y.nbytes) if link.norm else -1, "squares": room(link.tiles * tile * 4) if link.norm else -1,
+            "room": deal(link.tiles, link.steps, best_grain(link.tiles, link.steps, blocks), blocks)[2] - 1,
+        }  # fmt: skip
+        place["parts"] = room(link.tiles * place["room"] * tokens * 256)
+        written[_address(y)] = place["sent"]
+        found.append(place)
+    return found, size
 
 
 def _address(array: Any) -> int | None:
