@@ -41,12 +41,7 @@ __device__ __forceinline__ void fetch(void* to, const TensorMap* map, u64* barri
                  "r"(shared(barrier)), "r"(column), "r"(row)
                  : "memory");
 }
-__device__ __forceinline__ u64 descriptor(const void* tile) {  // K-major, 128-byte swizzle: rows of 64 elements, groups of 8 rows 1024 bytes apart
-    return ((u64)(shared(tile) & 0x3ffff) >> 4) | (1ull << 16) | (64ull << 32) | (1ull << 62);
-}
-__device__ __forceinline__ void wgmmaFence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
-__device__ __forceinline__ void wgmmaCommit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
-template <int N> __device__ __forceinline__ void wgmmaWait() { asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(N) : "memory"); }
+__device__ __forceinline__ u64 descriptor(const void* tile) { return descriptor<128>(tile, 16); }  // K-major
 __device__ __forceinline__ void clusterSync() { asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory"); }
 __device__ __forceinline__ u32 clusterRank() { u32 r; asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(r)); return r; }
 __device__ __forceinline__ float4 remote(const float* mine, u32 rank) {
@@ -215,23 +210,6 @@ __device__ __forceinline__ void narrow(const TensorMap& x, const TensorMap& w0, 
 }
 
 // --- many tokens --------------------------------------------------------------------------------------------------------
-// Lane q's element i goes to lane i's element q, in each group of four lanes.
-__device__ __forceinline__ void transpose(u32 (&v)[4]) {
-    const bool odd = threadIdx.x & 1, high = threadIdx.x & 2;
-    #pragma unroll
-    for (int i = 0; i < 4; i += 2) {
-        const u32 got = __shfl_xor_sync(~0u, odd ? v[i] : v[i + 1], 1);
-        if (odd) v[i] = got;
-        else v[i + 1] = got;
-    }
-    #pragma unroll
-    for (int i = 0; i < 2; ++i) {
-        const u32 got = __shfl_xor_sync(~0u, high ? v[i] : v[i + 2], 2);
-        if (high) v[i] = got;
-        else v[i + 2] = got;
-    }
-}
-
 template <int BN, int STAGES>
 __device__ __forceinline__ void wide(const TensorMap& x, const TensorMap& w0, const TensorMap& w1, const TensorMap& w2, const Call& c) {
     constexpr int STAGE = 16384 + BN * 128, GROUP = 16, WIDTH = GATED ? BN / 2 : BN;
