@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import multiprocessing
+import shutil
+import subprocess
 import types
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -13,7 +15,7 @@ import pytest
 
 from rewrite.plugins import cuda_paged_prefill
 from rewrite.plugins.cuda_launch import MOST_SHARED, compiled
-from rewrite.plugins.cuda_paged_prefill import CUTS, packed, prefill, shared_bytes, takes, tiles, variant
+from rewrite.plugins.cuda_paged_prefill import CUTS, FAR, packed, prefill, shared_bytes, takes, tiles, variant
 from rewrite.plugins.paged_attention import PagedAttention
 
 gpu = pytest.mark.gpu
@@ -70,6 +72,65 @@ def test_what_the_kernel_does_not_take_is_refused(monkeypatch):
     monkeypatch.setattr(cuda_paged_prefill, "capability", lambda: 80)
     assert not takes(q, cache, cache, view, 0.1, 0.0)
     assert prefill(q, cache, cache, view, None, None, None, scale=0.1, window=0, softcap=0.0) is None
+
+
+FIND = """
+#include <cstdio>
+#include "one_warp.hpp"
+#define KT {keys}
+#define SPAN {span}
+{source}
+int main() {{
+    int batch, tokens, slices, window, room;
+    while (scanf("%d %d %d %d %d", &batch, &tokens, &slices, &window, &room) == 5) {{
+        std::vector<int> starts(batch + 1), lengths(batch);
+        for (int& n : starts) scanf("%d", &n);
+        for (int& n : lengths) scanf("%d", &n);
+        Prefill c{{}};
+        c.starts = starts.data(), c.lengths = lengths.data(), c.batch = batch, c.tokens = tokens, c.slices = slices, c.window = window;
+        Tile t;
+        warp([&] {{
+            for (int i = 0; i < room; ++i) {{
+                find(c, i, &t);
+                if (threadIdx.x == 0) printf("%d %d %d %d %d %d %d %d\\n", t.token, t.tokens, t.position, t.length, t.sequence, t.slice, t.first, t.end);
+                __syncwarp();
+            }}
+        }});
+    }}
+}}
+"""
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="needs g++")
+@pytest.mark.parametrize(("keys", "span"), [(128, 32), (64, 128), (128, 42)])
+def test_every_tile_is_found_once_and_the_heaviest_first(keys, span, tmp_path):
+    """The text of the kernel's own source, run by 32 threads."""
+    source = (Path(cuda_paged_prefill.__file__).parent / "paged_prefill.cu").read_text()
+    wanted = source[source.index("struct Prefill {") : source.index("#define INF")] + source[source.index("struct Sequence {") : source.index("// --- products")]
+    (tmp_path / "find.cpp").write_text(FIND.format(keys=keys, span=span, source=wanted))
+    subprocess.run(["g++", "-std=c++20", "-O1", "-pthread", "-w", f"-I{Path(__file__).parent}", "-o", tmp_path / "find", tmp_path / "find.cpp"], check=True)
+    rng, asked, wants = np.random.default_rng(keys + span), [], []
+    for batch, slices, padding, window in [(1, 8, 0, FAR), (3, 2, 5, FAR), (32, 1, 150, 300), (33, 1, 0, FAR), (70, 1, 1, keys), (2, 1, 0, 1)]:
+        counts = rng.choice([1, 1, 2, span - 1, span, span + 1, 3 * span, 0], batch)
+        lengths = counts + rng.choice([0, 0, 1, keys - 1, keys, keys + 1, 500], batch)
+        counts[0] += 1  # a sequence whose length is wrong: its first token stands nowhere
+        starts = np.r_[0, np.cumsum(counts)]
+        want = []
+        for b, (count, length) in enumerate(zip([*counts, padding], [*lengths, 0], strict=True)):
+            for place, slice_ in itertools.product(range(0, count, span), range(slices)):
+                position, tokens = length - count + place, min(span, count - place)
+                want.append((starts[b] + place, tokens, position, length, b, slice_, max(0, position - window + 1) // keys, -(-max(0, position + tokens) // keys)))
+        wants.append((want, window))
+        numbers = [batch, counts.sum() + padding, slices, window, len(want) + 3, *starts, *lengths]
+        asked.append(" ".join(map(str, numbers)))
+    lines = subprocess.run([tmp_path / "find"], input="\n".join(asked), capture_output=True, text=True, check=True, timeout=60).stdout.splitlines()
+    for want, window in wants:
+        got, lines = [tuple(map(int, line.split())) for line in lines[: len(want) + 3]], lines[len(want) + 3 :]
+        assert sorted(got[:-3]) == sorted(want)
+        assert all(t[1] == 0 for t in got[-3:])
+        weights = [min(t[7], (window + span) // keys + 2) for t in got[:-3]]
+        assert weights == sorted(weights, reverse=True)
+    assert not lines
 
 
 # --- on a GPU -----------------------------------------------------------------------------------------------------
