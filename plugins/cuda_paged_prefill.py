@@ -92,7 +92,7 @@ def prefill(
     cut, pack = cut or CUTS[size], packed(heads, kv_heads)
     span, block = 64 * cut.groups // pack, 32 if size % 64 else 64
     slices = heads // pack
-    box = min(page & -page, cut.keys)
+    box = (page | cut.keys) & -(page | cut.keys)
     maps = [tensor_map(q[0].transpose(1, 0, 2), (span, pack, block)), *(tensor_map(a, (box, 1, block)) for a in (key_cache, value_cache))]
     call = _Call(
         *(int(a.data.ptr) for a in (y, block_tables, query_starts, context_lengths)), y.strides[1] // 2, y.strides[2] // 2,

@@ -30,7 +30,7 @@ struct Tile { int token, tokens, position, length, sequence, slice, first, end; 
 #define SPAN (ROWS / PACK)
 #define BLOCK (D % 64 ? 32 : 64)  // elements of a row that a box has
 #define ROW (BLOCK * 2)           // bytes
-#define BOX ((PAGE & -PAGE) < KT ? (PAGE & -PAGE) : KT)  // positions that a box has; both are multiples of 16
+#define BOX ((PAGE | KT) & -(PAGE | KT))  // positions that a box has: what divides both, 16 at least
 #define BOXES (KT / BOX * (D / BLOCK))
 __device__ __forceinline__ float exp2(float x) { float y; asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x)); return y; }
 __device__ __forceinline__ float tanh(float x) {  // within 1e-6
@@ -124,6 +124,9 @@ __device__ __forceinline__ void weigh(Output& o, const u32 (&w)[KT / 16][4], u64
     for (int n = 0; n < KT / 16; ++n) Wgmma<D>::addTransposed(o, w[n], values + (n * 16 * ROW >> 4));
     wgmmaCommit();
 }
+// The maximum that weights are taken to, to base 2, is an old one while the new one is not above it by more than LEAP: weights are
+// up to 2^LEAP then, and what was summed before needs no shrinking.
+#define LEAP 8.f
 // Scores become weights, not divided by their sum; `shrink` is what everything before is to be multiplied by. `distance` is from the
 // first of the keys to the query in row r, `further` from there to the one in row r + 8.
 __device__ __forceinline__ void softmax(Scores& s, float (&top)[2], float (&sum)[2], float (&shrink)[2], const Prefill& c, bool masked, int distance, int further, int p) {
@@ -147,7 +150,8 @@ __device__ __forceinline__ void softmax(Scores& s, float (&top)[2], float (&sum)
         best = fmaxf(best, other);
         best = fmaxf(best, __shfl_xor_sync(~0u, best, 1));
         best = fmaxf(best, __shfl_xor_sync(~0u, best, 2));
-        best = fmaxf(top[h], best * c.by);
+        best *= c.by;
+        if (best - top[h] <= LEAP) best = top[h];
         const float used = best == -INF ? 0.f : best;
         shrink[h] = exp2(top[h] - used);
         top[h] = best;
@@ -169,7 +173,7 @@ __device__ __forceinline__ void round(u32 (&w)[KT / 16][4], const Scores& s) {
 extern "C" __global__ void __launch_bounds__(128 * (WGS + 1), 1)
     prefill(const __grid_constant__ TensorMap q, const __grid_constant__ TensorMap k, const __grid_constant__ TensorMap v, const __grid_constant__ Prefill c) {
     constexpr int TILE = KT * D * 2;
-    static_assert(BOXES <= 32 && PAGE % 16 == 0 && SPAN > 0 && D % 32 == 0, "a lane has a box");
+    static_assert(BOXES <= 32 && BOX % 16 == 0 && SPAN > 0 && D % 32 == 0, "a lane has a box");
     extern __shared__ u8 raw[];
     u8* queries = (u8*)(((u64)raw + 1023) & ~1023ull);
     u8* keys = queries + ROWS * D * 2;
@@ -289,8 +293,10 @@ extern "C" __global__ void __launch_bounds__(128 * (WGS + 1), 1)
                     wgmmaWait<0>();
                     hold(o);
                     release(valuesEmpty + now);
-                    #pragma unroll
-                    for (int n = 0; n < D / 2; ++n) o[n] *= shrink[n >> 1 & 1];
+                    if (__any_sync(~0u, shrink[0] != 1.f || shrink[1] != 1.f)) {
+                        #pragma unroll
+                        for (int n = 0; n < D / 2; ++n) o[n] *= shrink[n >> 1 & 1];
+                    }
                     round(w, s);
                 }
                 wait(valuesFull + i % STAGES, i / STAGES & 1);

@@ -39,8 +39,8 @@ def test_every_cut_fits_the_gpu(size):
     cut = CUTS[size]
     assert shared_bytes(size, cut) <= MOST_SHARED
     for page in (16, 32, 48, 64, 128):  # a lane of a warp has a box each of keys and values
-        box = min(page & -page, cut.keys)
-        assert box % 16 == 0
+        box = (page | cut.keys) & -(page | cut.keys)
+        assert page % box == cut.keys % box == box % 16 == 0
         assert cut.keys // box * (size // (32 if size % 64 else 64)) <= 32
     name, _, defines, ((mark, code),) = variant(size, 16, 4, "bfloat16", False, cut)
     source = (Path(cuda_paged_prefill.__file__).parent / f"{name}.cu").read_text()
