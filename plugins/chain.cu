@@ -327,7 +327,7 @@ __device__ __forceinline__ void chain(const Chain& c) {
                             }
                             send(memory + l.scaled + place * 2, uint4{z[0], z[1], z[2], z[3]});
                         }
-                        if (l.sent >= 0) send(memory + l.sent + place * 2, y);
+                        if (l.sent >= 0 && &job == l.job) send(memory + l.sent + place * 2, y);
                         *(uint4*)((u16*)job.y + place) = y;
                     }
                     if (l.scaled >= 0) {

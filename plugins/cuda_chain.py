@@ -80,7 +80,7 @@ def refusal(links: Sequence[Link]) -> str | None:
         return "two activations"
     for before, link in pairwise(links):
         norm = before.norm
-        if len(before.outputs) > 1 or _address(link.x) != _address(norm.scaled if norm else before.products[0].y):
+        if _address(link.x) != _address(norm.scaled if norm else before.products[0].y) or (norm and len(before.outputs) > 1):
             return "a product that does not read the one before it"
         if norm is not None and (norm.scale.dtype != before.x.dtype or before.x.dtype.name != "bfloat16"):
             return "a norm of another type, or of float16, for which y * scale may be too large"
