@@ -72,7 +72,7 @@ struct Ring {  // a place in the ring of stages, and how often it was passed
     __device__ void advance(int stages) { if (++stage == stages) stage = 0, parity ^= 1; }
 };
 
-template <int BN>
+template <int BN>  // tokens of a tile
 __device__ __forceinline__ void chain(const Chain& c) {
     constexpr int STAGE = 8192 + BN * 128, PITCH = 68, ROUNDS = BN / 8;
     extern __shared__ u8 raw[];
@@ -328,7 +328,7 @@ __device__ __forceinline__ void chain(const Chain& c) {
                             send(memory + l.scaled + place * 2, uint4{z[0], z[1], z[2], z[3]});
                         }
                         if (l.sent >= 0 && &job == l.job) send(memory + l.sent + place * 2, y);
-                        *(uint4*)((u16*)job.y + place) = y;
+                        if (job.y) *(uint4*)((u16*)job.y + place) = y;
                     }
                     if (l.scaled >= 0) {
                         for (int o = 1; o < chunks; o *= 2) square += __shfl_xor_sync(~0u, square, o);

@@ -18,7 +18,7 @@ import onnx
 from rewrite.errors import RewriteError
 from rewrite.plugins import tuning
 from rewrite.registry import Plugin, library
-from rewrite.runtime import engine
+from rewrite.runtime import chains, engine
 from rewrite.runtime.layout import Views, apply
 from rewrite.runtime.machine import TUNED_ON
 from rewrite.runtime.partition import Step, ValueType
@@ -102,6 +102,7 @@ class CudaExecutor:
         with self.stream, memory(self.cupy, f"{plan.directory}: the weights", size, "end what else uses the GPU, or take a larger one"):
             self.weights = {name: self.cupy.asarray(array) for name, array in plan.weights.items()}
             self.turned = self._turn_weights()
+        self.chain_memory: Any = None  # through which the blocks of chains talk
         self.frames: OrderedDict[tuple[int, ...], Frame] = OrderedDict()
         measured = plan.manifest.versions.get(TUNED_ON) == engine.gpu_model()
         self.times: tuning.Times = {key: dict(times) for key, times in plan.manifest.tuning.items()} if measured else {}
@@ -210,6 +211,11 @@ class Frame:
             self.values[name] = self.cupy.ndarray(shapes[name], dtypes[name], self.arena.data + offset)
         for name in views.of:
             self._view(name, views)
+        self.readers: dict[str, set[int]] = {views.root(n): {len(steps)} for n in manifest.outputs.values()}  # by the value whose memory is read
+        for index, step in enumerate(steps):
+            for name in step.inputs if index not in views.skipped else ():
+                self.readers.setdefault(views.root(name), set()).add(index)
+        self.root = views.root
         self._repeat(steps)
         self.pool = self.cupy.cuda.MemoryPool()  # what references allocate: kept, so that captured addresses stay theirs
         with self.cupy.cuda.using_allocator(self.pool.malloc):
@@ -238,7 +244,7 @@ class Frame:
         """Let plugins write only what differs in their results, where all readers take strided values."""
         plugins, outputs = self.executor.plugins, {*self.executor.plan.manifest.outputs.values()}
         for index, step in enumerate(steps):
-            plugin, attributes = self._of(index)
+            plugin, attributes = self.of(index)
             if plugin is None or plugin.view is None or step.outputs[0] in outputs:
                 continue
             readers = [s for s in steps if step.outputs[0] in s.inputs]
@@ -290,22 +296,28 @@ class Frame:
 
         return launch
 
-    def _launches(self, indices: list[int]) -> Iterator[tuple[list[int], Launch]]:
-        """The work of the steps in order, with their indices; neighbours that read the same value may become one launch."""
+    def _launches(self, indices: list[int], chain: bool = True) -> Iterator[tuple[list[int], Launch]]:
+        """The work of the steps in order, with their indices; neighbours that read the same value, or each other's, may become one launch."""
         steps = self.executor.plan.manifest.steps
         place = 0
         while place < len(indices):
             first = steps[indices[place]]
-            plugin, attributes = self._of(indices[place])
+            plugin, attributes = self.of(indices[place])
             if plugin is None:
                 yield [indices[place]], self._segment(first)
                 place += 1
                 continue
+            chained = chains.at(self, indices, place) if chain else None
+            if chained is not None:
+                count, made = chained
+                yield indices[place : place + count], made
+                place += count
+                continue
             most = place + 1
-            while most < len(indices) and steps[indices[most]].inputs[:1] == first.inputs[:1] and self._of(indices[most]) == (plugin, attributes):
+            while most < len(indices) and steps[indices[most]].inputs[:1] == first.inputs[:1] and self.of(indices[most]) == (plugin, attributes):
                 most += 1
             for end in range(most, place, -1):
-                calls = [self._arguments(steps[i], plugin) for i in indices[place:end]]
+                calls = [self.arguments(steps[i], plugin) for i in indices[place:end]]
                 made = plugin.merged(calls, **attributes) if plugin.merged is not None and len(calls) > 1 else None
                 if len(calls) == 1:
                     made = self._plugin(plugin, *calls[0], attributes)
@@ -314,7 +326,11 @@ class Frame:
                     place = end
                     break
 
-    def _of(self, index: int) -> tuple[Plugin | None, dict[str, Any]]:
+    def launches_of(self, indices: list[int]) -> list[Launch]:
+        """The work of the steps without chains."""
+        return [launch for _, launch in self._launches(indices, chain=False)]
+
+    def of(self, index: int) -> tuple[Plugin | None, dict[str, Any]]:
         """The plugin of a step, None for a segment, and its attributes."""
         step = self.executor.plan.manifest.steps[index]
         if step.kind == "segment":
@@ -326,9 +342,9 @@ class Frame:
 
     def attributes(self, index: int) -> dict[str, Any]:
         """The attributes of a plugin's step as its kernel gets them: `trans_w` may differ from the plan's."""
-        return self._of(index)[1]
+        return self.of(index)[1]
 
-    def _arguments(self, step: Step, plugin: Plugin) -> tuple[list[Any], list[Any]]:
+    def arguments(self, step: Step, plugin: Plugin) -> tuple[list[Any], list[Any]]:
         inputs = [self.values[n] if n else None for n in step.inputs]
         return inputs + [None] * (len(plugin.inputs) - len(inputs)), [self.values[n] for n in step.outputs]
 
