@@ -74,6 +74,7 @@ def measure(name: str, counts: Sequence[int], before: Sequence[int], heads: tupl
     seen = sum(n * h + n * (n + 1) // 2 for n, h in zip(counts, before, strict=True))
     row: dict[str, Any] = {"work": name, "heads": heads, "dtype": dtype, "gflop": 4 * seen * size * many / 1e9}
     row["cuts_us"] = {}
+    cupy.cuda.Device().synchronize()  # the stream of the timing waits for no other
     for cut in cuts:
         launch = prefill(q, keys, values, y, *indices, scale=scale, window=0, softcap=0.0, cut=cut)
         assert launch is not None
@@ -90,6 +91,7 @@ def measure(name: str, counts: Sequence[int], before: Sequence[int], heads: tupl
         for to, cache in ((wide[1], keys), (wide[2], values)):
             to[b, : lengths[b]] = cache[cupy.asarray(tables[b, : needed[b]])].reshape(-1, groups, size)[: lengths[b]]
     try:
+        cupy.cuda.Device().synchronize()
         theirs = cudnn(*(a.transpose(0, 2, 1, 3) for a in wide), scale)
         row["cudnn_us"] = median_us([theirs])
         row["difference"] = max(error(y[0].transpose(1, 0, 2)[starts[b] : starts[b + 1]], wide[3][b, : counts[b]]) for b in range(batch))
