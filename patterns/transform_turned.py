@@ -1,14 +1,24 @@
-"""What happens to queries and keys before a PagedAttention joins it: rotary embedding, and a norm of each head before that."""
+"""What happens to queries and keys before a PagedAttention joins it: rotary embedding, and a norm of each head before that.
+
+The body of what a rule makes is the subgraph that was there, one for each node; `settle` then gives all that compute alike one body.
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+import onnx
 import onnx_graphsurgeon as gs
 
-from rewrite.graph import Graph, canonical, dtype_name
+from rewrite.functions import FunctionTable
+from rewrite.graph import DOMAIN, Graph, canonical, decode, dtype_name
 from rewrite.match import Match
+from rewrite.model import Model, base_name
+from rewrite.patterns.transform_generate import drop_functions
+from rewrite.plugins.paged_attention_onnx import body
 from rewrite.registry import rule
+from rewrite.verify_generator import generator_of
 
 PLAIN = 9  # inputs of a PagedAttention that takes queries and keys as they are
 
@@ -100,3 +110,28 @@ def _norm(graph: Graph, tensor: gs.Tensor, turned: gs.Tensor) -> tuple[gs.Tensor
     if tensor.dtype is None or dtype_name(tensor.dtype) != dtype_name(turned.dtype) or list(tensor.shape or ()) == [] or dtype_name(scale.dtype) not in (dtype_name(turned.dtype), "float32"):
         return None
     return tensor, scale, float(epsilon), nodes
+
+
+def settle(model: Model) -> Model:
+    """A generator whose attentions have a function written for what they compute, the same for all that compute alike, and are counted (`layer`)."""
+    found = generator_of(model.proto)
+    assert found is not None
+    proto = onnx.ModelProto()
+    proto.CopyFrom(model.proto)
+    layers, table = {layer["key_cache"]: layer for layer in found["layers"]}, FunctionTable([])
+    sizes = {v.name: v.type.tensor_type.shape.dim for v in (*proto.graph.value_info, *proto.graph.input)}
+    for function in proto.functions:
+        if function.domain == DOMAIN and function.name.split("_")[0] != "PagedAttention":
+            table.functions[function.name] = function
+    nodes = [n for n in proto.graph.node if n.domain == DOMAIN and base_name(n) == "PagedAttention"]
+    for index, node in enumerate(nodes):
+        layer, angles = layers[node.input[3]], sizes[node.input[9]][-1].dim_value if len(node.input) > PLAIN and node.input[9] else 0
+        attributes = {**{a.name: decode(onnx.helper.get_attribute_value(a)) for a in node.attribute}, "layer": index}
+        node.op_type = table.add(body(attributes, layer["value_size"], np.dtype(layer["dtype"]), model.opset, angles, norm=len(node.input) > 11))
+        del node.attribute[:]
+        node.attribute.extend(onnx.helper.make_attribute(k, v) for k, v in sorted(attributes.items()))
+    kept = onnx.ModelProto(functions=[*(f for f in proto.functions if f.domain != DOMAIN), *table.functions.values()])
+    del proto.functions[:]
+    proto.functions.extend(kept.functions)
+    drop_functions(proto)
+    return Model(proto, model.folder, model.name, dict(model.external))

@@ -124,7 +124,8 @@ def optimize(
 
 def _make_generator(source: Model, result: Result, known: Library, verify: bool, explain: bool, whole: bool, tolerance: float, block_size: int) -> Result:
     """The transform tier: what the rules left becomes a generator, and, unless it is no `whole` one yet, is compared with the original."""
-    from rewrite.patterns.transform_generate import drop_functions, to_generator
+    from rewrite.patterns.transform_generate import to_generator
+    from rewrite.patterns.transform_turned import settle
     from rewrite.verify_generator import check_attentions, generator_of
 
     report, started = result.report, time.perf_counter()
@@ -137,8 +138,7 @@ def _make_generator(source: Model, result: Result, known: Library, verify: bool,
     except Exception as error:  # as in `apply_rules`
         raise RewriteError(f"{source.name}: the model breaks ONNX's rules, or this is a bug in rewrite ({blame(error)}); `onnx.checker.check_model` tells which") from error
     report.seconds += time.perf_counter() - started
-    made = joined.model
-    drop_functions(made.proto)
+    made = settle(joined.model)
     report.take(joined.report)
     report.generator = generator_of(made.proto)
     report.operators_after, report.plugins, report.kinds = made.operators(), made.plugin_nodes(), made.plugin_kinds()
