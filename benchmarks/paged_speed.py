@@ -51,7 +51,8 @@ def wanted_by(case: Case) -> list[tuple[Any, ...]]:
     """The variants that the check of a case may ask for."""
     shape = (case.dtype, case.heads, case.kv_heads, case.size, case.value_size or case.size, case.block, bool(case.window), bool(case.softcap))
     count = (case.turned or case.size) // (1 if case.full else 2)
-    turn = Turn(case.turn, case.turned or case.size, count, case.norm) if case.turn else Turn(norm=case.norm)
+    norm = 0 if not case.norm else 2 if case.norm == "float32" else 1
+    turn = Turn(case.turn, case.turned or case.size, count, norm) if case.turn else Turn(norm=norm)
     few = sum(case.counts) + case.padding <= len(case.counts) + case.empty and case.dtype != "float32"
     return [variant(*shape, t, few, least) for t in ({turn} if few else {turn, Turn()}) for least in (1, cuda_paged.LEAST)]
 

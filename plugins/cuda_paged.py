@@ -30,15 +30,18 @@ class _Call(ctypes.Structure):
 
 
 class Turn(NamedTuple):
-    """How rows are normalized and turned: `kind` 0 not at all, 1 by halves, 2 by pairs; the first `size` elements by `angles` of cosines."""
+    """How rows are normalized and turned: `kind` 0 not at all, 1 by halves, 2 by pairs; the first `size` elements by `angles` of cosines.
+
+    `norm`: 0 none, 1 with weights of the rows' type, 2 of float32.
+    """
 
     kind: int = 0
     size: int = 2
     angles: int = 2
-    norm: bool = False
+    norm: int = 0
 
     def defines(self) -> tuple[str, ...]:
-        return (f"ROTARY={self.kind}", f"TURN={self.size}", f"ANGLES={self.angles}", f"NORM={int(self.norm)}")
+        return (f"ROTARY={self.kind}", f"TURN={self.size}", f"ANGLES={self.angles}", f"NORM={self.norm}")
 
 
 class Cut(NamedTuple):
@@ -95,22 +98,28 @@ def rows_of(turn: Any, tokens: int) -> Any:
 
 def turn_of(cos: Any, sin: Any, scale: Any, size: int, interleaved: int, turned: int) -> Turn | None:
     """What is done to queries and keys of `size` elements first; None if there is no kernel for it."""
+    norm = 0 if scale is None else 2 if scale.dtype.name == "float32" else 1
     if cos is None:
-        return Turn(norm=scale is not None)
+        return Turn(norm=norm)
     turned = turned or size
     if cos.shape[-1] not in (turned, turned // 2) or sin.shape != cos.shape or turned % 2 or turned > size:
         return None
-    return Turn(2 if interleaved else 1, turned, cos.shape[-1], scale is not None)
+    return Turn(2 if interleaved else 1, turned, cos.shape[-1], norm)
 
 
-def takes(q: Any, k: Any, v: Any, key_cache: Any, value_cache: Any, y: Any, integers: tuple[Any, ...], weights: tuple[Any, ...]) -> bool:
+def takes(q: Any, k: Any, v: Any, key_cache: Any, value_cache: Any, y: Any, integers: tuple[Any, ...], angles: tuple[Any, Any], scales: tuple[Any, Any]) -> bool:
     """Whether the kernels take these arrays on the GPU at hand: one type of float, packed sizes of 8 to 256, aligned to 16 bytes."""
     sizes = (q.shape[-1], v.shape[-1])
     if capability() < 80 or q.dtype.name not in ("float16", "bfloat16", "float32") or any(n % 8 or not 8 <= n <= 256 for n in sizes) or q.shape[1] % k.shape[1]:
         return False
-    if any(a.dtype != q.dtype for a in (k, v, key_cache, value_cache, y, *weights)) or any(a.dtype.name != "int32" or not a.flags.c_contiguous for a in integers):
+    for pair in (angles, scales):  # both or none
+        if (pair[0] is None) != (pair[1] is None) or (pair[0] is not None and (pair[0].dtype != pair[1].dtype or not pair[0].flags.c_contiguous or not pair[1].flags.c_contiguous)):
+            return False
+    if any(a.dtype != q.dtype for a in (k, v, key_cache, value_cache, y, *(a for a in angles if a is not None))):
         return False
-    if not key_cache.flags.c_contiguous or not value_cache.flags.c_contiguous or any(not a.flags.c_contiguous for a in weights):
+    if scales[0] is not None and scales[0].dtype.name not in (q.dtype.name, "float32"):
+        return False
+    if any(a.dtype.name != "int32" or not a.flags.c_contiguous for a in integers) or not key_cache.flags.c_contiguous or not value_cache.flags.c_contiguous:
         return False
     size = q.dtype.itemsize
     return all(a.strides[-1] == size and a.data.ptr % 16 == 0 and all(n % 16 == 0 for n in a.strides[1:-1]) for a in (q, k, v, y)) and all(a.data.ptr % 16 == 0 for a in (key_cache, value_cache))
@@ -134,8 +143,7 @@ def paged_attention(
     """
     q, k, v, key_cache, value_cache, slots, tables, starts, lengths, cos, sin, q_scale, k_scale = inputs
     y, keys, values = outputs
-    weights = tuple(a for a in (cos, sin, q_scale, k_scale) if a is not None)
-    if not takes(q, k, v, keys, values, y, (slots, tables, starts, lengths), weights) or (q_scale is None) != (k_scale is None):
+    if not takes(q, k, v, keys, values, y, (slots, tables, starts, lengths), (cos, sin), (q_scale, k_scale)):
         return None
     turn = turn_of(cos, sin, q_scale, size, interleaved, turned)
     tokens, value_size, block_size = q.shape[2], v.shape[3], keys.shape[1]

@@ -12,7 +12,8 @@ typedef long long i64;
 #define LOG2E 1.44269504f
 
 struct Paged {
-    const scalar *q, *k, *v, *cos, *sin, *qScale, *kScale;
+    const scalar *q, *k, *v, *cos, *sin;
+    const weight *qScale, *kScale;
     scalar *y, *keys, *values, *turnedQ;
     const int *slots, *tables, *starts, *lengths;
     float* parts;

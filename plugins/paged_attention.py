@@ -40,7 +40,7 @@ class PagedAttention:
     c * tanh(score / c). Tokens past the last sequence give 0. y [1, H, T, E]; keys and values are the updated caches, the
     same arrays where an executor updates in place. Softmax is computed in float32. `layer` counts the attentions of a model.
 
-    With q_scale and k_scale [D], queries and keys are normalized first: x / sqrt(mean(x^2) + epsilon) * scale, head by head. With cos and
+    With q_scale and k_scale [D], of the same type or float32, queries and keys are normalized first: x / sqrt(mean(x^2) + epsilon) * scale, head by head. With cos and
     sin they are turned then, as Rotary turns them: `turned` of their elements (0: all), `interleaved` or by halves. Keys are stored so.
     """
 
@@ -59,7 +59,7 @@ class PagedAttention:
         *, heads: int, kv_heads: int, size: int, scale: float, window: int, softcap: float, layer: int, interleaved: int = 0, turned: int = 0, epsilon: float = 1e-6,
     ) -> tuple[Array, Array, Array]:  # fmt: skip
         if q_scale is not None and k_scale is not None:
-            q, k = (RMSNormalization.reference(x, s, axis=-1, epsilon=epsilon) for x, s in ((q, q_scale), (k, k_scale)))
+            q, k = (RMSNormalization.reference(x, s, axis=-1, epsilon=epsilon).astype(x.dtype) for x, s in ((q, q_scale), (k, k_scale)))
         if cos is not None and sin is not None:
             q, k = (Rotary.reference(x, cos, sin, interleaved=interleaved, size=turned) for x in (q, k))
         store(key_cache, k, slots)

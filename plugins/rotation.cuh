@@ -1,4 +1,5 @@
-// A row of a head as attention reads it: normalized and turned. Constants: FLOAT32; NORM 1 for an RMS norm; ROTARY 0 nothing is turned, 1 halves,
+// A row of a head as attention reads it: normalized and turned. Constants: FLOAT32; NORM 1 for an RMS norm with weights of
+// the same type, 2 with weights of float32; ROTARY 0 nothing is turned, 1 halves,
 // 2 pairs; TURN elements are turned, by ANGLES (TURN, or half as many) cosines and sines.
 #if FLOAT32
 typedef float scalar;
@@ -9,8 +10,17 @@ typedef u16 scalar;
 __device__ __forceinline__ u16 narrow(float v) { return (u16)pack(v, 0.f); }
 #endif
 
+#if NORM == 2
+typedef float weight;
+__device__ __forceinline__ float widenWeight(float v) { return v; }
+#else
+typedef scalar weight;
+__device__ __forceinline__ float widenWeight(scalar v) { return widen(v); }
+#endif
+
 struct Row {
-    const scalar *x, *cos, *sin, *scale;
+    const scalar *x, *cos, *sin;
+    const weight* scale;
 };
 // What the norm of a row of COUNT elements multiplies with, by a warp.
 template <int COUNT>
@@ -30,7 +40,7 @@ __device__ __forceinline__ float factor(const Row& row, float epsilon) {
 }
 __device__ __forceinline__ float normal(const Row& row, float by, int i) {
 #if NORM
-    return widen(row.x[i]) * by * widen(row.scale[i]);
+    return widen(row.x[i]) * by * widenWeight(row.scale[i]);
 #else
     return widen(row.x[i]);
 #endif

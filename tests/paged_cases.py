@@ -34,7 +34,7 @@ class Case:
     turn: int = 0
     turned: int = 0
     full: bool = True
-    norm: bool = False
+    norm: str = ""  # the type of the weights of norms
     padding: int = 0
     empty: int = 0
     unstored: tuple[int, ...] = ()
@@ -76,7 +76,7 @@ class Case:
             angles = rng.uniform(-3, 3, (1, 1, tokens, (self.turned or self.size) // (1 if self.full else 2)))
             made |= {"cos": np.cos(angles).astype(dtype), "sin": np.sin(angles).astype(dtype)}
         if self.norm:
-            made |= {n: rng.uniform(0.5, 2, self.size).astype(dtype) for n in ("q_scale", "k_scale")}
+            made |= {n: rng.uniform(0.5, 2, self.size).astype(getattr(ml_dtypes, self.norm, self.norm)) for n in ("q_scale", "k_scale")}
         self.arrays = made
         return self
 
@@ -126,11 +126,12 @@ def cases() -> list[Case]:
         Case([1], [40], name="one sequence"), Case(ones, [100, 1, 33], 8, name="ragged"), Case(ones, [15, 16, 17], name="edges of blocks", dtype="float16"),
         Case([1, 1], [700, 17], name="split"), Case([1, 1], [20, 16], padding=2, empty=2, name="padding", dtype="float16"), Case(ones, [9, 30, 17], unstored=(1,), name="nothing stored"),
         Case([3, 0, 1], [9, 30, 17], empty=1, name="several tokens where there is room for one each"), Case([5, 1, 3], [20, 16, 9], name="more tokens than sequences", dtype="float16"),
-        Case([5, 1, 3], [20, 16, 9], turn=1, norm=True, name="more tokens, turned"), Case(ones, [300, 5, 64], 4, 4, window=37, name="window"), Case(ones, [300, 5, 64], window=1, name="window of one"), Case([1, 1], [37, 64], turn=1, name="halves"),
+        Case([5, 1, 3], [20, 16, 9], turn=1, norm="float32", name="more tokens, turned"), Case(ones, [300, 5, 64], 4, 4, window=37, name="window"), Case(ones, [300, 5, 64], window=1, name="window of one"),
+        Case([1, 1], [37, 64], turn=1, name="halves"),
         Case(ones, [100, 5, 64], softcap=3.0, name="soft cap", dtype="float16"), Case([1, 1], [37, 64], turn=1, full=False, name="halves, an angle a pair"),
         Case([1, 1], [37, 64], turn=2, turned=20, name="pairs of a part", dtype="float16"), Case([1, 1], [37, 64], turn=2, full=False, name="pairs, an angle each"),
-        Case([1, 1], [37, 64], turn=1, norm=True, name="norm and halves"), Case([1, 1], [37, 64], norm=True, name="norm alone"),
-        Case([2, 1], [37, 64], turn=1, dtype="float32", norm=True, name="float32"),
+        Case([1, 1], [37, 64], turn=1, norm="bfloat16", name="norm and halves"), Case([1, 1], [37, 64], norm="bfloat16", name="norm alone"),
+        Case([2, 1], [37, 64], turn=1, dtype="float32", norm="float32", name="float32"),
         Case(ones, [300, 5, 64], dtype="float32", window=50, softcap=2.0, name="float32, window and soft cap"),
     ]  # fmt: skip
     found += [Case([1, 1], [260, 40], ratio * 2, 2, name=f"ratio {ratio}") for ratio in (1, 2, 3, 4, 8, 16)]
