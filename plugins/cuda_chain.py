@@ -23,7 +23,7 @@ RING = 160 << 10  # bytes of shared memory for what is fetched ahead: leaves roo
 TILE = 64  # rows of weights
 STAGE = 8192 + TOKENS * 128  # bytes of 64 inner elements
 WINDOW = 8  # stages that are on their way at a time: more would keep what the blocks tell each other waiting
-PIECE, PART = 4.0, 2.0  # a piece of a tile and a part of a sum, in steps: what they cost beside what is fetched
+PIECE, PART = 1.0, 0.5  # a piece of a tile and a part of a sum, in steps: what they cost beside what is fetched
 
 
 @dataclass
