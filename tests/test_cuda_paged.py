@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import types
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -38,6 +39,11 @@ def gpu(monkeypatch, compiled_kernels):
     return made
 
 
+def division(case, cluster=0, **options):
+    """So small parts that heads are divided even in a small test."""
+    return cuda_paged.cut(case.size, case.value_size or case.size, case.heads // case.kv_heads, least=1, cluster=cluster, **options)
+
+
 def launched(case, **options):
     """The results of a case on poisoned outputs, launched twice: what the first leaves in its scratch must not disturb the second."""
     inputs = [on_device(a) for a in case.inputs()]
@@ -56,12 +62,19 @@ OFTEN = {
     "ragged", "padding", "several tokens where there is room for one each", "more tokens, turned", "window", "soft cap", "pairs of a part", "norm and halves", "float32", "sizes 40 and 72",
     "blocks of 5", "ratio 3",
 }  # fmt: skip
+OFTEN_IN_CLUSTERS = {"padding", "window", "several tokens where there is room for one each"}
 
 
 @emulated
 @pytest.mark.parametrize("case", [pytest.param(c, id=c.name, marks=() if c.name in OFTEN else pytest.mark.slow) for c in cases()])
 def test_the_emulated_kernels_compute_what_float64_computes(case, gpu):
-    assert case.make().complaint(*launched(case, least=1)) == ""
+    assert case.make().complaint(*launched(case, made=division(case))) == ""
+
+
+@emulated
+@pytest.mark.parametrize("case", [pytest.param(c, id=c.name, marks=() if c.name in OFTEN_IN_CLUSTERS else pytest.mark.slow) for c in cases() if c.dtype != "float32"])
+def test_a_cluster_for_each_head_computes_the_same(case, gpu):
+    assert case.make().complaint(*launched(case, made=division(case, 4), early=True)) == ""
 
 
 @emulated
@@ -69,5 +82,29 @@ def test_the_emulated_kernels_compute_what_float64_computes(case, gpu):
 def test_blocks_may_end_in_any_order(gpu, backwards):
     gpu.backwards = backwards
     case = Case([1, 1], [300, 17]).make()
-    assert case.complaint(*launched(case, least=1)) == ""
-    assert gpu.grids[-1] == (6,)
+    assert case.complaint(*launched(case, made=division(case))) == ""
+    assert gpu.grids[-1] == (6, 1)
+
+
+# --- on a GPU ---------------------------------------------------------------------------------------------------------
+@pytest.fixture
+def paged_speed(monkeypatch):
+    pytest.importorskip("cupy")
+    monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "benchmarks"))
+    import paged_speed
+
+    return paged_speed
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", [pytest.param(c, id=c.name) for c in cases()])
+def test_the_kernels_compute_what_float64_computes(case, paged_speed):
+    case.make()
+    for made in paged_speed.divisions(case):
+        assert paged_speed.run_case(case, made, 3) == ""
+
+
+@pytest.mark.gpu
+def test_rotary_computes_what_float64_computes(paged_speed):
+    rows = paged_speed.check_rotary()
+    assert [r for r in rows if r["wrong"]] == []
