@@ -1,7 +1,7 @@
 """Attention over a paged cache on the GPU: right against float64, and how near the speed of memory.
 
     python benchmarks/paged_speed.py                    check, then time (about 40 seconds on an H100)
-    python benchmarks/paged_speed.py --only check       or time, or variants (how much of a text a block takes at least, reading early)
+    python benchmarks/paged_speed.py --only check       or time, or variants (how the work is divided, reading early)
 
 Times are the medians of one launch in a CUDA graph, as in `kernel_speed.py`; caches are different ones in turn where they would stay
 in the L2 cache. Bytes are the keys and values read, over 2961 GB/s, the copy that was measured on the H100.
@@ -25,7 +25,7 @@ from kernel_speed import median_us
 
 from rewrite.plugins import cuda_paged, cuda_rotary
 from rewrite.plugins.cuda_launch import compiled
-from rewrite.plugins.cuda_paged import Turn, variant
+from rewrite.plugins.cuda_paged import Cut, Turn, cut, variant
 from rewrite.plugins.rotary import Rotary
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
@@ -47,6 +47,12 @@ def _compile(wanted: tuple[Any, ...]) -> None:
     compiled(*wanted, (), 90)
 
 
+def divisions(case: Case) -> list[Cut]:
+    """Equal parts, so small that heads are divided, and clusters."""
+    sizes = (case.size, case.value_size or case.size, case.heads // case.kv_heads)
+    return [cut(*sizes, least=1), cut(*sizes, cluster=8)]
+
+
 def wanted_by(case: Case) -> list[tuple[Any, ...]]:
     """The variants that the check of a case may ask for."""
     shape = (case.dtype, case.heads, case.kv_heads, case.size, case.value_size or case.size, case.block, bool(case.window), bool(case.softcap))
@@ -54,10 +60,10 @@ def wanted_by(case: Case) -> list[tuple[Any, ...]]:
     norm = 0 if not case.norm else 2 if case.norm == "float32" else 1
     turn = Turn(case.turn, case.turned or case.size, count, norm) if case.turn else Turn(norm=norm)
     few = sum(case.counts) + case.padding <= len(case.counts) + case.empty and case.dtype != "float32"
-    return [variant(*shape, t, few, least) for t in ({turn} if few else {turn, Turn()}) for least in (1, cuda_paged.LEAST)]
+    return [variant(*shape, t, few, made) for t in ({turn} if few else {turn, Turn()}) for made in divisions(case)]
 
 
-def run_case(case: Case, least: int, repeats: int) -> str:
+def run_case(case: Case, made: Cut, repeats: int) -> str:
     """Launch a case `repeats` times from the same caches, captured, outputs poisoned; what is wrong with the result."""
     arrays = [None if a is None else cupy.asarray(a.transpose(0, 2, 1, 3)).transpose(0, 2, 1, 3) if n < 3 else cupy.asarray(a) for n, a in enumerate(case.inputs())]
     fresh = [a.copy() for a in arrays[3:5]]
@@ -66,7 +72,7 @@ def run_case(case: Case, least: int, repeats: int) -> str:
     stream = cupy.cuda.Stream(non_blocking=True)
     cupy.cuda.Device().synchronize()
     with stream:
-        launch = cuda_paged.paged_attention(arrays, [y, *arrays[3:5]], least=least, **case.attributes())
+        launch = cuda_paged.paged_attention(arrays, [y, *arrays[3:5]], made=made, **case.attributes())
         if launch is None:
             return "no kernel takes it"
         launch()
@@ -89,15 +95,15 @@ def run_case(case: Case, least: int, repeats: int) -> str:
 def check() -> list[dict[str, Any]]:
     rows = []
     compile_all(v for case in cases() for v in wanted_by(case))
-    for case, least in itertools.product(cases(), (1, cuda_paged.LEAST)):
+    for case, made in [(c, m) for c in cases() for m in divisions(c)]:
         case.make()
         try:
-            wrong = run_case(case, least, 3)
+            wrong = run_case(case, made, 3)
         except Exception as problem:
             wrong = f"{type(problem).__name__}: {problem}"[:300]
-        rows.append({"case": case.name, "dtype": case.dtype, "least": least, "wrong": wrong})
+        rows.append({"case": case.name, "dtype": case.dtype, "division": str(made), "wrong": wrong})
         if wrong:
-            print(f"WRONG {case.name} {case.dtype} least {least}: {wrong}", flush=True)
+            print(f"WRONG {case.name} {case.dtype} {made}: {wrong}", flush=True)
     print(f"paged attention: {sum(not r['wrong'] for r in rows)} of {len(rows)} right", flush=True)
     return rows
 
@@ -161,32 +167,42 @@ def timed(step: Step, **options: Any) -> dict[str, Any]:
 
 
 def time() -> list[dict[str, Any]]:
-    compile_all(variant("bfloat16", HEADS, g, d, d, 16, False, False, Turn(), True) for _, _, (g, d) in SHAPES)
+    compile_all(variant("bfloat16", HEADS, g, d, d, 16, False, False, Turn(), True, cuda_paged.choose(d, d, HEADS // g, batch * g), early) for batch, _, (g, d) in SHAPES for early in (False, True))
     rows = []
-    print(f"{'batch x context x heads x size':32} {'us':>8} {'GB/s':>6} {'of copy':>8}")
+    print(f"{'batch x context x heads x size':32} {'us':>8} {'GB/s':>6} {'of copy':>8}   reading early")
     for batch, context, (kv_heads, size) in SHAPES:
         if 4 * batch * context * kv_heads * size > 12 << 30:
             continue
-        found = timed(Step(batch, context, kv_heads, size))
-        rows.append({"batch": batch, "context": context, "kv_heads": kv_heads, "size": size, **found})
-        print(f"{f'{batch} x {context} x {kv_heads} x {size}':32} {found['us']:8.2f} {found['gbs']:6.0f} {found['share']:8.0%}", flush=True)
+        step = Step(batch, context, kv_heads, size)
+        found, early = timed(step), timed(step, early=True)
+        rows.append({"batch": batch, "context": context, "kv_heads": kv_heads, "size": size, **found, "early": early})
+        print(f"{f'{batch} x {context} x {kv_heads} x {size}':32} {found['us']:8.2f} {found['gbs']:6.0f} {found['share']:8.0%}   {early['us']:8.2f} {early['share']:8.0%}", flush=True)
     return rows
 
 
 def variants() -> list[dict[str, Any]]:
-    """The choices behind `LEAST` and `early`, wide tables, and angles."""
-    choices = [{"least": least, "early": early} for least in (4, 8, 16) for early in (False, True)]
-    shapes = [(1, 128, 8, 64), (1, 1024, 8, 64), (1, 1024, 8, 128), (1, 8192, 8, 128), (8, 1024, 8, 128), (32, 1024, 8, 64), (32, 1024, 8, 128), (64, 128, 8, 128), (64, 1024, 8, 64)]
-    compile_all(variant("bfloat16", HEADS, g, d, d, 16, False, False, t, True, **c) for _, _, g, d in shapes for c in choices for t in (Turn(), Turn(1, d, d)))
+    """The choices behind `cuda_paged.choose`, each waiting for the kernel before and reading early."""
+    sizes = ((1, 128, 64), (1, 1024, 64), (1, 1024, 128), (1, 8192, 128), (2, 1024, 128), (4, 1024, 128), (8, 1024, 64), (8, 1024, 128), (32, 128, 64), (32, 1024, 64), (32, 1024, 128))
+    shapes = [(batch, context, 8, size) for batch, context, size in sizes]
+
+    def choices(batch: int, kv_heads: int, size: int) -> list[Cut]:
+        sizes = (size, size, HEADS // kv_heads)
+        made = [cut(*sizes, blocks=n, least=least) for n in (2, 3, 4) for least in (4, 8)]
+        made += [cut(*sizes, cluster=n, warps=warps, blocks=2) for n, warps in ((16, 4), (8, 4), (8, 8), (4, 4), (4, 8), (2, 4)) if batch * kv_heads * n <= 1024]
+        return list(dict.fromkeys(made))
+
+    compile_all(variant("bfloat16", HEADS, g, d, d, 16, False, False, Turn(), True, c, early) for b, _, g, d in shapes for c in choices(b, g, d) for early in (False, True))
     rows = []
     for shape in shapes:
         line, step = [], Step(*shape)
-        for choice in choices:
-            rows.append({"shape": shape, **choice, **timed(step, **choice)})
-            line.append(f"{choice['least']}{'e' if choice['early'] else ' '} {rows[-1]['us']:6.2f}")
-        for what, other in (("wide table", Step(*shape, width=8192)), ("turned", Step(*shape, turn=True))):
-            rows.append({"shape": shape, "what": what, **timed(other)})
-            line.append(f"{what} {rows[-1]['us']:6.2f}")
+        for choice in choices(shape[0], *shape[2:]):
+            try:
+                times = [timed(step, made=choice, early=early)["us"] for early in (False, True)]
+            except Exception as problem:
+                print(choice, str(problem)[:200])
+                continue
+            rows.append({"shape": shape, "division": str(choice), "us": times[0], "early_us": times[1]})
+            line.append(f"{choice}: {times[0]:.2f} {times[1]:.2f}")
         print(" x ".join(map(str, shape)), "|", " | ".join(line), flush=True)
     return rows
 

@@ -5,6 +5,7 @@ The body of what a rule makes is the subgraph that was there, one for each node;
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ import onnx_graphsurgeon as gs
 from rewrite.functions import FunctionTable
 from rewrite.graph import DOMAIN, Graph, canonical, decode, dtype_name
 from rewrite.match import Match
-from rewrite.model import Model, base_name
+from rewrite.model import Model, base_name, names_in
 from rewrite.patterns.transform_generate import drop_functions
 from rewrite.plugins.paged_attention_onnx import body
 from rewrite.registry import rule
@@ -110,6 +111,45 @@ def _norm(graph: Graph, tensor: gs.Tensor, turned: gs.Tensor) -> tuple[gs.Tensor
     if tensor.dtype is None or dtype_name(tensor.dtype) != dtype_name(turned.dtype) or list(tensor.shape or ()) == [] or dtype_name(scale.dtype) not in (dtype_name(turned.dtype), "float32"):
         return None
     return tensor, scale, float(epsilon), nodes
+
+
+def norms_by_heads(model: Model) -> Model:
+    """Rotary(Transpose(norm(x))) as Rotary(norm(Transpose(x))): a norm over the last axis does not mind where the heads lie (Qwen3)."""
+    proto = onnx.ModelProto()
+    proto.CopyFrom(model.proto)
+    graph, taken = proto.graph, names_in(proto)
+    makers, readers = {o: n for n in graph.node for o in n.output}, Counter(name for n in graph.node for name in n.input)
+    types, outputs = {v.name: v for v in graph.value_info}, {o.name for o in graph.output}
+    swapped: dict[str, onnx.NodeProto] = {}  # the norm that comes after a transpose, by the latter's result
+    for turn in [n for n in graph.node if n.domain == DOMAIN and base_name(n) == "Rotary"]:
+        transpose = makers.get(turn.input[0])
+        norm = makers.get(transpose.input[0]) if transpose is not None and transpose.op_type == "Transpose" else None
+        if transpose is None or norm is None or base_name(norm) != "RMSNormalization" or norm.input[0] not in types or readers[norm.output[0]] > 1 or norm.output[0] in outputs:
+            continue
+        attributes = {a.name: onnx.helper.get_attribute_value(a) for n in (transpose, norm) for a in n.attribute}
+        if list(attributes.get("perm", ())) != [0, 2, 1, 3] or attributes.get("axis", -1) not in (-1, 3):
+            continue
+        name = next(n for n in (f"{norm.input[0]}_heads{i or ''}" for i in range(len(taken) + 1)) if n not in taken)
+        taken.add(name)
+        made = graph.value_info.add()
+        made.CopyFrom(types[norm.input[0]])
+        made.name = name
+        dims = made.type.tensor_type.shape.dim
+        second, third = onnx.TensorShapeProto.Dimension(), onnx.TensorShapeProto.Dimension()
+        second.CopyFrom(dims[1])
+        third.CopyFrom(dims[2])
+        dims[1].CopyFrom(third)
+        dims[2].CopyFrom(second)
+        transpose.input[0], norm.output[0] = norm.input[0], transpose.output[0]
+        norm.input[0] = transpose.output[0] = name
+        swapped[name] = norm
+    behind = {n.output[0] for n in swapped.values()}
+    ordered = [n for node in graph.node if not behind.intersection(node.output) for n in ((node, swapped[node.output[0]]) if node.output and node.output[0] in swapped else (node,))]
+    kept = onnx.GraphProto(node=ordered, value_info=[v for v in graph.value_info if v.name in {o for n in ordered for o in n.output}])
+    del graph.node[:], graph.value_info[:]
+    graph.node.extend(kept.node)
+    graph.value_info.extend(kept.value_info)
+    return Model(proto, model.folder, model.name, dict(model.external))
 
 
 def settle(model: Model) -> Model:

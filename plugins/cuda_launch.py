@@ -23,7 +23,7 @@ from rewrite.errors import RewriteError
 
 Launch = Callable[[], None]
 CLUSTER, OVERLAP = 4, 6  # CUlaunchAttributeID: cluster dimension, programmatic stream serialization
-SHARED_MEMORY = 8  # CUfunction_attribute: largest dynamic shared memory
+SHARED_MEMORY, LARGE_CLUSTERS = 8, 14  # CUfunction_attribute: largest dynamic shared memory; clusters of more than 8 blocks
 MAP_TYPES = {"float16": 6, "bfloat16": 9}  # CUtensorMapDataType
 INCLUDE = re.compile(r'^#include "([\w.]+)"$', re.MULTILINE)
 MOST_SHARED = 227 << 10  # bytes a block may have on Hopper
@@ -167,6 +167,8 @@ def launcher(function: Any, grid: Sequence[int], block: int, arguments: Sequence
     check(driver.cuFuncGetAttribute(ctypes.byref(allowed), SHARED_MEMORY, ctypes.c_void_p(function.ptr)), "a kernel's shared memory")
     if shared > allowed.value:  # never less: other launches of this kernel may need what it has
         check(driver.cuFuncSetAttribute(ctypes.c_void_p(function.ptr), SHARED_MEMORY, shared), f"a kernel with {shared} bytes of shared memory")
+    if cluster > 8:
+        check(driver.cuFuncSetAttribute(ctypes.c_void_p(function.ptr), LARGE_CLUSTERS, 1), f"a kernel in clusters of {cluster} blocks")
     values = [a if isinstance(a, (ctypes._SimpleCData, ctypes.Structure, ctypes.Array)) else ctypes.c_void_p(0 if a is None else int(a.data.ptr)) for a in arguments]
     pointers = (ctypes.c_void_p * len(values))(*[ctypes.addressof(v) for v in values])
     wanted = [_Attribute(OVERLAP, 0, (ctypes.c_uint32 * 16)(1))] if capability() >= 90 else []

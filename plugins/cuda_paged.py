@@ -12,10 +12,10 @@ import ctypes
 from functools import cache
 from typing import Any, NamedTuple
 
-from rewrite.plugins.cuda_launch import MOST_SHARED, Launch, capability, launcher, module
+from rewrite.plugins.cuda_launch import Launch, capability, launcher, module
 from rewrite.plugins.cuda_paged_prefill import prefill
 
-WARPS, LEAST = 4, 4  # of a block of `decode`; tiles of 16 positions that it takes at least
+SM_SHARED = 228 << 10  # bytes of shared memory of an SM, of which each block takes 1 KB more than it asks for
 _scratch: dict[tuple[int, int], tuple[Any, Any]] = {}
 
 
@@ -43,28 +43,48 @@ class Turn(NamedTuple):
 
 
 class Cut(NamedTuple):
-    """How `decode` is made for a size of keys and values: tiles of a warp under way, blocks an SM holds, bytes of shared memory of each."""
+    """How `decode` divides the work: warps of a block, tiles of 16 positions that each has under way, blocks an SM is to hold; the work of
+    all heads in equal parts of at least `least` tiles a block, or each head of a token to a cluster of `cluster` blocks.
+    """
 
+    warps: int
     stages: int
     blocks: int
-    shared: int
+    least: int = 4
+    cluster: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.blocks} of {self.warps}x{self.stages} {f'cluster {self.cluster}' if self.cluster else f'least {self.least}'}"
+
+    def shared(self, size: int, value_size: int, repeats: int) -> int:
+        """Bytes of shared memory of a block."""
+        key, value = (-(-n // 16) * 16 + 8 for n in (size, value_size))
+        kept = 4 * min(repeats, 16) * (value_size + 4) if self.cluster else 16
+        return 32 * key + self.warps * self.stages * 32 * (key + value) + self.warps * 128 + kept
 
 
-def cut(size: int, value_size: int) -> Cut:
-    """As many tiles under way as there is room for with two blocks an SM, or with one."""
-    pitches = [-(-n // 16) * 16 + 8 for n in (size, value_size)]
-    queries, tile = 32 * pitches[0], 32 * sum(pitches)
-    for blocks, room in ((2, (MOST_SHARED >> 1) - 2048), (1, MOST_SHARED - 2048)):
-        stages = min((room - queries) // (WARPS * tile), 6)
-        if stages >= 3 or blocks == 1:
-            break
-    return Cut(stages, blocks, queries + WARPS * stages * tile)
+def cut(size: int, value_size: int, repeats: int, *, warps: int = 4, blocks: int = 2, least: int = 4, cluster: int = 0) -> Cut:
+    """As many tiles under way, up to 6, as there is room for with so many blocks an SM; with fewer blocks, or warps, if that leaves less than two."""
+    for fewer in range(blocks, 0, -1):
+        for stages in range(6, 1, -1):
+            made = Cut(warps, stages, fewer, least, cluster)
+            if (made.shared(size, value_size, repeats) + 1024) * fewer <= SM_SHARED:
+                return made
+    return cut(size, value_size, repeats, warps=warps // 2, blocks=blocks, least=least, cluster=cluster)
 
 
-def grid(tokens: int, groups: int, width: int, block_size: int, most: int, least: int = LEAST) -> int:
-    """Blocks of `decode`: `most`, those that the GPU holds at once, or as many as there could be work for by the shapes."""
+def choose(size: int, value_size: int, repeats: int, pairs: int) -> Cut:
+    """The cut for so many heads of tokens: clusters where all of them are on the GPU at once, equal parts for more."""
+    cluster = next((n for n in (16, 8) if capability() >= 90 and pairs * n <= 2 * processors()), 0)
+    return cut(size, value_size, repeats, cluster=cluster)
+
+
+def grid(tokens: int, groups: int, width: int, block_size: int, made: Cut) -> tuple[int, int]:
+    """The grid of `decode`: clusters by heads of tokens, or the blocks that the GPU holds at once, or as many as there could be work for by the shapes."""
+    if made.cluster:
+        return made.cluster, tokens * groups
     tiles = tokens * groups * (-(-width * block_size // 16) + 1)
-    return max(1, min(most, -(-tiles // least)))
+    return max(1, min(processors() * made.blocks, -(-tiles // made.least))), 1
 
 
 @cache
@@ -124,20 +144,22 @@ def takes(q: Any, k: Any, v: Any, key_cache: Any, value_cache: Any, y: Any, inte
 
 
 def variant(dtype: str, heads: int, kv_heads: int, size: int, value_size: int, block_size: int, window: bool, cap: bool, turn: Turn, fresh: bool,
-            least: int = LEAST, early: bool = False) -> tuple[str, str, tuple[str, ...]]:  # fmt: skip
+            made: Cut | None = None, early: bool = False) -> tuple[str, str, tuple[str, ...]]:  # fmt: skip
     """What `cuda_launch.module` needs."""
     values = {"D": size, "E": value_size, "S": block_size, "REPEATS": heads // kv_heads, "KVHEADS": kv_heads, "CAP": int(cap), "WINDOW": int(window), "FLOAT32": int(dtype == "float32")}
     if dtype != "float32":
-        values |= {"WARPS": WARPS, "STAGES": cut(size, value_size).stages, "FRESH": int(fresh), "LEAST": least, "EARLY": int(early)}
+        made = made or cut(size, value_size, heads // kv_heads)
+        values |= {"WARPS": made.warps, "STAGES": made.stages, "FRESH": int(fresh), "LEAST": made.least, "EARLY": int(early), "CLUSTER": made.cluster}
     return "paged_attention", dtype, (*(f"{n}={v}" for n, v in values.items()), *turn.defines())
 
 
 def paged_attention(
     inputs: list[Any], outputs: list[Any], *, heads: int, kv_heads: int, size: int, scale: float, window: int, softcap: float, layer: int,
-    interleaved: int = 0, turned: int = 0, epsilon: float = 1e-6, least: int = LEAST, early: bool = False,
+    interleaved: int = 0, turned: int = 0, epsilon: float = 1e-6, made: Cut | None = None, early: bool = False,
 ) -> Launch | None:  # fmt: skip
     """The launch, or None where there is no kernel for these arrays. Outputs `keys` and `values` are best the caches themselves: else
-    they are copied first. `early`: the tables, lengths and older keys are not written by the kernels just before, so they are read before those end.
+    they are copied first. `made`: how the work is divided, else what `choose` says.
+    `early`: the tables, lengths and older keys are not written by the kernels just before, so they are read before those end.
     """
     q, k, v, key_cache, value_cache, slots, tables, starts, lengths, cos, sin, q_scale, k_scale = inputs
     y, keys, values = outputs
@@ -160,7 +182,7 @@ def paged_attention(
     shape = (dtype, heads, kv_heads, size, value_size, block_size, bool(window), bool(softcap))
     keep = (*inputs, *outputs)
     if few:
-        return _after(copies, [_decode(call, shape, turn, True, least, early, keep)])
+        return _after(copies, [_decode(call, shape, turn, True, made, early, keep)])
     launches, queries = [], q
     if turn.kind or turn.norm:
         import cupy
@@ -174,21 +196,23 @@ def paged_attention(
         from_caches.q, from_caches.qs = call.turned, call.ts
     found = prefill(queries, keys, values, y, tables, starts, lengths, scale=scale, window=window, softcap=softcap) if q.dtype.itemsize == 2 else None
     if found is None and q.dtype.itemsize == 2:
-        found = _decode(from_caches, shape, Turn(), False, least, False, (keep, queries))
+        found = _decode(from_caches, shape, Turn(), False, made, False, (keep, queries))
     if found is None:
         found = launcher(module(*variant(*shape, Turn(), False)).get_function("plain"), (tokens, heads), 128, [from_caches], keep=(keep, queries))
     return _after(copies, [*launches, found])
 
 
-def _decode(call: _Call, shape: tuple[Any, ...], turn: Turn, fresh: bool, least: int, early: bool, keep: Any) -> Launch:
+def _decode(call: _Call, shape: tuple[Any, ...], turn: Turn, fresh: bool, made: Cut | None, early: bool, keep: Any) -> Launch:
     _, heads, kv_heads, size, value_size, block_size, *_ = shape
-    repeats, made = heads // kv_heads, cut(size, value_size)
+    repeats = heads // kv_heads
     groups = kv_heads * -(-repeats // 16)
-    blocks = grid(call.tokens, groups, call.width, block_size, processors() * made.blocks, least)
-    parts, arrived = scratch(blocks * 2 * min(repeats, 16) * (value_size + 4), call.tokens * groups)
-    call.parts, call.arrived = int(parts.data.ptr), int(arrived.data.ptr)
-    function = module(*variant(*shape, turn, fresh, least, early)).get_function("decode")
-    return launcher(function, (blocks,), 32 * WARPS, [call], shared=made.shared, keep=(keep, parts, arrived))
+    made = made or choose(size, value_size, repeats, call.tokens * groups)
+    blocks = grid(call.tokens, groups, call.width, block_size, made)
+    if not made.cluster:
+        parts, arrived = scratch(blocks[0] * 2 * min(repeats, 16) * (value_size + 4), call.tokens * groups)
+        call.parts, call.arrived, keep = int(parts.data.ptr), int(arrived.data.ptr), (keep, parts, arrived)
+    function = module(*variant(*shape, turn, fresh, made, early)).get_function("decode")
+    return launcher(function, blocks, 32 * made.warps, [call], shared=made.shared(size, value_size, repeats), cluster=max(1, made.cluster), keep=keep)
 
 
 def _after(copies: list[tuple[Any, Any]], launches: list[Launch]) -> Launch:

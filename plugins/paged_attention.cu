@@ -2,7 +2,7 @@
 // `plain`: any of float16, bfloat16, float32, token by token, in two launches.
 // Constants: D and E elements of a key and a value, S positions of a block, REPEATS query heads of a key head, KVHEADS; CAP 1 for a soft cap; WINDOW 1
 // for a window; those of rotation.cuh. For `decode`: WARPS, STAGES tiles of a warp under way, FRESH 1 if the new keys are not in the cache yet, LEAST tiles
-// that a block takes, EARLY 1 if the preceding kernels write nothing but q, k, v, and angles.
+// that a block takes, EARLY 1 if the preceding kernels write nothing but q, k, v, and angles, CLUSTER blocks of a head of a token, 0 if all work is divided.
 // Source: Dao et al., Flash-Decoding (2023); Osama et al., Stream-K (2023), for the division of the work.
 #include "overlap.cuh"
 #include "sixteen.cuh"
@@ -141,8 +141,10 @@ extern "C" __global__ void __launch_bounds__(128) plain(const __grid_constant__ 
 // --- all tokens of a few sequences at once -------------------------------------------------------------------------------------------
 // The work is tiles of 16 positions, in the order of tokens, key heads, positions; each block takes as many of them in a row, so none waits for another
 // however ragged the lengths are. In a block each warp takes every WARPS-th tile. Query heads of one key head are the rows of a product. Where several
-// blocks share a token's head, each leaves its part, and the last one puts them together.
+// blocks share a token's head, each leaves its part, and the last one puts them together. With CLUSTER, for few texts, so many blocks have a head of a
+// token for themselves, and put their parts together without a way through the L2 cache.
 #include "mma.cuh"
+#include "cluster.cuh"
 #define UP(N) (((N) + 15) / 16 * 16)
 #define KPITCH (UP(D) + 8)  // elements from row to row: 8 rows of 16 bytes lie in different banks
 #define VPITCH (UP(E) + 8)
@@ -156,17 +158,48 @@ extern "C" __global__ void __launch_bounds__(128) plain(const __grid_constant__ 
 
 __device__ __forceinline__ int tilesOf(const Seen& seen) { return seen.last < 0 ? 1 : seen.last / 16 - seen.first / 16 + 1; }
 
+// What `parts` blocks have of four columns of a row; `read` gives the maximum and total, and the sums, of the n-th.
+template <typename Read>
+__device__ __forceinline__ float4 join(int parts, float& all, Read read) {
+    float best = -INF;
+    float4 v = {0.f, 0.f, 0.f, 0.f};
+    all = 0.f;
+    for (int n = 0; n < parts; n += 8) {
+        float2 state[8];
+        float4 x[8];
+        #pragma unroll
+        for (int i = 0; i < 8; ++i) {
+            state[i] = {-INF, 0.f}, x[i] = {0.f, 0.f, 0.f, 0.f};
+            if (n + i < parts) read(n + i, state[i], x[i]);
+        }
+        float now = best;
+        #pragma unroll
+        for (int i = 0; i < 8; ++i) now = fmaxf(now, state[i].x);
+        const float shrink = best == -INF ? 0.f : exp2(best - now);
+        best = now;
+        all *= shrink, v.x *= shrink, v.y *= shrink, v.z *= shrink, v.w *= shrink;
+        #pragma unroll
+        for (int i = 0; i < 8; ++i) {
+            const float by = state[i].x == -INF ? 0.f : exp2(state[i].x - now);
+            all += by * state[i].y;
+            v.x += by * x[i].x, v.y += by * x[i].y, v.z += by * x[i].z, v.w += by * x[i].w;
+        }
+    }
+    return v;
+}
+
 extern "C" __global__ void __launch_bounds__(WARPS * 32) decode(const __grid_constant__ Paged c) {
     extern __shared__ uint4 raw[];
-    __shared__ float tops[WARPS][16], sums[WARPS][16];
-    __shared__ int lastOne;
     u16* queries = (u16*)raw;
+    auto tops = (float(*)[16])(queries + 16 * KPITCH + WARPS * STAGES * TILE), sums = tops + WARPS;
+    float* kept = (float*)(sums + WARPS);  // this block's part for its cluster
     const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, r = lane >> 2, p = (lane & 3) * 2;
     u16* mine = queries + 16 * KPITCH + warp * STAGES * TILE;
     float* output = (float*)mine;  // when the tiles are done with
     letNextKernelStart();
     if (!EARLY) waitForPrecedingKernel();
 
+#if !CLUSTER
     // What all tokens need, and the share of this block: tiles [begin, end).
     i64 total = 0;
     int longest = 1, own = 0;
@@ -203,6 +236,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) decode(const __grid_con
         }
         before += __shfl_sync(~0u, upTo, 31);
     }
+#endif
 
     // Columns that no copy fills.
     if (UP(D) != D)
@@ -211,14 +245,21 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) decode(const __grid_con
     __syncthreads();
     bool waited = !EARLY;
 
+#if CLUSTER
+    const int token = blockIdx.y / HEADS, head = blockIdx.y % HEADS;
+    {
+        const Seen seen = seenBy(c, token);
+        const int tiles = tilesOf(seen), share = (tiles + CLUSTER - 1) / CLUSTER, from = min((int)blockIdx.x * share, tiles), to = min(from + share, tiles);
+#else
     while (begin < end) {
         const Seen seen = seenBy(c, token);
-        const int tiles = tilesOf(seen), head = (int)(begin - before * HEADS) / tiles, g = head / GROUPS, group = head % GROUPS;
-        const int rows = min(16, REPEATS - group * 16);
+        const int tiles = tilesOf(seen), head = (int)(begin - before * HEADS) / tiles;
         const i64 start = before * HEADS + (i64)head * tiles;
-        const int from = (int)(begin - start), to = (int)min((i64)tiles, end - start), low = seen.first / 16;
+        const int from = (int)(begin - start), to = (int)min((i64)tiles, end - start);
+#endif
+        const int g = head / GROUPS, group = head % GROUPS, rows = min(16, REPEATS - group * 16), low = seen.first / 16;
         const int count = seen.last < 0 || from + warp >= to ? 0 : (to - from - warp + WARPS - 1) / WARPS;  // tiles of this warp
-        const bool ends = seen.last < 0 ? warp == 0 : count > 0 && from + warp + (count - 1) * WARPS == tiles - 1;  // it has the token's own position
+        const bool ends = seen.last < 0 ? warp == 0 && from == 0 && to == 1 : count > 0 && from + warp + (count - 1) * WARPS == tiles - 1;  // it has the token's own position
         const u16 *keys = c.keys + g * D, *values = c.values + g * E;
 
         int known = 0;  // block of this warp's tile of number `lane`, of the 32 at hand
@@ -381,8 +422,13 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) decode(const __grid_con
             for (int n = 0; n < UP(E) / 8; ++n) *(float2*)(output + (r + 8 * h) * OPITCH + n * 8 + p) = float2{o[n][2 * h], o[n][2 * h + 1]};
         }
         __syncthreads();
+#if CLUSTER
+        const bool alone = false;
+        float* part = kept;
+#else
         const bool alone = from == 0 && to == tiles;
         float* part = c.parts + (i64)(blockIdx.x * 2 + (blockIdx.x * share < start)) * PART;
+#endif
         auto give = [&](int row, int column, float4 v, float all) {
             const float by = all > 0.f || all != all ? 1.f / all : 0.f;  // no key: 0; NaN stays NaN
             *(uint2*)(c.y + (g * REPEATS + group * 16 + row) * c.ys[0] + token * c.ys[1] + column) = uint2{pack(v.x * by, v.y * by), pack(v.z * by, v.w * by)};
@@ -407,12 +453,28 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) decode(const __grid_con
             *(float4*)(part + row * E + column) = v;
             if (column == 0) *(float2*)(part + ROWS * E + row * 2) = float2{best, all};
         }
+#if CLUSTER
+        clusterSync();
+        const int each = (rows * (E / 4) + CLUSTER - 1) / CLUSTER;
+        for (int i = threadIdx.x; i < each; i += WARPS * 32) {
+            const int e = blockIdx.x * each + i, row = e / (E / 4), column = e % (E / 4) * 4;
+            if (row >= rows) break;
+            float all;
+            const float4 v = join(CLUSTER, all, [&](int block, float2& state, float4& x) {
+                state = remote((const float2*)(kept + ROWS * E + row * 2), block), x = remote((const float4*)(kept + row * E + column), block);
+            });
+            give(row, column, v, all);
+        }
+        __syncwarp();
+        clusterSync();  // until all have read
+    }
+#else
         if (!alone) {
             __threadfence();
             __syncthreads();
-            const i64 firstBlock = start / share, lastBlock = (start + tiles - 1) / share;
-            const int parts = (int)(lastBlock - firstBlock) + 1;
-            int* arrived = c.arrived + (i64)token * HEADS + head;
+            const i64 firstBlock = start / share;
+            const int parts = (int)((start + tiles - 1) / share - firstBlock) + 1;
+            int *arrived = c.arrived + (i64)token * HEADS + head, &lastOne = *(int*)kept;
             if (threadIdx.x == 0) {
                 lastOne = atomicAdd(arrived, 1) == parts - 1;
                 if (lastOne) *arrived = 0;  // for the next launch
@@ -422,32 +484,12 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) decode(const __grid_con
                 __threadfence();
                 for (int e = threadIdx.x; e < rows * (E / 4); e += WARPS * 32) {
                     const int row = e / (E / 4), column = e % (E / 4) * 4;
-                    float best = -INF, all = 0.f;
-                    float4 v = {0.f, 0.f, 0.f, 0.f};
-                    for (int n = 0; n < parts; n += 8) {
-                        float2 state[8];
-                        float4 x[8];
-                        #pragma unroll
-                        for (int i = 0; i < 8; ++i) {
-                            state[i] = {-INF, 0.f}, x[i] = {0.f, 0.f, 0.f, 0.f};
-                            if (n + i >= parts) continue;
-                            const i64 block = firstBlock + n + i;
-                            const float* other = c.parts + (block * 2 + (block * share < start)) * PART;
-                            state[i] = __ldcg((const float2*)(other + ROWS * E + row * 2)), x[i] = __ldcg((const float4*)(other + row * E + column));
-                        }
-                        float now = best;
-                        #pragma unroll
-                        for (int i = 0; i < 8; ++i) now = fmaxf(now, state[i].x);
-                        const float shrink = best == -INF ? 0.f : exp2(best - now);
-                        best = now;
-                        all *= shrink, v.x *= shrink, v.y *= shrink, v.z *= shrink, v.w *= shrink;
-                        #pragma unroll
-                        for (int i = 0; i < 8; ++i) {
-                            const float by = state[i].x == -INF ? 0.f : exp2(state[i].x - now);
-                            all += by * state[i].y;
-                            v.x += by * x[i].x, v.y += by * x[i].y, v.z += by * x[i].z, v.w += by * x[i].w;
-                        }
-                    }
+                    float all;
+                    const float4 v = join(parts, all, [&](int n, float2& state, float4& x) {
+                        const i64 block = firstBlock + n;
+                        const float* other = c.parts + (block * 2 + (block * share < start)) * PART;
+                        state = __ldcg((const float2*)(other + ROWS * E + row * 2)), x = __ldcg((const float4*)(other + row * E + column));
+                    });
                     give(row, column, v, all);
                 }
             }
@@ -458,5 +500,6 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) decode(const __grid_con
         begin = start + to;
         if (to == tiles && head == HEADS - 1) before += tiles, ++token;
     }
+#endif
 }
 #endif

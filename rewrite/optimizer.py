@@ -125,14 +125,14 @@ def optimize(
 def _make_generator(source: Model, result: Result, known: Library, verify: bool, explain: bool, whole: bool, tolerance: float, block_size: int) -> Result:
     """The transform tier: what the rules left becomes a generator, and, unless it is no `whole` one yet, is compared with the original."""
     from rewrite.patterns.transform_generate import to_generator
-    from rewrite.patterns.transform_turned import settle
+    from rewrite.patterns.transform_turned import norms_by_heads, settle
     from rewrite.verify_generator import check_attentions, generator_of
 
     report, started = result.report, time.perf_counter()
     shapes, joins = (Library([r for r in known.rules if r.tier == tier], known.plugins) for tier in ("lift", "transform"))
     try:
         made = to_generator(result.model, lambda m: apply_rules(m, shapes, verify=verify and whole, explain=False).model, block_size)
-        joined = apply_rules(made, joins, verify=verify, explain=explain)
+        joined = apply_rules(norms_by_heads(made), joins, verify=verify, explain=explain)
     except (RewriteError, MemoryError):
         raise
     except Exception as error:  # as in `apply_rules`

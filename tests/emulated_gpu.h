@@ -23,15 +23,16 @@ struct alignas(8) float2 { float x, y; };
 struct alignas(16) float4 { float x, y, z, w; };
 static dim3 threadIdx, blockIdx, gridDim, blockDim;
 struct Copy { u16* to; const u16* from; bool there; };
-struct Thread {
-    ucontext_t context; std::vector<char> stack; bool done; dim3 id; int calls, syncs;
+struct Thread {  // of `block` of those that run at the same time
+    int block; dim3 blockId;
+    ucontext_t context; std::vector<char> stack; bool done; dim3 id; int calls, syncs, meetings;
     std::deque<std::vector<Copy>> groups; std::vector<Copy> open;
 };
 static std::vector<Thread> threads; static ucontext_t mainContext; static int current;
 static void yield() { swapcontext(&threads[current].context, &mainContext); }
 // --- what a warp does together
 struct Slot { u32 words[8]; };
-static Slot bank[2][1024];
+static Slot bank[2][16 * 1024];
 static const Slot* gather(const Slot& mine) {  // the operands of all 32 lanes
     Thread& me = threads[current];
     const int which = me.calls & 1, first = current & ~31;
@@ -49,19 +50,22 @@ static const Slot* gather(const Slot& mine) {  // the operands of all 32 lanes
     return bank[which] + first;
 }
 static void __syncwarp(u32 = ~0u) { gather({}); }
-static void __syncthreads() {
+static void meet(int Thread::*count, bool all) {  // the threads of a block, or all that there are
     Thread& me = threads[current];
-    const int call = ++me.syncs;
+    const int call = ++(me.*count);
     for (;;) {
-        bool all = true;
+        bool here = true;
         for (auto& t : threads) {
-            if (t.done && t.syncs < call) { fprintf(stderr, "a thread has left before a barrier\n"); abort(); }
-            all &= t.syncs >= call;
+            if (!all && t.block != me.block) continue;
+            if (t.done && t.*count < call) { fprintf(stderr, "a thread has left before a barrier\n"); abort(); }
+            here &= t.*count >= call;
         }
-        if (all) return;
+        if (here) return;
         yield();
     }
 }
+static void __syncthreads() { meet(&Thread::syncs, false); }
+static void clusterSync() { meet(&Thread::meetings, true); }
 template <typename T> static Slot packed(T v) { Slot s{}; memcpy(s.words, &v, sizeof v); return s; }
 template <typename T> static T unpacked(const Slot& s) { T v; memcpy(&v, s.words, sizeof v); return v; }
 template <typename T> static T __shfl_sync(u32, T v, int lane) { return unpacked<T>(gather(packed(v))[lane & 31]); }
@@ -130,24 +134,29 @@ template <int LEFT> static void waitForGroups() {  // no copy is there before it
         t.groups.pop_front();
     }
 }
-alignas(16) static u8 dynamicMemory[232448];
-// --- a grid, block after block
+struct alignas(16) Memory { u8 bytes[232448]; };
+static std::vector<Memory> memories(16);  // shared memory of the blocks of a cluster
+#define dynamicMemory memories[threads[current].block].bytes
+template <typename T> static T remote(const T* p, int rank) { return *(const T*)(memories[rank].bytes + ((const u8*)p - dynamicMemory)); }
+// --- a grid, block after block, or cluster after cluster
 static void (*body)();
 static void enter() {
     body();
     threads[current].done = true;
     swapcontext(&threads[current].context, &mainContext);
 }
-static void runGrid(unsigned x, unsigned y, unsigned z, unsigned block, bool backwards) {
+static void runGrid(unsigned x, unsigned y, unsigned z, unsigned block, unsigned cluster, bool backwards) {
     gridDim = {x, y, z}, blockDim = {block, 1, 1};
-    threads.resize(block);
-    const unsigned total = x * y * z;
+    threads.resize(block * cluster);
+    const unsigned total = x * y * z / cluster;
     for (unsigned i = 0; i < total; ++i) {
-        const unsigned b = backwards ? total - 1 - i : i;
-        memset(dynamicMemory, 0xff, sizeof dynamicMemory);
-        for (unsigned t = 0; t < block; ++t) {
+        const unsigned first = (backwards ? total - 1 - i : i) * cluster;
+        for (unsigned t = 0; t < block * cluster; ++t) {
             Thread& thread = threads[t];
-            thread.stack.resize(1 << 16), thread.done = false, thread.id = {t, 0, 0}, thread.calls = thread.syncs = 0;
+            const unsigned b = first + t / block;
+            thread.block = t / block, thread.blockId = {b % x, b / x % y, b / x / y}, thread.id = {t % block, 0, 0};
+            if (t % block == 0) memset(memories[thread.block].bytes, 0xff, sizeof(Memory));
+            thread.stack.resize(1 << 16), thread.done = false, thread.calls = thread.syncs = thread.meetings = 0;
             thread.groups.clear(), thread.open.clear();
             getcontext(&thread.context);
             thread.context.uc_stack.ss_sp = thread.stack.data(), thread.context.uc_stack.ss_size = thread.stack.size(), thread.context.uc_link = &mainContext;
@@ -155,9 +164,9 @@ static void runGrid(unsigned x, unsigned y, unsigned z, unsigned block, bool bac
         }
         for (bool left = true; left;) {
             left = false;
-            for (unsigned t = 0; t < block; ++t) {
+            for (unsigned t = 0; t < threads.size(); ++t) {
                 if (threads[t].done) continue;
-                left = true, current = t, threadIdx = threads[t].id, blockIdx = {b % x, b / x % y, b / x / y};
+                left = true, current = t, threadIdx = threads[t].id, blockIdx = threads[t].blockId;
                 swapcontext(&mainContext, &threads[t].context);
             }
         }

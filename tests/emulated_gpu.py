@@ -21,16 +21,16 @@ import numpy as np
 import rewrite.plugins
 
 PLUGINS, SHIM = Path(rewrite.plugins.__file__).parent, Path(__file__).with_name("emulated_gpu.h")
-SHIMMED = ("overlap.cuh", "sixteen.cuh", "mma.cuh")
+SHIMMED = ("overlap.cuh", "sixteen.cuh", "mma.cuh", "cluster.cuh")
 PARAMETERS = {"paged_attention": "Paged", "rotary": "Rotary"}  # what their kernels take
 COMPILER = shutil.which("g++")
 ENTRY = """
 static {parameters} call_;
 {bodies}
-extern "C" void run(const char* name, void* call, unsigned x, unsigned y, unsigned z, unsigned block, int backwards) {{
+extern "C" void run(const char* name, void* call, unsigned x, unsigned y, unsigned z, unsigned block, unsigned cluster, int backwards) {{
     memcpy(&call_, call, sizeof call_);
     {choose}
-    runGrid(x, y, z, block, backwards);
+    runGrid(x, y, z, block, cluster, backwards);
 }}
 """
 
@@ -65,7 +65,7 @@ class Emulator:
         self.grids.append(tuple(grid))
 
         def launch() -> None:
-            library.run(kernel.encode(), ctypes.byref(kept[0][0]), *sizes, block, int(self.backwards))
+            library.run(kernel.encode(), ctypes.byref(kept[0][0]), *sizes, block, cluster, int(self.backwards))
 
         return launch
 

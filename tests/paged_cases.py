@@ -127,7 +127,7 @@ def cases() -> list[Case]:
         Case([1, 1], [700, 17], name="split"), Case([1, 1], [20, 16], padding=2, empty=2, name="padding", dtype="float16"), Case(ones, [9, 30, 17], unstored=(1,), name="nothing stored"),
         Case([3, 0, 1], [9, 30, 17], empty=1, name="several tokens where there is room for one each"), Case([5, 1, 3], [20, 16, 9], name="more tokens than sequences", dtype="float16"),
         Case([5, 1, 3], [20, 16, 9], turn=1, norm="float32", name="more tokens, turned"), Case(ones, [300, 5, 64], 4, 4, window=37, name="window"),
-    Case(ones, [300, 5, 64], window=1, name="window of one"),
+        Case(ones, [300, 5, 64], window=1, name="window of one"),
         Case([1, 1], [37, 64], turn=1, name="halves"),
         Case(ones, [100, 5, 64], softcap=3.0, name="soft cap", dtype="float16"), Case([1, 1], [37, 64], turn=1, full=False, name="halves, an angle a pair"),
         Case([1, 1], [37, 64], turn=2, turned=20, name="pairs of a part", dtype="float16"), Case([1, 1], [37, 64], turn=2, full=False, name="pairs, an angle each"),

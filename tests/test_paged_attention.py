@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ml_dtypes
 import numpy as np
 import onnx
 import pytest
@@ -102,6 +103,25 @@ def test_the_body_computes_the_same(window, softcap, dtype):
         verdict = compare(run_function(function, [], feeds), actual, plugin.tolerance)
         assert verdict.ok, verdict.reason
         texts.caches = actual[1:]
+
+
+@pytest.mark.parametrize(("dtype", "opset"), [("float32", 13), ("float16", 20), ("float64", 24), ("bfloat16", 20)])
+@pytest.mark.parametrize(("interleaved", "turned", "full", "norm"), [(0, 0, True, ""), (0, 4, False, "own"), (1, 0, False, ""), (1, 4, True, "own"), (0, 0, True, "float32"), (0, 0, None, "own")])
+def test_the_body_normalizes_and_turns(interleaved, turned, full, norm, dtype, opset):
+    """`full` None: no angles, else as many as elements are turned, or half as many."""
+    kind = np.dtype(getattr(ml_dtypes, dtype, dtype))
+    texts, given = Texts(7, kind), {**attributes(3, 1.0), "interleaved": interleaved, "turned": turned, "epsilon": 1e-5}
+    feeds = texts.feeds([(0, 0, 7), (2, 0, 5)], padding=1)
+    angles = 0 if full is None else (turned or SIZE) // (1 if full else 2)
+    if angles:
+        feeds |= {n: texts.rng.standard_normal((1, 1, 13, angles)).astype(kind) for n in ("cos", "sin")}
+    if norm:
+        feeds |= {n: texts.rng.standard_normal(SIZE).astype(kind if norm == "own" or dtype == "float64" else np.float32) for n in ("q_scale", "k_scale")}
+    found = run_function(body(given, VALUE_SIZE, kind, opset, angles, bool(norm)), [], feeds)
+    wanted = PagedAttention.reference(**{n: a.copy() for n, a in feeds.items()}, **given)
+    assert all(w.dtype == kind for w in wanted)
+    verdict = compare([f.astype(kind) for f in found], list(wanted), PagedAttention.tolerance)
+    assert verdict.ok, verdict.reason
 
 
 @pytest.mark.parametrize("opset", [13, 18, 24])
