@@ -35,13 +35,14 @@ struct Row {
     const int* words;  // where each begins and its length, then the tokens
     const int* stops;
     const u32* mask;
-    u32* record;
+    u32* record;   // steps done; `stride` words on, the token of the first step, and so on
+    u32* chances;  // of each step the token's log-probability, and the likeliest tokens with theirs
     float* out;
     u64 seed;
     u32 index, length, prompt, choice, step, steps, topK, ngram, minNew, seenCount, biasCount, wordCount, stopCount;
     int logprobs;
     float temperature, minP, repetition, presence, frequency;
-    u32 dead;
+    u32 dead, stride, unused;
 };
 
 struct Shared {
@@ -54,7 +55,7 @@ struct Shared {
     float value[FEW], edgeDepth[FEW], depth[FEW], kept[FEW];
     u32 token[FEW], edgeWeight[FEW], weight[FEW], keptToken[FEW];
 };
-static_assert(sizeof(Shared) <= HEAD && sizeof(Row) == 168, "cuda_sampling.py says otherwise");
+static_assert(sizeof(Shared) <= HEAD && sizeof(Row) == 184, "cuda_sampling.py says otherwise");
 static_assert(MOST_RANKS * MOST_LOGPROBS * 8 <= sizeof(Shared::histogram) || FEW < 512, "likeliest tokens of all blocks lie there");
 
 struct Team { u32 ranks, rank, page, turn; };
@@ -449,8 +450,9 @@ __device__ __forceinline__ u64 draw(const Row& row, const Part& part) {
     return winner;
 }
 
-// What is recorded of this step: the token and its log-probability, and the same of the likeliest ones.
-__device__ __forceinline__ u32* entry(const Row& row) { return row.record + 1 + row.step * (2 + 2 * max(0, row.logprobs)); }
+// What is recorded of this step.
+__device__ __forceinline__ u32* recorded(const Row& row) { return row.record + (row.step + 1) * row.stride; }
+__device__ __forceinline__ u32* chances(const Row& row) { return row.chances + row.step * (1 + 2 * row.logprobs); }
 
 // --- the end of a row, in one block -------------------------------------------------------------------------------------------------
 // token: NONE, if there is none.
@@ -460,8 +462,8 @@ __device__ __forceinline__ void finish(Row* global, void* tokens, bool wide, u32
         const u32 fed = token == NONE ? 0 : token;
         if (wide) ((long long*)tokens)[blockIdx.y] = fed;
         else ((int*)tokens)[blockIdx.y] = fed;
-        u32* said = entry(row);
-        said[0] = token, said[1] = __float_as_uint(logprob);
+        *recorded(row) = token;
+        if (row.chances) *chances(row) = __float_as_uint(logprob);
         row.record[0] = global->step = row.step + 1;
         if (token == NONE) global->dead = 1;
         else global->length = row.length + 1;
@@ -492,7 +494,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) choose(const void* logits,
     if (!row.steps) return;
     if (row.dead || row.step >= row.steps) {
         if (blockIdx.x || threadIdx.x) return;
-        if (row.step < row.steps) *entry(row) = NONE;
+        if (row.step < row.steps) *recorded(row) = NONE;
         row.record[0] = global->step = row.step + 1;
         return;
     }
@@ -561,7 +563,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) choose(const void* logits,
             if (team.rank == 0)
                 for (u32 i = threadIdx.x; i < found; i += THREADS) all[i] = remote(c.top + i % row.logprobs, i / row.logprobs);
             meet(team);
-            u32* said = entry(row) + 2;
+            u32* said = chances(row) + 1;
             if (team.rank == 0)
                 for (u32 i = threadIdx.x; i < found; i += THREADS) {
                     int place = 0;
