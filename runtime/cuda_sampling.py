@@ -329,7 +329,7 @@ def pack(rows: Sequence[Row], steps: int, masks: Sequence[Array | None], made: C
                 table[i][COUNTS[name]] = count
     records = put(np.zeros((1 + steps) * len(rows), np.int32))
     table["record"] = records + 4 * np.arange(len(rows))
-    for i in np.nonzero(table["logprobs"] >= 0)[0]:
+    for i in np.nonzero(table["logprobs"] >= 0)[0].tolist():
         table[i]["chances"] = put(np.zeros(steps * entry(table[i]), np.int32))
     return table, np.concatenate(lists).view(np.uint8), records
 
@@ -378,7 +378,7 @@ def unpack(words: Array, made: Array, errors: Sequence[str | None]) -> list[Samp
         raise RewriteError(f"SamplerState: {done} steps were done; it was loaded for {steps}. Load it again in time, or for more")
     tokens = words[count : count * (1 + done)].reshape(done, count).astype(np.int64)
     tokens[:, [error is not None for error in errors]] = -1
-    wanted = np.nonzero(made["logprobs"] >= 0)[0]
+    wanted = np.nonzero(made["logprobs"] >= 0)[0].tolist()
     base = int(made["record"][0])
     result = []
     for step, chosen in enumerate(tokens):
