@@ -31,7 +31,7 @@ from rewrite.runtime.sampling import IMPOSSIBLE, Logprob, Row, Sampler, Samples,
 
 Array = np.ndarray[Any, Any]
 LOGITS = ("float32", "float16", "bfloat16")
-HEAD = 36 << 10  # bytes of shared memory beside the logits
+HEAD = 26 << 10  # bytes of shared memory beside the logits
 MOST_RANKS = 8  # blocks of a cluster
 MOST_LOGPROBS = 64
 LARGEST_VOCABULARY = MOST_RANKS * (((227 << 10) - HEAD) // 4 // 8 * 8)
