@@ -42,7 +42,7 @@ def logits_of(kind: str, sets: int, batch: int, vocabulary: int) -> list[Any]:
     made = []
     for _ in range(sets):
         x = rng.standard_normal((batch, vocabulary), dtype=cupy.float32)
-        made.append(x * 2 + 8 * (x > 3.4) if kind == "peaked" else x)
+        made.append(cupy.where(x > 3.4, 2 * x + 8, 2 * x) if kind == "peaked" else x)
     return made
 
 

@@ -7,8 +7,8 @@
 //                  last of these. So each is an edge of a number, which is found by a histogram of weights over all blocks, its
 //                  bin's elements, and if those are few (FEW) comparing each with each; else by another histogram within that
 //                  bin, down to a single number. Where few tokens are left, one block goes on with a list of them.
-//   sums           of weights are whole numbers, exp(-depth) * 2^31, so that no result depends on the order of adding, and none on
-//                  how many blocks share a row.
+//   sums           of weights are whole numbers, exp(-depth) times a power of 2, so that no result depends on the order of adding,
+//                  and none on how many blocks share a row; those of a histogram fit into 32 bits.
 //   draw           the largest of -depth - log(E), with Philox4x32-10 (docs/generation.md). Tokens whose random bits cannot win
 //                  against the best of the block so far need no logarithm.
 //
@@ -35,26 +35,26 @@ struct Row {
     const int* words;  // where each begins and its length, then the tokens
     const int* stops;
     const u32* mask;
-    u32* record;
+    u32* record;   // steps done; `stride` words on, the token of the first step, and so on
+    u32* chances;  // of each step the token's log-probability, and the likeliest tokens with theirs
     float* out;
     u64 seed;
     u32 index, length, prompt, choice, step, steps, topK, ngram, minNew, seenCount, biasCount, wordCount, stopCount;
     int logprobs;
     float temperature, minP, repetition, presence, frequency;
-    u32 dead;
+    u32 dead, stride, unused;
 };
 
 struct Shared {
     Row row;
-    u32 histogram[2][2][BINS];  // low and high half of the weights; used in turn
+    u32 histogram[2][BINS];  // used in turn
     u64 warp[2][32], block[2][2], top[MOST_LOGPROBS];
-    u32 count, edgeCount, keptCount, bound, foundBin;
-    u64 foundBefore;
+    u32 count, edgeCount, keptCount, bound, foundBin, foundBefore;
     // Lists: of all that may stay, of those at the edge, of all blocks' edges, and of what one block goes on with.
     float value[FEW], edgeDepth[FEW], depth[FEW], kept[FEW];
     u32 token[FEW], edgeWeight[FEW], weight[FEW], keptToken[FEW];
 };
-static_assert(sizeof(Shared) <= HEAD && sizeof(Row) == 168, "cuda_sampling.py says otherwise");
+static_assert(sizeof(Shared) <= HEAD && sizeof(Row) == 184, "cuda_sampling.py says otherwise");
 static_assert(MOST_RANKS * MOST_LOGPROBS * 8 <= sizeof(Shared::histogram) || FEW < 512, "likeliest tokens of all blocks lie there");
 
 struct Team { u32 ranks, rank, page, turn; };
@@ -149,11 +149,10 @@ struct Lists {
 };
 
 // --- restrictions -------------------------------------------------------------------------------------------------------------
-__device__ __forceinline__ u32 weightOf(float probability) { return __float2uint_rn(probability * 2147483648.f); }
 __device__ __forceinline__ float asFloat(const u32* p, u32 rank) { return __uint_as_float(remote(p, rank)); }
 
 // The edge among the candidates in `depth` and `weight`: the largest depth that less than `target` comes before.
-__device__ __forceinline__ float edgeOfFew(u32 size, u64 before, u64 target) {
+__device__ __forceinline__ float edgeOfFew(u32 size, u32 before, u32 target) {
     const Shared& c = common();
     if (!size) return LARGEST_FLOAT;  // all of them weigh less
     u32 width = 1;
@@ -163,9 +162,8 @@ __device__ __forceinline__ float edgeOfFew(u32 size, u64 before, u64 target) {
     for (u32 from = 0; from < size; from += THREADS / split) {
         const u32 i = from + threadIdx.x / split;
         const float mine = i < size ? c.depth[i] : 0.f;
-        u64 sum = before;
+        u32 sum = 0;
         if (i < size) {
-            sum = 0;
             #pragma unroll 4
             for (u32 j = threadIdx.x % split; j < size; j += split) sum += c.depth[j] < mine ? c.weight[j] : 0;
         }
@@ -177,35 +175,32 @@ __device__ __forceinline__ float edgeOfFew(u32 size, u64 before, u64 target) {
     return __uint_as_float((u32)edge[0]);
 }
 
-// The sums of a bin over all blocks, and of all bins before it; BINS / THREADS bins a thread. Notes the bin in which `target` is reached.
-__device__ __forceinline__ u64 findBin(const Team& team, const u32 (*histogram)[BINS], u64 before, u64 target) {
+// Adds up the bins of all blocks and notes the one in which `target` is reached, and what is before it. Returns the sum of all.
+__device__ __forceinline__ u32 findBin(const Team& team, const u32* histogram, u32 before, u32 target) {
     Shared& c = common();
     constexpr u32 PER = (BINS + THREADS - 1) / THREADS;
-    u64 sums[PER], all = 0;
+    u32 sums[PER], all = 0;
     #pragma unroll
     for (u32 n = 0; n < PER; ++n) {
-        const u32 bin = min(threadIdx.x * PER + n, BINS - 1u);
-        u32 low[MOST_RANKS], high[MOST_RANKS];
-        #pragma unroll
-        for (u32 r = 0; r < MOST_RANKS; ++r) low[r] = remote(&histogram[0][bin], min(r, team.ranks - 1)), high[r] = remote(&histogram[1][bin], min(r, team.ranks - 1));
+        const u32 bin = threadIdx.x * PER + n;
         sums[n] = 0;
-        #pragma unroll
-        for (u32 r = 0; r < MOST_RANKS; ++r)
-            if (r < team.ranks) sums[n] += low[r] + ((u64)high[r] << 16);
-        if (threadIdx.x * PER + n >= BINS) sums[n] = 0;
+        #pragma unroll (THREADS < 1024 ? 4 : 8)
+        for (u32 r = 0; r < MOST_RANKS; ++r) {  // a rank may be asked again, so that no question waits for an answer
+            const u32 v = remote(histogram + min(bin, BINS - 1u), min(r, team.ranks - 1));
+            sums[n] += r < team.ranks && bin < BINS ? v : 0;
+        }
         all += sums[n];
     }
-    u64 until = all;  // inclusive
+    u32 until = all;  // inclusive
     for (u32 o = 1; o < 32; o *= 2) {
-        const u64 left = __shfl_up_sync(~0u, until, o);
+        const u32 left = __shfl_up_sync(~0u, until, o);
         if (lane() >= o) until += left;
     }
     if (lane() == 31) c.warp[0][threadIdx.x >> 5] = until;
     __syncthreads();
-    u64 warps = lane() < WARPS ? c.warp[0][lane()] : 0;
-    const u64 whole = before + overLanes<false>(warps);
-    warps = overLanes<false>(lane() < threadIdx.x >> 5 ? warps : 0);
-    u64 at = before + warps + until - all;
+    const u64 warps = lane() < WARPS ? c.warp[0][lane()] : 0;
+    const u32 whole = before + (u32)overLanes<false>(warps);
+    u32 at = before + (u32)overLanes<false>(lane() < threadIdx.x >> 5 ? warps : 0) + until - all;
     #pragma unroll
     for (u32 n = 0; n < PER; ++n) {
         if (at < target && target <= at + sums[n]) c.foundBin = threadIdx.x * PER + n, c.foundBefore = at;
@@ -216,10 +211,19 @@ __device__ __forceinline__ u64 findBin(const Team& team, const u32 (*histogram)[
     return whole;
 }
 
+struct Four {
+    float each[4];
+    __device__ __forceinline__ Four() : each{INFINITE, INFINITE, INFINITE, INFINITE} {}
+    __device__ __forceinline__ Four(const float* line, u32 group) {
+        const float4 v = ((const float4*)line)[group];
+        each[0] = v.x, each[1] = v.y, each[2] = v.z, each[3] = v.w;
+    }
+};
+
 // The edge in all blocks: the largest depth that less than `target` comes before. `reach`: where it is expected at most; the bins are
 // chosen by it, and not the result. `few`: the lists of all blocks hold all that is within the edge. COUNT: all weigh 1.
 template <bool COUNT, class Depth, class Weight>
-__device__ __forceinline__ float findEdge(Team& team, const Part& part, u64 target, float reach, Depth depth, Weight weight, bool& few) {
+__device__ __forceinline__ float findEdge(Team& team, const Part& part, u32 target, float reach, Depth depth, Weight weight, bool& few) {
     Shared& c = common();
     if (team.ranks == 1 && part.size <= FEW) {
         __syncthreads();
@@ -228,32 +232,33 @@ __device__ __forceinline__ float findEdge(Team& team, const Part& part, u64 targ
         return edgeOfFew(part.size, 0, target);
     }
     const float scale = BINS / fmaxf(reach, 1e-30f);
-    u64 before = 0;
-    u32 bin = NONE, low = 0, high = __float_as_uint(LARGEST_FLOAT);
+    u32 before = 0, bin = NONE, low = 0, high = __float_as_uint(LARGEST_FLOAT);
     for (bool first = true;; first = false) {
-        u32 (*histogram)[BINS] = c.histogram[team.page];
+        u32* histogram = c.histogram[team.page];
         team.page ^= 1;
-        for (u32 i = threadIdx.x; i < 2 * BINS; i += THREADS) histogram[0][i] = 0;
+        for (u32 i = threadIdx.x; i < BINS; i += THREADS) histogram[i] = 0;
         if (threadIdx.x == 0) c.foundBin = NONE;
         __syncthreads();
         u32 shift = 0;
         while ((high - low) >> shift >= BINS) ++shift;
-        for (u32 i = threadIdx.x; i < part.size; i += THREADS) {
-            const float v = part.line[i], d = depth(v);
-            if (!finite(d)) continue;
-            u32 b = min(__float2uint_rz(d * scale), BINS - 1u);
-            if (first && b == BINS - 1) continue;  // beyond reach: most of them, perhaps
-            if (!first) {
-                const u32 bits = __float_as_uint(d);
-                if (b != bin || bits < low || bits > high) continue;
-                b = (bits - low) >> shift;
+        for (u32 g = threadIdx.x; g < part.size / 4; g += THREADS) {
+            const Four v(part.line, g);
+            #pragma unroll
+            for (u32 j = 0; j < 4; ++j) {
+                const float d = depth(v.each[j]), at = d * scale;
+                u32 b = __float2uint_rz(at);
+                if (first) {
+                    if (!(at < BINS - 1)) continue;  // beyond reach, as most of them, perhaps
+                } else {
+                    const u32 bits = __float_as_uint(d);
+                    if (min(b, BINS - 1u) != bin || bits < low || bits > high) continue;
+                    b = (bits - low) >> shift;
+                }
+                atomicAdd(histogram + b, COUNT ? 1 : weight(v.each[j]));
             }
-            const u32 w = COUNT ? 1 : weight(v);
-            atomicAdd(&histogram[0][b], w & 0xffff);
-            if (!COUNT) atomicAdd(&histogram[1][b], w >> 16);
         }
         meet(team);
-        const u64 whole = findBin(team, histogram, before, target);
+        const u32 whole = findBin(team, histogram, before, target);
         const u32 found = c.foundBin;
         if (first) {
             bin = found == NONE ? BINS - 1 : found;
@@ -268,15 +273,25 @@ __device__ __forceinline__ float findEdge(Team& team, const Part& part, u64 targ
             if (shift == 0) return __uint_as_float(low);
         }
         bool full = false, edgeFull = false;
-        for (u32 from = 0; from < part.size; from += THREADS) {
-            const u32 i = from + threadIdx.x;
-            const float v = i < part.size ? part.line[i] : INFINITE, d = i < part.size ? depth(v) : INFINITE;
-            const u32 b = min(__float2uint_rz(d * scale), BINS - 1u), bits = __float_as_uint(d);
-            const bool inside = finite(d) && (b < bin || (b == bin && bits <= high)), edge = inside && b == bin && bits >= low;
-            u32 place = slot(inside, &c.count, full);
-            if (place != NONE) c.value[place] = v, c.token[place] = part.first + i;
-            place = slot(edge, &c.edgeCount, edgeFull);
-            if (place != NONE) c.edgeDepth[place] = d, c.edgeWeight[place] = COUNT ? 1 : weight(v);
+        for (u32 from = 0; from < part.size / 4; from += THREADS) {
+            const Four v = from + threadIdx.x < part.size / 4 ? Four(part.line, from + threadIdx.x) : Four();
+            bool near = false;
+            #pragma unroll
+            for (u32 j = 0; j < 4; ++j) {
+                const float d = depth(v.each[j]);
+                near |= d <= __uint_as_float(high) && (!full || d >= __uint_as_float(low));
+            }
+            if (!__any_sync(~0u, near)) continue;
+            #pragma unroll
+            for (u32 j = 0; j < 4; ++j) {
+                const float d = depth(v.each[j]);
+                const u32 b = min(__float2uint_rz(d * scale), BINS - 1u), bits = __float_as_uint(d);
+                const bool inside = b < bin || (b == bin && bits <= high), edge = b == bin && bits >= low && bits <= high;
+                u32 place = slot(inside, &c.count, full);
+                if (place != NONE) c.value[place] = v.each[j], c.token[place] = part.first + 4 * (from + threadIdx.x) + j;
+                place = slot(edge, &c.edgeCount, edgeFull);
+                if (place != NONE) c.edgeDepth[place] = d, c.edgeWeight[place] = COUNT ? 1 : weight(v.each[j]);
+            }
         }
         meet(team);
         const Lists all(team, &c.count), edges(team, &c.edgeCount);
@@ -296,7 +311,7 @@ __device__ __forceinline__ float findEdge(Team& team, const Part& part, u64 targ
 
 // Excludes what is beyond the edge. False: another block goes on with the few that are left, and this one is done.
 template <bool COUNT, class Depth, class Weight>
-__device__ __forceinline__ bool restrictTo(Team& team, Part& part, u64 target, float reach, Depth depth, Weight weight) {
+__device__ __forceinline__ bool restrictTo(Team& team, Part& part, u32 target, float reach, Depth depth, Weight weight) {
     Shared& c = common();
     bool few = false;
     const float edge = findEdge<COUNT>(team, part, target, reach, depth, weight, few);
@@ -413,9 +428,10 @@ __device__ __forceinline__ uint4 philox(u32 a, u32 b, u32 c, u64 seed) {
     }
     return make_uint4(a, b, c, d);
 }
+// What the noise -log(E) of a word is at most; the smaller the word, the more.
+__device__ __forceinline__ float most(u32 word) { return 0.6932f * (__clz(word) + 1) + 1e-4f; }
 __device__ __forceinline__ void tryToken(float depth, u32 token, u32 word, u64& winner) {
-    // -log(E) is at most log(2) * (zeros at the beginning of the word + 1)
-    if (!finite(depth) || order(0.6932f * (__clz(word) + 1) + 1e-4f - depth) < *(volatile u32*)&common().bound) return;
+    if (!finite(depth) || order(most(word) - depth) < *(volatile u32*)&common().bound) return;
     const float v = fminf(__fmul_rn(__fadd_rn(__uint2float_rn(word), 0.5f), 0x1p-32f), 0x1.fffffep-1f);
     const u64 mine = key(__fsub_rn(-depth, logf(-log1pf(-v))), token);
     if (mine <= winner) return;
@@ -441,6 +457,7 @@ __device__ __forceinline__ u64 draw(const Row& row, const Part& part) {
         if (!finite(nearest) || order(22.9f - nearest) < *(volatile u32*)&common().bound) continue;
         const u32 token = part.first + 4 * g;
         const uint4 w = philox(token / 4, length, choice, seed);
+        if (order(most(min(min(w.x, w.y), min(w.z, w.w))) - nearest) < *(volatile u32*)&common().bound) continue;
         tryToken(d.x, token, w.x, winner);
         tryToken(d.y, token + 1, w.y, winner);
         tryToken(d.z, token + 2, w.z, winner);
@@ -449,8 +466,9 @@ __device__ __forceinline__ u64 draw(const Row& row, const Part& part) {
     return winner;
 }
 
-// What is recorded of this step: the token and its log-probability, and the same of the likeliest ones.
-__device__ __forceinline__ u32* entry(const Row& row) { return row.record + 1 + row.step * (2 + 2 * max(0, row.logprobs)); }
+// What is recorded of this step.
+__device__ __forceinline__ u32* recorded(const Row& row) { return row.record + (row.step + 1) * row.stride; }
+__device__ __forceinline__ u32* chances(const Row& row) { return row.chances + row.step * (1 + 2 * row.logprobs); }
 
 // --- the end of a row, in one block -------------------------------------------------------------------------------------------------
 // token: NONE, if there is none.
@@ -460,8 +478,8 @@ __device__ __forceinline__ void finish(Row* global, void* tokens, bool wide, u32
         const u32 fed = token == NONE ? 0 : token;
         if (wide) ((long long*)tokens)[blockIdx.y] = fed;
         else ((int*)tokens)[blockIdx.y] = fed;
-        u32* said = entry(row);
-        said[0] = token, said[1] = __float_as_uint(logprob);
+        *recorded(row) = token;
+        if (row.chances) *chances(row) = __float_as_uint(logprob);
         row.record[0] = global->step = row.step + 1;
         if (token == NONE) global->dead = 1;
         else global->length = row.length + 1;
@@ -492,7 +510,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) choose(const void* logits,
     if (!row.steps) return;
     if (row.dead || row.step >= row.steps) {
         if (blockIdx.x || threadIdx.x) return;
-        if (row.step < row.steps) *entry(row) = NONE;
+        if (row.step < row.steps) *recorded(row) = NONE;
         row.record[0] = global->step = row.step + 1;
         return;
     }
@@ -561,7 +579,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) choose(const void* logits,
             if (team.rank == 0)
                 for (u32 i = threadIdx.x; i < found; i += THREADS) all[i] = remote(c.top + i % row.logprobs, i / row.logprobs);
             meet(team);
-            u32* said = entry(row) + 2;
+            u32* said = chances(row) + 1;
             if (team.rank == 0)
                 for (u32 i = threadIdx.x; i < found; i += THREADS) {
                     int place = 0;
@@ -591,37 +609,48 @@ extern "C" __global__ void __launch_bounds__(THREADS) choose(const void* logits,
     if (row.out)
         for (u32 i = threadIdx.x; i < count; i += THREADS) row.out[first + i] = line[i];
 
-    const float most = valueOf(winner[0]);
-    const bool possible = finite(row.out ? highest : most);
+    const float largest = valueOf(winner[0]);
+    const bool possible = finite(row.out ? highest : largest);
     if (possible && row.temperature > 0.f && !row.out) {
-        u64 sums[2] = {0, 0};
         const float temperature = row.temperature;
-        const bool fewest = row.topK && row.topK < (u32)vocabulary;
+        const bool fewest = row.topK && row.topK < (u32)vocabulary, mass = row.topP != 1. && !fewest;
+        u64 sums[2] = {0, 0};
+        float together = 0.f;
         for (u32 g = threadIdx.x; g < size / 4; g += THREADS) {
-            float4 v = ((float4*)line)[g];
-            v.x = fabsf(v.x - most), v.y = fabsf(v.y - most), v.z = fabsf(v.z - most), v.w = fabsf(v.w - most);
-            if (temperature != 1.f) v.x = __fdiv_rn(v.x, temperature), v.y = __fdiv_rn(v.y, temperature), v.z = __fdiv_rn(v.z, temperature), v.w = __fdiv_rn(v.w, temperature);
-            ((float4*)line)[g] = v;
-            const float each[4] = {v.x, v.y, v.z, v.w};
-            if (fewest)
-                for (u32 j = 0; j < 4; ++j) sums[0] += finite(each[j]) ? __float2uint_rn(fminf(each[j], 1e5f) * 1024.f) : 0, sums[1] += finite(each[j]);
+            Four v(line, g);
+            #pragma unroll
+            for (u32 j = 0; j < 4; ++j) {
+                v.each[j] = fabsf(v.each[j] - largest);
+                if (temperature != 1.f) v.each[j] = __fdiv_rn(v.each[j], temperature);
+                if (mass) sums[0] += __float2uint_rn(__expf(-v.each[j]) * 0x1p31f);
+                if (fewest && finite(v.each[j])) together += fminf(v.each[j], 1e5f), ++sums[1];
+            }
+            ((float4*)line)[g] = make_float4(v.each[0], v.each[1], v.each[2], v.each[3]);
         }
         __syncthreads();
         Part part{line, nullptr, first, size};
         const auto depth = [](float v) { return v; };
-        const auto weight = [](float v) { return weightOf(expf(-v)); };
         if (fewest) {
+            sums[0] = __float2ull_rn(together * 1024.f);
             overCluster<false>(team, sums);
             const float mean = (float)sums[0] / 1024.f / (float)sums[1];
-            if (!restrictTo<true>(team, part, row.topK, mean, depth, weight)) return;
+            if (!restrictTo<true>(team, part, row.topK, mean, depth, depth)) return;
         }
         if (row.topP != 1.) {
-            u64 total[1] = {0};
-            for (u32 i = threadIdx.x; i < part.size; i += THREADS) total[0] += weight(part.line[i]);
+            u64 total[1] = {sums[0]};
+            if (fewest) {
+                total[0] = 0;
+                for (u32 i = threadIdx.x; i < part.size; i += THREADS) total[0] += __float2uint_rn(__expf(-part.line[i]) * 0x1p31f);
+            }
             overCluster<false>(team, total);
+            u32 shift = 0;
+            while (total[0] >> shift >> 31) ++shift;
+            const float scale = __uint_as_float((127 + 31 - shift) << 23);  // 2^(31 - shift)
+            const auto weight = [=](float v) { return __float2uint_rn(__expf(-v) * scale); };
+            const double whole = (double)total[0] * 0x1p-31;
             // those below a share of (1 - p) / V have less than 1 - p together, so none of them stays
-            const float reach = -logf((float)((1. - row.topP) * (double)total[0] * 0x1p-31 / vocabulary));
-            if (!restrictTo<false>(team, part, (u64)ceil(row.topP * (double)total[0]), reach + 1e-3f, depth, weight)) return;
+            const float reach = -logf((float)((1. - row.topP) * whole / vocabulary));
+            if (!restrictTo<false>(team, part, (u32)ceil(row.topP * whole * scale), reach + 1e-3f, depth, weight)) return;
         }
         if (row.minP > 0.f)
             for (u32 i = threadIdx.x; i < part.size; i += THREADS)
@@ -636,8 +665,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) choose(const void* logits,
             const float log = logf((float)((double)total[0] * 0x1p-40)), entropy = (float)((double)total[1] / (double)total[0]) + log;
             const float reach = fmaxf(entropy, logf((float)(vocabulary / (1. - row.typicalP))) - entropy);
             const auto distance = [=](float v) { return fabsf(v + log - entropy); };
-            const auto probability = [=](float v) { return weightOf(expf(-v - log)); };
-            if (!restrictTo<false>(team, part, (u64)ceil(row.typicalP * 0x1p31), reach + 1e-3f, distance, probability)) return;
+            const auto probability = [=](float v) { return __float2uint_rn(__expf(-v - log) * 0x1p31f); };
+            if (!restrictTo<false>(team, part, (u32)ceil(row.typicalP * 0x1p31), reach + 1e-3f, distance, probability)) return;
         }
         __syncthreads();
         winner[0] = draw(row, part);

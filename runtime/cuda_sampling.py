@@ -27,11 +27,11 @@ import numpy as np
 
 from rewrite.errors import RewriteError, blame
 from rewrite.plugins.cuda_launch import Launch, capability, launcher, module
-from rewrite.runtime.sampling import IMPOSSIBLE, Logprob, Row, Samples, Sampling, likeliest, permitted
+from rewrite.runtime.sampling import IMPOSSIBLE, Logprob, Row, Sampler, Samples, Sampling, likeliest, permitted
 
 Array = np.ndarray[Any, Any]
 LOGITS = ("float32", "float16", "bfloat16")
-HEAD = 36 << 10  # bytes of shared memory beside the logits
+HEAD = 26 << 10  # bytes of shared memory beside the logits
 MOST_RANKS = 8  # blocks of a cluster
 MOST_LOGPROBS = 64
 LARGEST_VOCABULARY = MOST_RANKS * (((227 << 10) - HEAD) // 4 // 8 * 8)
@@ -39,12 +39,12 @@ ROOM = 1 << 20  # bytes for lists that are there from the start
 # struct Row of sampling.cu; lists are addresses on the device
 ROW = np.dtype([
     ("top_p", "f8"), ("typical_p", "f8"), ("history", "u8"), ("seen", "u8"), ("bias", "u8"), ("words", "u8"), ("stops", "u8"), ("mask", "u8"), ("record", "u8"),
-    ("out", "u8"), ("seed", "u8"), ("index", "u4"), ("length", "u4"), ("prompt", "u4"), ("choice", "u4"), ("step", "u4"), ("steps", "u4"), ("top_k", "u4"), ("ngram", "u4"),
+    ("chances", "u8"), ("out", "u8"), ("seed", "u8"), ("index", "u4"), ("length", "u4"), ("prompt", "u4"), ("choice", "u4"), ("step", "u4"), ("steps", "u4"), ("top_k", "u4"), ("ngram", "u4"),
     ("min_new", "u4"), ("seen_count", "u4"), ("bias_count", "u4"), ("word_count", "u4"), ("stop_count", "u4"), ("logprobs", "i4"), ("temperature", "f4"), ("min_p", "f4"),
-    ("repetition", "f4"), ("presence", "f4"), ("frequency", "f4"), ("dead", "u4"),
+    ("repetition", "f4"), ("presence", "f4"), ("frequency", "f4"), ("dead", "u4"), ("stride", "u4"), ("unused", "u4"),
 ])  # fmt: skip
 COUNTS = {"seen": "seen_count", "bias": "bias_count", "words": "word_count", "stops": "stop_count"}
-LISTS = ("history", "seen", "bias", "words", "stops", "mask", "record")
+LISTS = ("history", "seen", "bias", "words", "stops", "mask", "record", "chances")
 
 
 def supports(row: Row) -> str | None:
@@ -59,7 +59,7 @@ def supports(row: Row) -> str | None:
     return None
 
 
-class CudaSampler:
+class CudaSampler(Sampler):
     """`sampling.Sampler` for logits on a GPU: CuPy arrays of float32, float16 or bfloat16, [N, V].
 
     Needs compute capability 9.0 (clusters), and at most LARGEST_VOCABULARY tokens; RewriteError says so otherwise.
@@ -119,7 +119,6 @@ class SamplerState:
 
     def __init__(self, seats: int, vocabulary: int):
         import cupy
-        import cupyx
 
         if not 0 < vocabulary <= LARGEST_VOCABULARY:
             raise RewriteError(f"SamplerState: a vocabulary of {vocabulary} tokens; the device takes 1 to {LARGEST_VOCABULARY}. Copy the logits to the host and use Sampler")
@@ -127,9 +126,10 @@ class SamplerState:
         self._table = -(-seats * ROW.itemsize // 256) * 256
         self._fixed = cupy.zeros(self._table + ROOM, np.uint8)
         self._more: Any = None  # lists for which the fixed room is too small
-        self._host = cupyx.zeros_pinned(self._table + ROOM, np.uint8)
+        self._host = np.frombuffer(cupy.cuda.alloc_pinned_memory(len(self._fixed)), np.uint8, len(self._fixed))
         self._copied = cupy.cuda.Event(disable_timing=True)
         self._templates: dict[int, tuple[Sampling, Any]] = {}
+        self._pasts: dict[int, Past] = {}
         self._launches: dict[tuple[Any, ...], Launch] = {}
         self._loaded: Array = np.zeros(0, ROW)
         self._errors: list[str | None] = []
@@ -157,7 +157,8 @@ class SamplerState:
             if reason is not None:
                 raise RewriteError(f"SamplerState: a row for {steps} steps: {reason}")
         masks, self._errors = asked(rows, self.vocabulary)
-        table, lists, (first, size) = pack(rows, steps, masks, self._template)
+        table, lists, records = pack(rows, steps, masks, self._template, self._past)
+        self._pasts = {id(row): past for row in rows if (past := self._pasts.get(id(row)))}
         table["index"] = np.arange(len(rows)) if index is None else index
         if out is not None:
             table["out"] = out.data.ptr + np.arange(len(rows), dtype=np.uint64) * np.uint64(4 * self.vocabulary)
@@ -181,7 +182,7 @@ class SamplerState:
         self._copied.record()
         if not fits:
             home[: len(lists)].set(lists)
-        self._records = home[first : first + size]
+        self._records = home[records : len(lists)]
 
     def enqueue(self, logits: Any, tokens: Any) -> None:
         """Choose the next token of each loaded row on the current stream; nothing is waited for, and it may be captured.
@@ -212,6 +213,13 @@ class SamplerState:
                 self._templates.clear()
             found = self._templates[id(s)] = (s, template(s))
         return found[1]
+
+    def _past(self, row: Row) -> Past:
+        found = self._pasts.get(id(row))
+        if found is None or found.row is not row or found.length > len(row.tokens):
+            found = self._pasts[id(row)] = Past(row)
+        found.follow()
+        return found
 
     def _launch(self, logits: Any, tokens: Any) -> Launch:
         if logits.dtype.name not in LOGITS or logits.ndim != 2 or logits.shape[1] != self.vocabulary or not logits.flags.c_contiguous:
@@ -260,52 +268,87 @@ def asked(rows: Sequence[Row], vocabulary: int) -> tuple[list[Array | None], lis
     return masks, errors
 
 
-def pack(rows: Sequence[Row], steps: int, masks: Sequence[Array | None], made: Callable[[Sampling], Any]) -> tuple[Array, Array, tuple[int, int]]:
-    """(ROW [R], the lists they point to, uint8; where in these the records begin, and their bytes).
+class Past:
+    """The tokens of a row as the kernel wants them, kept from load to load: only what is new is looked at."""
+
+    def __init__(self, row: Row):
+        self.row, self.first = row, 0 if row.sampling.repetition_penalty != 1 else row.prompt  # from here on tokens are counted
+        self.tokens = np.array(row.tokens, np.int32)
+        self.length = len(self.tokens)
+        found, count = np.unique(self.tokens[self.first :], return_inverse=True)
+        self.place = {token: i for i, token in enumerate(found.tolist())}
+        self.seen = np.zeros((len(found), 2), np.int32)  # token, how often it was generated
+        self.seen[:, 0], self.seen[:, 1] = found, np.bincount(count[row.prompt - self.first :], minlength=len(found))
+
+    def follow(self) -> None:
+        """Take in what the row has got since."""
+        new = self.row.tokens[self.length :]
+        if self.length + len(new) > len(self.tokens):
+            self.tokens = np.concatenate([self.tokens, np.zeros(256 + len(new), np.int32)])
+        if len(self.place) + len(new) > len(self.seen):
+            self.seen = np.concatenate([self.seen, np.zeros((256 + len(new), 2), np.int32)])
+        for token in new:
+            self.tokens[self.length] = token
+            self.length += 1
+            place = self.place.setdefault(token, len(self.place))
+            self.seen[place] = token, self.seen[place, 1] + 1
+
+    def history(self, steps: int) -> Array:
+        """int32 [length + steps]"""
+        return np.concatenate([self.tokens[: self.length], np.zeros(steps, np.int32)])
+
+    def counts(self, steps: int) -> Array:
+        """int32 [2 (different tokens + steps)]"""
+        return np.concatenate([self.seen[: len(self.place)].ravel(), np.zeros(2 * steps, np.int32)])
+
+
+def pack(rows: Sequence[Row], steps: int, masks: Sequence[Array | None], made: Callable[[Sampling], Any], past: Callable[[Row], Past]) -> tuple[Array, Array, int]:
+    """(ROW [R], the lists they point to, uint8, and where in these the records begin).
 
     A list's address is its place in the lists, 0 where there is none. Histories and counts have room for `steps` more tokens.
+    Records are int32: the steps done [R], the tokens [steps, R], and for rows that want log-probabilities [steps, 1 + 2 n].
     """
     table = np.array([made(row.sampling) for row in rows], ROW)
     table["length"], table["prompt"] = [len(row.tokens) for row in rows], [row.prompt for row in rows]
     table["choice"], table["seed"] = [row.choice for row in rows], np.array([row.seed for row in rows], np.uint64)
-    table["steps"] = steps
+    table["steps"], table["stride"] = steps, len(rows)
     lists: list[Array] = [np.zeros(4, np.int32)]  # so that no list begins at 0
     place = 4
 
-    def put(i: int, name: str, words: Array) -> None:
+    def put(words: Array) -> int:
         nonlocal place
-        table[i][name] = 4 * place
-        lists.append(words)
-        lists.append(np.zeros(-len(words) % 4, np.int32))
-        place += len(words) + len(lists[-1])
+        begin = place
+        lists.extend((words, np.zeros(-len(words) % 4, np.int32)))
+        place += -(-len(words) // 4) * 4
+        return 4 * begin
 
     for i, row in enumerate(rows):
-        for name, (words, count) in (lists_of(row, steps, masks[i]) if row.sampling.processed else {}).items():
-            put(i, name, words)
+        for name, (words, count) in (lists_of(row, steps, masks[i], past) if row.sampling.processed else {}).items():
+            table[i][name] = put(words)
             if name in COUNTS:
                 table[i][COUNTS[name]] = count
-    first = place
-    for i, count in enumerate(table["logprobs"]):
-        put(i, "record", np.zeros(1 + steps * entry(int(count)), np.int32))
-    return table, np.concatenate(lists).view(np.uint8), (4 * first, 4 * (place - first))
+    records = put(np.zeros((1 + steps) * len(rows), np.int32))
+    table["record"] = records + 4 * np.arange(len(rows))
+    for i in np.nonzero(table["logprobs"] >= 0)[0].tolist():
+        table[i]["chances"] = put(np.zeros(steps * entry(table[i]), np.int32))
+    return table, np.concatenate(lists).view(np.uint8), records
 
 
-def lists_of(row: Row, steps: int, mask: Array | None) -> dict[str, tuple[Array, int]]:
+def lists_of(row: Row, steps: int, mask: Array | None, past: Callable[[Row], Past]) -> dict[str, tuple[Array, int]]:
     """What the changes to a row's logits need: int32 words and how many elements they are."""
     s, found = row.sampling, dict[str, tuple[Array, int]]()
     if s.logit_bias:
         pairs = np.zeros((len(s.logit_bias), 2), np.int32)
         pairs[:, 0], pairs[:, 1] = list(s.logit_bias), np.array(list(s.logit_bias.values()), np.float32).view(np.int32)
         found["bias"] = pairs.ravel(), len(pairs)
-    if s.repetition_penalty != 1 or s.presence_penalty or s.frequency_penalty:
-        # each token once, with how often it was generated
-        tokens, place = np.unique(row.tokens if s.repetition_penalty != 1 else row.tokens[row.prompt :], return_inverse=True)
-        generated = len(row.tokens) - row.prompt
-        pairs = np.zeros((len(tokens) + steps, 2), np.int32)
-        pairs[: len(tokens), 0], pairs[: len(tokens), 1] = tokens, np.bincount(place[len(place) - generated :], minlength=len(tokens))
-        found["seen"] = pairs.ravel(), len(tokens)
-    if s.no_repeat_ngram or any(len(word) > 1 for word in s.bad_words):
-        found["history"] = np.concatenate([np.array(row.tokens, np.int32), np.zeros(steps, np.int32)]), len(row.tokens)
+    counted = s.repetition_penalty != 1 or s.presence_penalty or s.frequency_penalty
+    ordered = s.no_repeat_ngram or any(len(word) > 1 for word in s.bad_words)
+    if counted or ordered:
+        known = past(row)
+        if counted:
+            found["seen"] = known.counts(steps), len(known.place)
+        if ordered:
+            found["history"] = known.history(steps), known.length
     # as in transformers, a stop token alone is no bad word
     words = [word for word in s.bad_words if not (len(word) == 1 and word[0] in s.stop_tokens)]
     if words:
@@ -320,38 +363,34 @@ def lists_of(row: Row, steps: int, mask: Array | None) -> dict[str, tuple[Array,
     return found
 
 
-def entry(logprobs: int) -> int:
-    """Words of a step's record: the token and its log-probability, and the same of the likeliest ones."""
-    return 2 + 2 * max(0, logprobs)
+def entry(row: Any) -> int:
+    """Words that are recorded of each step beside the token: its log-probability, and the likeliest tokens with theirs."""
+    return 1 + 2 * int(row["logprobs"])
 
 
 def unpack(words: Array, made: Array, errors: Sequence[str | None]) -> list[Samples]:
-    """The samples of each step from the rows' records, int32, one after the other: steps done, and an entry for each.
-
-    `made` is what `pack` made of the rows.
-    """
-    place, found = 0, list[Array]()
-    for row in made:
-        size = 1 + int(row["steps"]) * entry(int(row["logprobs"]))
-        found.append(words[place : place + size])
-        place += -(-size // 4) * 4
-    done = max((int(record[0]) for record in found), default=0)
-    if done > made["steps"].max(initial=0):
-        raise RewriteError(f"SamplerState: {done} steps were done; it was loaded for {made['steps'].max(initial=0)}. Load it again in time, or for more")
+    """The samples of each step from the records, int32; `made` is what `pack` made of the rows."""
+    if not len(made):
+        return []
+    count, steps = len(made), int(made["steps"][0])
+    done = int(words[:count].max())
+    if done > steps:
+        raise RewriteError(f"SamplerState: {done} steps were done; it was loaded for {steps}. Load it again in time, or for more")
+    tokens = words[count : count * (1 + done)].reshape(done, count).astype(np.int64)
+    tokens[:, [error is not None for error in errors]] = -1
+    wanted = np.nonzero(made["logprobs"] >= 0)[0].tolist()
+    base = int(made["record"][0])
     result = []
-    for step in range(done):
-        tokens = np.full(len(made), -1, np.int64)
-        logprobs: list[Logprob | None] = [None] * len(made)
-        for i, record in enumerate(found):
-            if errors[i] is not None:
+    for step, chosen in enumerate(tokens):
+        reasons = list(errors) if chosen.min() >= 0 else [error or (IMPOSSIBLE if token < 0 else None) for error, token in zip(errors, chosen, strict=True)]
+        logprobs: list[Logprob | None] = [None] * count
+        for i in wanted:
+            if chosen[i] < 0:
                 continue
-            size = entry(int(made[i]["logprobs"]))
-            said = record[1 + step * size :][:size]
-            tokens[i] = said[0]
-            if said[0] >= 0 and made[i]["logprobs"] >= 0:
-                values = said.view(np.float32)
-                top = tuple((int(t), float(v)) for t, v in zip(said[2::2], values[3::2], strict=True))
-                logprobs[i] = Logprob(int(said[0]), float(values[1]), top)
-        reasons = [error or (IMPOSSIBLE if token < 0 else None) for error, token in zip(errors, tokens, strict=True)]
-        result.append(Samples(tokens, reasons, logprobs))
+            size = entry(made[i])
+            said = words[(int(made[i]["chances"]) - base) // 4 + step * size :][:size]
+            values = said.view(np.float32)
+            top = tuple((int(t), float(v)) for t, v in zip(said[1::2], values[2::2], strict=True))
+            logprobs[i] = Logprob(int(chosen[i]), float(values[0]), top)
+        result.append(Samples(chosen, reasons, logprobs))
     return result

@@ -16,7 +16,7 @@ import cupy
 import numpy as np
 from draws import CASES, GENERATED, PROMPT, VOCABULARY, chi_square, distribution
 
-from rewrite.runtime.cuda_sampling import LISTS, SamplerState, asked, pack, template
+from rewrite.runtime.cuda_sampling import LISTS, Past, SamplerState, asked, pack, template
 from rewrite.runtime.sampling import Row, Sampling
 
 ROWS = 8000
@@ -30,7 +30,7 @@ def statistic(name: str, count: int, vocabulary: int = VOCABULARY) -> tuple[floa
     wide[0, :VOCABULARY] = logits
     row = Row(s, PROMPT + GENERATED, len(PROMPT))
     state, on_gpu, tokens = SamplerState(ROWS, vocabulary), cupy.asarray(wide), cupy.empty(ROWS, np.int64)
-    table, lists, _ = pack([row], 1, asked([row], vocabulary)[0], template)
+    table, lists, _ = pack([row], 1, asked([row], vocabulary)[0], template, Past)
     many, copies = np.repeat(table, ROWS), cupy.empty(ROWS * len(lists), np.uint8)
     for field in LISTS:
         if table[0][field]:

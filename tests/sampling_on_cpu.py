@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 import rewrite.plugins
-from rewrite.runtime.cuda_sampling import HEAD, LISTS, ROW, asked, pack, template, unpack
+from rewrite.runtime.cuda_sampling import HEAD, LISTS, ROW, Past, asked, pack, template, unpack
 from rewrite.runtime.sampling import Row, Samples
 
 HERE = Path(__file__).parent
@@ -51,7 +51,7 @@ class OnCpu:
 
     def load(self, rows: Sequence[Row], vocabulary: int, steps: int = 1, index: Sequence[int] | None = None, out: Any = None) -> None:
         masks, self.errors = asked(rows, vocabulary)
-        table, lists, self.records = pack(rows, steps, masks, template)
+        table, lists, self.records = pack(rows, steps, masks, template, Past)
         table["index"] = np.arange(len(rows)) if index is None else index
         if out is not None:
             table["out"] = out.ctypes.data + np.arange(len(rows), dtype=np.uint64) * np.uint64(4 * vocabulary)
@@ -70,8 +70,7 @@ class OnCpu:
         self.run(*(ctypes.c_void_p(a.ctypes.data) for a in (logits, tokens, self.table)), logits.shape[1], part, int(tokens.itemsize == 8), self.ranks, len(tokens), seed)
 
     def samples(self) -> list[Samples]:
-        first, size = self.records
-        return unpack(self.lists[first : first + size].view(np.int32), self.loaded, self.errors)
+        return unpack(self.lists[self.records :].view(np.int32), self.loaded, self.errors)
 
     def sample(self, logits: np.ndarray, index: Sequence[int], rows: Sequence[Row], seed: int = 0) -> Samples:
         self.load(rows, logits.shape[1], index=index)

@@ -11,7 +11,7 @@ from sampling_on_cpu import COMPILER, OnCpu
 
 from rewrite.errors import RewriteError
 from rewrite.runtime import cuda_sampling
-from rewrite.runtime.cuda_sampling import HEAD, LARGEST_VOCABULARY, MOST_LOGPROBS, ROW, pack, shares, supports, template, unpack
+from rewrite.runtime.cuda_sampling import HEAD, LARGEST_VOCABULARY, MOST_LOGPROBS, ROW, Past, pack, shares, supports, template, unpack
 from rewrite.runtime.philox import exponentials_of_all
 from rewrite.runtime.sampling import Row, Sampler, Samples, Sampling, process, restrict
 
@@ -212,7 +212,7 @@ def test_a_hook_ends_its_own_row_only():
 
 def test_lists_have_room_for_the_steps_to_come():
     s = Sampling(repetition_penalty=2.0, no_repeat_ngram=2, logit_bias={4: 0.5}, bad_words=[[1], [2, 3]], stop_tokens=[1], min_new_tokens=3, logprobs=2)
-    table, lists, (first, size) = pack([Row(Sampling(), [1], 1), Row(s, [5, 9, 5, 4], 2, seed=2**64 - 1, choice=3)], 3, [None, None], template)
+    table, lists, first = pack([Row(Sampling(), [1], 1), Row(s, [5, 9, 5, 4], 2, seed=2**64 - 1, choice=3)], 3, [None, None], template, Past)
     words, row = lists.view(np.int32), table[1]
     assert [int(row[n]) for n in ("length", "prompt", "choice", "seed", "steps", "seen_count", "bias_count", "word_count", "stop_count")] == [4, 2, 3, 2**64 - 1, 3, 3, 1, 1, 1]
     assert words[row["seen"] // 4 :][:12].reshape(6, 2).tolist() == [[4, 1], [5, 1], [9, 0], [0, 0], [0, 0], [0, 0]]
@@ -220,14 +220,28 @@ def test_lists_have_room_for_the_steps_to_come():
     assert words[row["words"] // 4 :][:4].tolist() == [2, 2, 2, 3], "[1] is a stop token, so no bad word"
     assert words[row["bias"] // 4 :][:1].tolist() == [4]
     assert not any(table[0][name] for name in ("seen", "history", "words", "bias", "stops", "mask"))
-    assert first + size == len(lists)
-    assert size // 4 == 8 + 20, "1 and 3 times 2 words, 1 and 3 times 6, each made a multiple of 4"
-    assert all(table[1][name] % 16 == 0 for name in cuda_sampling.LISTS)
+    assert table["record"].tolist() == [first, first + 4]
+    assert len(lists) - first == 4 * (8 + 16), "steps and 3 tokens of 2 rows; 3 times 5 words, made a multiple of 4"
+    assert all(table[1][name] % 16 == 0 for name in cuda_sampling.LISTS if name != "record")
     assert unpack(words[first // 4 :], table, [None, None]) == []
 
 
+@pytest.mark.parametrize("penalty", [1.0, 1.5])
+def test_a_known_past_only_takes_in_what_is_new(penalty):
+    rng = np.random.default_rng(0)
+    row = Row(Sampling(repetition_penalty=penalty, presence_penalty=1), rng.integers(0, 30, 20).tolist(), 7)
+    known = Past(row)
+    for count in (0, 1, 5, 400, 3, 300):
+        row.tokens += rng.integers(0, 90, count).tolist()
+        known.follow()
+        fresh = Past(row)
+        assert known.history(2).tolist() == fresh.history(2).tolist() == [*row.tokens, 0, 0]
+        assert known.counts(0).reshape(-1, 2)[np.argsort(known.counts(0)[::2])].tolist() == fresh.counts(0).reshape(-1, 2).tolist()
+        assert len(known.counts(3)) == 2 * (len(known.place) + 3)
+
+
 def test_blocks_share_a_row_so_that_it_fits():
-    assert ROW.itemsize == 168
+    assert ROW.itemsize == 184
     for vocabulary in (1, 7, 2048, 32000, 50257, 128256, 262144, LARGEST_VOCABULARY):
         for rows in (1, 16, 17, 64):
             threads, ranks, part = shares(vocabulary, rows)
