@@ -1,7 +1,7 @@
 """Our CUDA kernels one by one: right against float64, and how fast against the libraries and the ceilings of the card.
 
     python benchmarks/kernel_speed.py                       everything (about 2 minutes on an H100)
-    python benchmarks/kernel_speed.py --only products       products, attention or norms
+    python benchmarks/kernel_speed.py --only products       products, decoding, chains, attention or norms
 
 Each time is the median of the GPU time of one launch among 20 in a CUDA graph. Weights are different ones in turn where a model's
 would not stay in the L2 cache. Ceilings: a product of 8192 x 8192 x 8192 by cuBLASLt, and a copy of 1 GB.
@@ -22,7 +22,7 @@ import cupy
 import numpy as np
 import record
 
-from rewrite.plugins import cuda_attention, cuda_gemm, cuda_matmul, cuda_norms
+from rewrite.plugins import cuda_attention, cuda_chain, cuda_gemm, cuda_matmul, cuda_norms
 from rewrite.plugins.cublaslt import product as library_product
 from rewrite.plugins.cuda_launch import compiled
 
@@ -159,6 +159,137 @@ def time_products(limits: dict[str, float], all_layouts: bool) -> list[dict[str,
     return rows
 
 
+DECODERS = {"llama-1b": (2048, (2048, 512, 512), 8192, 128256), "llama-8b": (4096, (4096, 1024, 1024), 14336, 128256)}  # width, Q K V, hidden, words
+
+
+def time_decoding(limits: dict[str, float], all_layouts: bool) -> list[dict[str, Any]]:
+    """The products of one token of each of a few texts: weights are nearly all that is moved, and come from memory each time."""
+    rows, rng, dtype = [], cupy.random.default_rng(0), "bfloat16"
+    cases = []
+    for name, (width, heads, hidden, words) in DECODERS.items():
+        products = [("qkv", heads, width), ("out", (width,), width), ("gate, up", (hidden, hidden), width), ("down", (width,), hidden), ("head", (words,), width)]
+        for (what, parts, inner), tokens in itertools.product(products, (1, 8, 32, 64)):
+            layouts = (cuda_gemm.shapes if all_layouts else cuda_gemm.choose)(tokens, sum(parts), inner)
+            cases.append((name, what, parts, inner, tokens, layouts))
+    compile_all(cuda_gemm.variant(s, dtype, "swish" if what == "gate, up" else "none", what == "gate, up") for _, what, _, _, _, layouts in cases for s in layouts)
+    print(f"{'decoding':38} {'library':>8} {'ours':>8} {'layout':>14} {'chosen':>8} {'GB/s':>6} {'of copy':>8}")
+    for name, what, parts, inner, tokens, layouts in cases:
+        gated, features, sets = what == "gate, up", sum(parts), -(-(200 << 20) // (sum(parts) * inner * 2))
+        x = random(rng, tokens, inner, dtype=dtype)
+        calls, library = [], []
+        for _ in range(sets):
+            residual = random(rng, tokens, features, dtype=dtype) if what in ("out", "down") else None
+            jobs = [cuda_gemm.Product(cupy.empty((tokens, n), dtype), random(rng, n, inner, dtype=dtype, scale=inner**-0.5), None, residual) for n in parts]
+            calls.append(jobs)
+            library += [library_product(j.y[None], x[None], j.w[None], trans_w=True, residual=None if residual is None else residual[None]) for j in jobs]
+        activation = "swish" if gated else "none"
+        times = {str(s): median_us([cuda_gemm.product(x, jobs, activation, gated, s) for jobs in calls]) for s in layouts}
+        best, chosen = min(times, key=times.__getitem__), str(cuda_gemm.choose(tokens, features, inner)[0])
+        moved = 2 * (features * inner + tokens * (inner + features))
+        row = {"model": name, "what": what, "tokens": tokens, "features": features, "inner": inner, "library_us": median_us(library) * len(library) / sets, "layouts_us": times}
+        row |= {"best": best, "best_us": times[best], "chosen": chosen, "chosen_us": times[chosen], "gbs": moved / times[best] / 1e3}
+        rows.append(row)
+        label, share = f"{name} {what} {tokens} x {features} x {inner}", row["gbs"] / limits["gbs"]
+        print(f"{label:38} {row['library_us']:8.2f} {row['best_us']:8.2f} {best:>14} {row['chosen_us']:8.2f} {row['gbs']:6.0f} {share:8.0%}", flush=True)
+    return rows
+
+
+def check_chains() -> list[dict[str, Any]]:
+    """Layers of a decoder (output product, norm, gated product, the one after it, norm, queries, keys and values) against float64; outputs poisoned.
+
+    What a link reads of those before it is taken as they wrote it, so that each is measured alone; twice, since a launch leaves its counters as it found them.
+    """
+    rows, rng = [], cupy.random.default_rng(0)
+    compile_all(cuda_chain.variant(d, a) for d in ("float16", "bfloat16") for a in ("swish", "gelu"))
+    sizes = [(1, 2048, (2048, 512, 512), 8192), (3, 256, (256, 64, 64), 512), (7, 1024, (1024,) * 3, 4096)]
+    sizes += [(2, 520, (72, 40, 40), 1000), (6, 2048, (512, 512, 512), 768), (5, 384, (384,) * 3, 1536), (8, 64, (64, 8, 8), 64)]
+    for dtype, (tokens, width, heads, hidden), biased, layers in itertools.product(("bfloat16", "float16"), sizes, (False, True), (1, 3)):
+        normed, limit = dtype == "bfloat16", 1e-3 if dtype == "float16" else 8e-3
+        activation, epsilon = "gelu" if biased else "swish", 1e-5
+
+        def new(*shape: int, scale: float = 1.0, dtype: str = dtype) -> Any:
+            return random(rng, *shape, dtype=dtype, scale=scale)
+
+        def empty(n: int, tokens: int = tokens, dtype: str = dtype) -> Any:
+            return cupy.full((tokens, n), POISON, dtype)
+
+        def weight(n: int, k: int, y: Any = None, residual: Any = None, biased: bool = biased, empty: Any = empty, new: Any = new) -> cuda_gemm.Product:
+            return cuda_gemm.Product(empty(n) if y is None else y, new(n, k, scale=k**-0.5), new(n) if biased else None, residual)
+
+        links = []
+        read = new(tokens, heads[0])
+        stream = new(tokens, width)
+        for _ in range(layers):
+            out = weight(width, heads[0], residual=stream)
+            first = cuda_chain.Norm(out.y, new(width), empty(width), epsilon) if normed else None
+            links.append(cuda_chain.Link(read, [out], norm=first))
+            gate = [weight(hidden, width), weight(hidden, width)]
+            links.append(cuda_chain.Link(first.y if first else out.y, gate, activation, True))
+            down = weight(width, hidden, residual=out.y)
+            second = cuda_chain.Norm(down.y, new(width), empty(width), epsilon) if normed else None
+            links.append(cuda_chain.Link(gate[0].y, [down], norm=second))
+            links.append(cuda_chain.Link(second.y if second else down.y, [weight(n, width) for n in heads]))
+            read, stream = links[-1].products[0].y, down.y
+        assert cuda_chain.refusal(links) is None, cuda_chain.refusal(links)
+        launch, worst = cuda_chain.chain(links), 0.0
+        for _ in range(2):
+            for link in links:
+                for p in link.outputs:
+                    p.y[...] = POISON
+            launch()
+            before: Any = None
+            for link in links:
+                x = link.x.astype(np.float64)
+                if before is not None and before.norm is not None:
+                    y = before.products[0].y.astype(np.float64)
+                    x = (y * before.norm.scale.astype(np.float64)) / cupy.sqrt((y * y).mean(-1, keepdims=True) + before.norm.epsilon)
+                sums = [x @ p.w.astype(np.float64).T + (0 if p.bias is None else p.bias.astype(np.float64)) for p in link.products]
+                act = ACTIVATE[link.activation]
+                want = [act(sums[0]) * sums[1]] if link.gated else [act(s) for s in sums]
+                for p, value in zip(link.outputs, want, strict=True):
+                    worst = max(worst, error(p.y, value + (0 if p.residual is None else p.residual.astype(np.float64))))
+                before = link
+        if not worst < limit:
+            print(f"WRONG chain {dtype} {tokens} tokens, {width}, {heads}, {hidden}, bias {biased}, {layers} layers: {worst:.1e}", flush=True)
+        rows.append({"dtype": dtype, "tokens": tokens, "sizes": [width, *heads, hidden], "bias": biased, "layers": layers, "error": worst, "right": worst < limit})
+    print(f"chains: {sum(r['right'] for r in rows)} of {len(rows)} right, worst {max(r['error'] for r in rows):.1e}", flush=True)
+    return rows
+
+
+def time_chains(limits: dict[str, float], batches: tuple[int, ...] = (1, 2, 4, 8)) -> list[dict[str, Any]]:
+    """All products of a decoding step but the head, one layer a launch and all layers in one; beside launches one by one."""
+    rows, rng, dtype = [], cupy.random.default_rng(0), "bfloat16"
+    for name, layers in (("llama-1b", 16), ("llama-8b", 12)):
+        width, heads, hidden, _ = DECODERS[name]
+        weights = []
+        for _ in range(layers):
+            made = {"out": (width, width), "gate": (hidden, width), "up": (hidden, width), "down": (width, hidden), "q": (heads[0], width), "k": (heads[1], width), "v": (heads[2], width)}
+            weights.append({n: random(rng, *s, dtype=dtype, scale=s[1] ** -0.5) for n, s in made.items()} | {"s": random(rng, width, dtype=dtype)})
+        moved = sum(a.nbytes for w in weights for a in w.values())
+        for tokens in batches:
+            values = {n: cupy.zeros((tokens, s), dtype) for n, s in (("x", width), ("normed", width), ("q", heads[0]), ("k", heads[1]), ("v", heads[2]), ("gate", hidden))}
+            x, P = values["x"], cuda_gemm.Product
+            chains, single = [], []
+            for w in weights:
+                norm = cuda_chain.Norm(x, w["s"], values["normed"], 1e-5)
+                qkv = [P(values[n], w[n]) for n in "qkv"]
+                gated = [P(values["gate"], w["gate"]), P(values["gate"], w["up"])]
+                chains.append([
+                    cuda_chain.Link(values["q"], [P(x, w["out"], None, x)], norm=norm), cuda_chain.Link(values["normed"], gated, "swish", True),
+                    cuda_chain.Link(values["gate"], [P(x, w["down"], None, x)], norm=norm), cuda_chain.Link(values["normed"], qkv),
+                ])  # fmt: skip
+                normed = cuda_norms.norm("rms", x, w["s"], None, values["normed"], 1e-5)
+                single += [cuda_gemm.product(values["q"], [P(x, w["out"], None, x)]), normed, cuda_gemm.product(values["normed"], gated, "swish", True)]
+                single += [cuda_gemm.product(values["gate"], [P(x, w["down"], None, x)]), normed, cuda_gemm.product(values["normed"], qkv)]
+            row: dict[str, Any] = {"model": name, "tokens": tokens, "layers": layers, "bytes": moved}
+            for kind, launches in (("single", single), ("layer", [cuda_chain.chain(c) for c in chains]), ("all", [cuda_chain.chain([link for c in chains for link in c])])):
+                row[f"{kind}_us"] = median_us(launches, least=3) * len(launches)
+            rows.append(row)
+            told = ", ".join(f"{k} {row[f'{k}_us']:.0f} us ({moved / row[f'{k}_us'] / 1e3:.0f} GB/s)" for k in ("single", "layer", "all"))
+            print(f"chain {name} x {layers} layers, {tokens} tokens: {told}", flush=True)
+    return rows
+
+
 def check_attention() -> list[dict[str, Any]]:
     from rewrite.registry import library
 
@@ -242,7 +373,7 @@ def norms(limits: dict[str, float]) -> list[dict[str, Any]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", default="products,attention,norms")
+    parser.add_argument("--only", default="products,decoding,chains,attention,norms")
     parser.add_argument("--all-layouts", action="store_true", help="time every layout of a product, not only the chosen one")
     parser.add_argument("--output", default="kernel_speed")
     options = parser.parse_args()
@@ -252,6 +383,10 @@ def main() -> None:
     results: dict[str, Any] = {"ceilings": limits}
     if "products" in options.only:
         results["products_right"], results["products"] = check_products(), time_products(limits, options.all_layouts)
+    if "decoding" in options.only:
+        results["decoding"] = time_decoding(limits, options.all_layouts)
+    if "chains" in options.only:
+        results["chains_right"], results["chains"] = check_chains(), time_chains(limits)
     if "attention" in options.only:
         results["attention_right"], results["attention"] = check_attention(), time_attention(limits)
     if "norms" in options.only:

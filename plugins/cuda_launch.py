@@ -161,7 +161,9 @@ def launcher(function: Any, grid: Sequence[int], block: int, arguments: Sequence
     import cupy
 
     driver = _driver()
-    if shared > 48 << 10:
+    allowed = ctypes.c_int()
+    check(driver.cuFuncGetAttribute(ctypes.byref(allowed), SHARED_MEMORY, ctypes.c_void_p(function.ptr)), "a kernel's shared memory")
+    if shared > allowed.value:  # never less: other launches of this kernel may need what it has
         check(driver.cuFuncSetAttribute(ctypes.c_void_p(function.ptr), SHARED_MEMORY, shared), f"a kernel with {shared} bytes of shared memory")
     values = [a if isinstance(a, (ctypes._SimpleCData, ctypes.Structure, ctypes.Array)) else ctypes.c_void_p(0 if a is None else int(a.data.ptr)) for a in arguments]
     pointers = (ctypes.c_void_p * len(values))(*[ctypes.addressof(v) for v in values])

@@ -9,6 +9,7 @@ from typing import Any
 
 from rewrite.plugins import cuda_gemm, tuning
 from rewrite.plugins.cublaslt import product
+from rewrite.plugins.cuda_chain import Link
 from rewrite.plugins.cuda_gemm import Product
 from rewrite.plugins.cuda_launch import Launch
 
@@ -95,6 +96,18 @@ def merged_matmul_act(calls: list[tuple[list[Any], list[Any]]], *, activation: s
         return None
     found = cuda_gemm.candidates(x, products, activation)
     return tuning.pick(cuda_gemm.key(x, products, activation), found, next(iter(found)))
+
+
+def matmul_link(inputs: list[Any], outputs: list[Any], *, activation: str, trans_w: int) -> Link | None:
+    x, w, bias, residual = inputs
+    return Link(_rows(x), [Product(_rows(outputs[0]), w, bias, _rows(residual))], activation) if trans_w else None
+
+
+def gated_link(inputs: list[Any], outputs: list[Any], *, activation: str, merged: str, trans_w: int) -> Link | None:
+    x, w_gate, w_up, bias_gate, bias_up = inputs
+    if not trans_w or merged != "none" or w_up is None:
+        return None
+    return Link(_rows(x), [Product(_rows(outputs[0]), w_gate, bias_gate), Product(_rows(outputs[0]), w_up, bias_up)], activation, gated=True)
 
 
 def matmul_act(inputs: list[Any], outputs: list[Any], *, activation: str, trans_w: int) -> Launch | None:

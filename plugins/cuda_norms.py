@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 from typing import Any
 
+from rewrite.plugins.cuda_chain import Norm
 from rewrite.plugins.cuda_launch import Launch, launcher, module
 
 VECTORS = {1: (1, 2, 3, 4), 8: (1, 2, 4, 8)}  # by warps a row: how many times 8 elements a thread may hold
@@ -43,3 +44,9 @@ def layer_norm(inputs: list[Any], outputs: list[Any], *, axis: int, epsilon: flo
 def rms_norm(inputs: list[Any], outputs: list[Any], *, axis: int, epsilon: float) -> Launch | None:
     x, scale = inputs
     return norm("rms", x, scale, None, outputs[0], epsilon)
+
+
+def rms_link(inputs: list[Any], outputs: list[Any], *, axis: int, epsilon: float) -> Norm | None:
+    x, scale = inputs
+    width = x.shape[-1]
+    return Norm(x.reshape(-1, width), scale, outputs[0].reshape(-1, width), epsilon) if scale.shape == (width,) else None

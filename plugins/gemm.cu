@@ -11,42 +11,11 @@
 #include "overlap.cuh"
 #include "sixteen.cuh"
 #include "hopper.cuh"
+#include "products.cuh"
 
-struct Job { void* y; const void* bias; const void* residual; long long features; };
 struct Call { Job job[3]; int jobs, tokens, inner, tokenTiles, featureTiles, stages; };
 
-// --- activations, in the order of ACTIVATIONS in cuda_gemm.py ------------------------------------------------------------
-__device__ __forceinline__ float activate(float v) {
-    switch (ACTIVATION) {
-        case 1: return v < 0.f ? 0.f : v;
-        case 2: return v < 0.f ? 0.f : v * v;
-        case 3: {  // gelu: v * Phi(v), Phi(-|v|) = 2^p(|v|) by a minimax polynomial; the error of gelu is at most 2e-6
-            const float z = fabsf(v);
-            float q;
-            asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(q) : "f"(-1.0001281f + z * (-1.1500717f + z * (-0.46171433f + z * (-0.05012448f + z * (0.00636023f + z * -0.00036422245f))))));
-            return v * (v > 0.f ? 1.f - q : q);
-        }
-        case 4: return __fdividef(v, 1.f + __expf(-1.5957691216f * (v + 0.044715f * v * v * v)));  // gelu_tanh: 0.5 (1 + tanh u) = sigmoid(2 u)
-        case 5: return __fdividef(v, 1.f + __expf(-v));
-        case 6: return __fdividef(v, 1.f + __expf(-1.702f * v));
-        case 7: return tanhf(v);
-        case 8: return __fdividef(1.f, 1.f + __expf(-v));
-        default: return v;
-    }
-}
-
-// --- barriers, TMA, wgmma, clusters ---------------------------------------------------------------------------------------
-__device__ __forceinline__ void fetch(void* to, const TensorMap* map, u64* barrier, int column, int row) {
-    asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], [%2];" ::"r"(shared(to)), "l"(map),
-                 "r"(shared(barrier)), "r"(column), "r"(row)
-                 : "memory");
-}
-__device__ __forceinline__ u64 descriptor(const void* tile) {  // K-major, 128-byte swizzle: rows of 64 elements, groups of 8 rows 1024 bytes apart
-    return ((u64)(shared(tile) & 0x3ffff) >> 4) | (1ull << 16) | (64ull << 32) | (1ull << 62);
-}
-__device__ __forceinline__ void wgmmaFence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
-__device__ __forceinline__ void wgmmaCommit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
-template <int N> __device__ __forceinline__ void wgmmaWait() { asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(N) : "memory"); }
+__device__ __forceinline__ float activate(float v) { return activate(v, ACTIVATION); }
 __device__ __forceinline__ void clusterSync() { asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory"); }
 __device__ __forceinline__ u32 clusterRank() { u32 r; asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(r)); return r; }
 __device__ __forceinline__ float4 remote(const float* mine, u32 rank) {
@@ -55,7 +24,6 @@ __device__ __forceinline__ float4 remote(const float* mine, u32 rank) {
                  : "r"(shared(mine)), "r"(rank) : "memory");
     return v;
 }
-__device__ __forceinline__ int up(int n, int d) { return (n + d - 1) / d; }
 
 // The product a tile of features belongs to; `tile` becomes its place there.
 __device__ __forceinline__ int jobOf(const Call& c, int& tile, int width) {
@@ -82,11 +50,6 @@ __device__ __forceinline__ void collect(float (&v)[8], const float* part) {
             v[4 * h] = (r ? v[4 * h] : 0.f) + q.x, v[4 * h + 1] = (r ? v[4 * h + 1] : 0.f) + q.y;
             v[4 * h + 2] = (r ? v[4 * h + 2] : 0.f) + q.z, v[4 * h + 3] = (r ? v[4 * h + 3] : 0.f) + q.w;
         }
-}
-__device__ __forceinline__ uint4 read(const void* array, long long at) { return array ? *(const uint4*)((const u16*)array + at) : uint4{0, 0, 0, 0}; }
-__device__ __forceinline__ void add(float (&v)[8], uint4 u) {
-    const float2 a = unpack(u.x), b = unpack(u.y), c = unpack(u.z), d = unpack(u.w);
-    v[0] += a.x, v[1] += a.y, v[2] += b.x, v[3] += b.y, v[4] += c.x, v[5] += c.y, v[6] += d.x, v[7] += d.y;
 }
 
 template <int BN, int RANKS>

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from rewrite.plugins.activations import Array, activate, wide
-from rewrite.plugins.cuda_matmul import gated_matmul_act, matmul_act, merged_matmul_act
+from rewrite.plugins.cuda_matmul import gated_link, gated_matmul_act, matmul_act, matmul_link, merged_matmul_act
 from rewrite.registry import plugin
 
 TOLERANCE = {"float64": (1e-9, 1e-9), "float32": (3e-5, 1e-5), "float16": (2e-3, 1e-3), "bfloat16": (1.6e-2, 8e-3)}
@@ -48,6 +48,7 @@ class MatMulAct:
     sample = sample
     cuda = matmul_act
     merged = merged_matmul_act
+    link = matmul_link
     transposable = ("w",)
     operations = product_operations
 
@@ -69,6 +70,7 @@ class GatedMatMulAct:
     tolerance = TOLERANCE
     sample = sample
     cuda = gated_matmul_act
+    link = gated_link
     transposable = ("w_gate", "w_up")
     operations = gated_operations
 

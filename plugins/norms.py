@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from rewrite.plugins.activations import Array, wide
-from rewrite.plugins.cuda_norms import layer_norm, rms_norm
+from rewrite.plugins.cuda_norms import layer_norm, rms_link, rms_norm
 from rewrite.registry import plugin
 
 TOLERANCE = {"float64": (1e-9, 1e-9), "float32": (2e-5, 5e-6), "float16": (2e-3, 1e-3), "bfloat16": (1.6e-2, 8e-3)}
@@ -35,6 +35,7 @@ class RMSNormalization:
     tolerance = TOLERANCE
     sample = sample
     cuda = rms_norm
+    link = rms_link
     kernels = ("float16", "bfloat16")
 
     def reference(x: Array, scale: Array, *, axis: int, epsilon: float) -> Array:

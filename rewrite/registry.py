@@ -83,6 +83,7 @@ class Plugin:
     sample: Callable[..., Any] | None
     cuda: Callable[..., Any] | None
     merged: Callable[..., Any] | None
+    link: Callable[..., Any] | None
     view: Callable[..., Any] | None
     kernels: tuple[str, ...]
     transposable: tuple[str, ...]
@@ -230,6 +231,7 @@ def plugin(cls: type) -> Plugin:
     has none for these types (then the reference runs on the GPU); `strided` = True tells that `cuda` takes inputs and outputs
     that are not packed; `updates` names inputs that `reference` overwrites, and the output that each of them becomes: who needs the
     old values passes copies; `merged(calls, **attributes)` does the same for several calls, (inputs, outputs) each, of one first input;
+    `link(inputs, outputs, **attributes)` gives what `plugins/cuda_chain.py` makes chains of, or None;
     `view(y, **attributes)` gives the part of an output that differs, repeated by strides of 0, for readers that are `strided`;
     `transposable` names the matrices that attribute `trans_w` = 1 says are stored the other way round, which the kernels prefer;
     `operations(inputs, outputs, **attributes)`, on shapes (None for an absent input), counts what `rewrite bench` calls operations,
@@ -256,6 +258,7 @@ def plugin(cls: type) -> Plugin:
         sample=getattr(cls, "sample", None),
         cuda=getattr(cls, "cuda", None),
         merged=getattr(cls, "merged", None),
+        link=getattr(cls, "link", None),
         view=getattr(cls, "view", None),
         kernels=tuple(getattr(cls, "kernels", ())),
         transposable=tuple(getattr(cls, "transposable", ())),

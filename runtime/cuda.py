@@ -20,7 +20,7 @@ import onnx
 from rewrite.errors import RewriteError
 from rewrite.plugins import tuning
 from rewrite.registry import Plugin, library
-from rewrite.runtime import engine
+from rewrite.runtime import chains, engine
 from rewrite.runtime.layout import Views, apply
 from rewrite.runtime.machine import TUNED_ON
 from rewrite.runtime.partition import Step, ValueType
@@ -109,6 +109,7 @@ class CudaExecutor:
             self.turned = self._turn_weights()
             self.stream.synchronize()
         self.cupy.get_default_memory_pool().free_all_blocks()  # what matrices took before they were turned
+        self.chain_memory: Any = None  # through which the blocks of chains talk
         self.frames: OrderedDict[tuple[int, ...], Frame] = OrderedDict()
         self._arena: Any = None
         measured = plan.manifest.versions.get(TUNED_ON) == engine.gpu_model()
@@ -249,6 +250,11 @@ class Frame:
             self.values[name] = self.cupy.ndarray(shapes[name], dtypes[name], self.arena.data + offset)
         for name in (*self.updated, *views.of):
             self._view(name, views)
+        self.readers: dict[str, set[int]] = {views.root(n): {len(steps)} for n in manifest.outputs.values()}  # by the value whose memory is read
+        for index, step in enumerate(steps):
+            for name in step.inputs if index not in views.skipped else ():
+                self.readers.setdefault(views.root(name), set()).add(index)
+        self.root = views.root
         self._repeat(steps)
         self.pool = self.cupy.cuda.MemoryPool()  # what references allocate: kept, so that captured addresses stay theirs
         with self.cupy.cuda.using_allocator(self.pool.malloc):
@@ -278,7 +284,7 @@ class Frame:
         readers = Counter(n for s in steps for n in s.inputs)
         outputs = {*self.executor.plan.manifest.outputs.values()}
         for index, step in enumerate(steps):
-            plugin, _ = self._of(index)
+            plugin, _ = self.of(index)
             for place, name in enumerate(plugin.inputs) if plugin is not None else ():
                 target = plugin.updates.get(name.rstrip("?")) if plugin is not None else None
                 if target is None or place >= len(step.inputs) or not step.inputs[place]:
@@ -304,7 +310,7 @@ class Frame:
         """Let plugins write only what differs in their results, where all readers take strided values."""
         plugins, outputs = self.executor.plugins, {*self.executor.plan.manifest.outputs.values()}
         for index, step in enumerate(steps):
-            plugin, attributes = self._of(index)
+            plugin, attributes = self.of(index)
             if plugin is None or plugin.view is None or step.outputs[0] in outputs:
                 continue
             readers = [s for s in steps if step.outputs[0] in s.inputs]
@@ -356,22 +362,28 @@ class Frame:
 
         return launch
 
-    def _launches(self, indices: list[int]) -> Iterator[tuple[list[int], Launch]]:
-        """The work of the steps in order, with their indices; neighbours that read the same value may become one launch."""
+    def _launches(self, indices: list[int], chain: bool = True) -> Iterator[tuple[list[int], Launch]]:
+        """The work of the steps in order, with their indices; neighbours that read the same value, or each other's, may become one launch."""
         steps = self.executor.plan.manifest.steps
         place = 0
         while place < len(indices):
             first = steps[indices[place]]
-            plugin, attributes = self._of(indices[place])
+            plugin, attributes = self.of(indices[place])
             if plugin is None:
                 yield [indices[place]], self._segment(first)
                 place += 1
                 continue
+            chained = chains.at(self, indices, place) if chain else None
+            if chained is not None:
+                count, made = chained
+                yield indices[place : place + count], made
+                place += count
+                continue
             most = place + 1
-            while most < len(indices) and steps[indices[most]].inputs[:1] == first.inputs[:1] and self._of(indices[most]) == (plugin, attributes):
+            while most < len(indices) and steps[indices[most]].inputs[:1] == first.inputs[:1] and self.of(indices[most]) == (plugin, attributes):
                 most += 1
             for end in range(most, place, -1):
-                calls = [self._arguments(steps[i], plugin) for i in indices[place:end]]
+                calls = [self.arguments(steps[i], plugin) for i in indices[place:end]]
                 made = plugin.merged(calls, **attributes) if plugin.merged is not None and len(calls) > 1 and not self.copied else None
                 if len(calls) == 1:
                     made = self._after_copies(first, self._plugin(plugin, *calls[0], attributes))
@@ -380,7 +392,11 @@ class Frame:
                     place = end
                     break
 
-    def _of(self, index: int) -> tuple[Plugin | None, dict[str, Any]]:
+    def launches_of(self, indices: list[int]) -> list[Launch]:
+        """The work of the steps without chains."""
+        return [launch for _, launch in self._launches(indices, chain=False)]
+
+    def of(self, index: int) -> tuple[Plugin | None, dict[str, Any]]:
         """The plugin of a step, None for a segment, and its attributes."""
         step = self.executor.plan.manifest.steps[index]
         if step.kind == "segment":
@@ -392,9 +408,9 @@ class Frame:
 
     def attributes(self, index: int) -> dict[str, Any]:
         """The attributes of a plugin's step as its kernel gets them: `trans_w` may differ from the plan's."""
-        return self._of(index)[1]
+        return self.of(index)[1]
 
-    def _arguments(self, step: Step, plugin: Plugin) -> tuple[list[Any], list[Any]]:
+    def arguments(self, step: Step, plugin: Plugin) -> tuple[list[Any], list[Any]]:
         copies = {self.copied[o]: o for o in step.outputs if o in self.copied}
         inputs = [self.values[copies.get(n, n)] if n else None for n in step.inputs]
         return inputs + [None] * (len(plugin.inputs) - len(inputs)), [self.values[n] for n in step.outputs]

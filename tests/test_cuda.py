@@ -340,3 +340,59 @@ def test_a_plan_in_bfloat16_is_near_the_one_in_float32(tmp_path):
     want = rewrite.Plan(tmp_path / "q").run(feeds)["y"]
     got = rewrite.Plan(tmp_path / "p", device="cuda").run({n: a.astype(ml_dtypes.bfloat16) for n, a in feeds.items()})["y"]
     assert np.abs(got.astype(np.float64) - want).max() <= 6e-2 * np.abs(want).max()
+
+
+@gpu
+def test_a_thousand_captures_replay_what_eager_launches_compute(tmp_path):
+    """Capture, replay, free, a thousand times over twenty sizes, while others' frames and memory come and go between."""
+    model = graphs.half(graphs.model(1, "bert"))
+    plan_on(tmp_path / "p", model, verify=False)
+    plan, rng = rewrite.Plan(tmp_path / "p", device="cuda"), np.random.default_rng(0)
+    sizes = [{"batch": int(b), "seq": int(s)} for b, s in zip(rng.integers(1, 8, 20), rng.integers(1, 200, 20), strict=True)]
+    feeds, executor = [model_inputs(model, i, s) for i, s in enumerate(sizes)], plan.executor
+    for cycle, index in enumerate(rng.integers(0, len(feeds), 1000)):
+        executor.frames.clear()
+        if cycle % 7 == 0:
+            executor.cupy.get_default_memory_pool().free_all_blocks()
+        got = plan.run(feeds[index])["y"]
+        frame = executor.frame(plan.check(feeds[index]))
+        with executor.stream:
+            frame.arena[...] = 0xFF  # NaN: what is not computed again would tell
+            frame._take(feeds[index])
+            for launch in frame.launches:
+                launch()
+        executor.stream.synchronize()
+        np.testing.assert_array_equal(executor.cupy.asnumpy(frame.values[plan.manifest.outputs["y"]]), got, err_msg=f"cycle {cycle}")
+
+
+@gpu
+def test_steady_runs_take_no_memory_from_the_device(tmp_path):
+    import cupy
+
+    class Count(cupy.cuda.MemoryHook):
+        name, taken = "count", 0
+
+        def alloc_preprocess(self, **_):
+            self.taken += 1
+
+    model = graphs.half(graphs.model(2, "bert"))
+    plan_on(tmp_path / "p", model, verify=False)
+    plan = rewrite.Plan(tmp_path / "p", device="cuda")
+    feeds = [model_inputs(model, i, {"batch": b, "seq": s}) for i, (b, s) in enumerate([(1, 16), (8, 100), (3, 33)])]
+    with Count() as hook:
+        for feed in feeds * 2:
+            plan.run(feed)
+        assert hook.taken  # the hook counts what the first runs take
+        hook.taken = 0
+        for feed in feeds * 20:
+            plan.run(feed)
+    assert hook.taken == 0
+
+
+@gpu
+def test_a_run_is_enqueued_in_less_than_thirty_microseconds(tmp_path):
+    from rewrite.runtime.bench import bench
+
+    plan_on(tmp_path / "p", graphs.half(graphs.model(12, "bert")), verify=False)
+    measured = bench(rewrite.Plan(tmp_path / "p", device="cuda"), {"batch": 1, "seq": 32})
+    assert 0 < measured["enqueue_us"] < 30
