@@ -303,19 +303,25 @@ def repeating(tokens: Sequence[int], n: int, vocabulary: int) -> Array:
 
 def allow(line: Array, allowed: Any) -> None:
     """Keep the allowed tokens only; if all of them are impossible by now, they get 0, as in transformers."""
-    given = np.asarray(allowed)
-    keep = given if given.dtype == bool else np.zeros(len(line), bool)
-    if keep.shape != line.shape:
-        raise RewriteError(f"a mask of shape {keep.shape} came back; it has to be [{len(line)}]")
-    if given.dtype != bool and given.size:
-        if given.dtype.kind not in "iu" or given.min() < 0 or given.max() >= len(line):
-            raise RewriteError(f"it has to return a mask or tokens from 0 to {len(line) - 1}")
-        keep[given] = True
-    if not keep.any():
-        raise RewriteError("no token is allowed")
+    keep = permitted(allowed, len(line))
     line[~keep] = NEVER
     if line.max() == NEVER:
         line[keep] = 0
+
+
+def permitted(allowed: Any, vocabulary: int) -> Array:
+    """The mask, bool [V], of what a hook returned. Raises RewriteError if that is no mask and no tokens, or allows none."""
+    given = np.asarray(allowed)
+    keep = given if given.dtype == bool else np.zeros(vocabulary, bool)
+    if keep.shape != (vocabulary,):
+        raise RewriteError(f"a mask of shape {keep.shape} came back; it has to be [{vocabulary}]")
+    if given.dtype != bool and given.size:
+        if given.dtype.kind not in "iu" or given.min() < 0 or given.max() >= vocabulary:
+            raise RewriteError(f"it has to return a mask or tokens from 0 to {vocabulary - 1}")
+        keep[given] = True
+    if not keep.any():
+        raise RewriteError("no token is allowed")
+    return keep
 
 
 def choose(scores: Array, rows: Sequence[Row]) -> Array:

@@ -108,6 +108,11 @@ def statistic(name: str, count: int, rows: int = 5000) -> tuple[float, float, in
         size = min(rows, count - start)
         drawn = choose(np.repeat(line[None], size, axis=0), [Row(s, tokens, len(PROMPT), seed=seed + start + i) for i in range(size)])
         observed += np.bincount(drawn, minlength=VOCABULARY)
+    return chi_square(observed, expected, count)
+
+
+def chi_square(observed: np.ndarray, expected: np.ndarray, count: int) -> tuple[float, float, int]:
+    """What `statistic` returns, from how often each token was drawn and its probability."""
     possible = expected > 0
     few = possible & (expected * count < 5)  # together, so that the statistic has its distribution
     parts = [(observed[i], expected[i] * count) for i in np.nonzero(possible & ~few)[0]]
