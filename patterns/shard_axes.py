@@ -405,6 +405,8 @@ def attention(s: Spread, node: gs.Node) -> None:
         s.place(tensor, cut)
     s.found.attentions.add(node.outputs[0].name)
     if canonical(node) == "PagedAttention":
+        if any(s.of(t) is not None for t in node.inputs[9:] if not t.is_empty()):
+            raise Unsplit("its angles, or the weights of its norms, would be split")
         for tensor in (*node.inputs[3:5], *node.outputs[1:3]):
             s.place(tensor, keys.at(2))
         return

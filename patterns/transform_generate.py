@@ -223,7 +223,7 @@ class _Transform:
             "heads": q[1], "kv_heads": k[1], "size": q[3], "value_size": v[3], "window": window, "dtype": dtype,
             "key_cache": self.fresh(f"key_cache_{index}"), "value_cache": self.fresh(f"value_cache_{index}"), "keys": self.fresh(f"keys_{index}"), "values": self.fresh(f"values_{index}"),
         }  # fmt: skip
-        attributes = {"heads": q[1], "kv_heads": k[1], "size": q[3], "scale": float(given.get("scale", 1.0)), "layer": index}
+        attributes = {"heads": q[1], "kv_heads": k[1], "size": q[3], "scale": float(given.get("scale", 1.0))}
         if window:
             attributes["window"] = window
         if given.get("softcap"):

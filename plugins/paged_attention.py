@@ -2,12 +2,26 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from rewrite.plugins.activations import Array, wide
+from rewrite.plugins.cuda_paged import paged_attention
+from rewrite.plugins.norms import RMSNormalization
+from rewrite.plugins.rotary import Rotary
 from rewrite.registry import plugin
 
 FEW = 4096  # positions that are padded without asking
+
+
+def sample(rng: Any, name: str, shape: tuple[int, ...], dtype: Any) -> Array | None:
+    """Integers for as many sequences as tokens, one token each, in blocks that are all the first: up to three keys, which other tokens have just stored."""
+    if name == "slots" or name == "query_starts":
+        return np.arange(shape[0], dtype=dtype)
+    if name == "block_tables":
+        return np.zeros(shape, dtype)
+    return np.asarray(1 + np.arange(shape[0]) % 3, dtype) if name == "context_lengths" else None
 
 
 @plugin
@@ -25,18 +39,29 @@ class PagedAttention:
     at the token's own position or before; with `window` w > 0 only those less than w before it. `softcap` c > 0:
     c * tanh(score / c). Tokens past the last sequence give 0. y [1, H, T, E]; keys and values are the updated caches, the
     same arrays where an executor updates in place. Softmax is computed in float32. `layer` counts the attentions of a model.
+
+    With q_scale and k_scale [D], of the same type or float32, queries and keys are normalized first: x / sqrt(mean(x^2) + epsilon) * scale, head by head. With cos and
+    sin they are turned then, as Rotary turns them: `turned` of their elements (0: all), `interleaved` or by halves. Keys are stored so.
     """
 
-    inputs = ("q", "k", "v", "key_cache", "value_cache", "slots", "block_tables", "query_starts", "context_lengths")
+    inputs = ("q", "k", "v", "key_cache", "value_cache", "slots", "block_tables", "query_starts", "context_lengths", "cos?", "sin?", "q_scale?", "k_scale?")
     outputs = ("y", "keys", "values")
     updates = {"key_cache": "keys", "value_cache": "values"}
-    attributes = {"heads": 1, "kv_heads": 1, "size": 0, "scale": 1.0, "window": 0, "softcap": 0.0, "layer": 0}
+    attributes = {"heads": 1, "kv_heads": 1, "size": 0, "scale": 1.0, "window": 0, "softcap": 0.0, "layer": 0, "interleaved": 0, "turned": 0, "epsilon": 1e-6}
     tolerance = {"float64": (1e-9, 1e-9), "float32": (5e-5, 1e-5), "float16": (2e-3, 2e-3), "bfloat16": (1.6e-2, 1.6e-2)}
+    sample = sample
+    cuda = paged_attention
+    strided = True
 
     def reference(
         q: Array, k: Array, v: Array, key_cache: Array, value_cache: Array, slots: Array, block_tables: Array, query_starts: Array, context_lengths: Array,
-        *, heads: int, kv_heads: int, size: int, scale: float, window: int, softcap: float, layer: int,
+        cos: Array | None = None, sin: Array | None = None, q_scale: Array | None = None, k_scale: Array | None = None,
+        *, heads: int, kv_heads: int, size: int, scale: float, window: int, softcap: float, layer: int, interleaved: int = 0, turned: int = 0, epsilon: float = 1e-6,
     ) -> tuple[Array, Array, Array]:  # fmt: skip
+        if q_scale is not None and k_scale is not None:
+            q, k = (RMSNormalization.reference(x, s, axis=-1, epsilon=epsilon).astype(x.dtype) for x, s in ((q, q_scale), (k, k_scale)))
+        if cos is not None and sin is not None:
+            q, k = (Rotary.reference(x, cos, sin, interleaved=interleaved, size=turned) for x in (q, k))
         store(key_cache, k, slots)
         store(value_cache, v, slots)
         y = np.zeros((1, heads, q.shape[2], v.shape[3]), q.dtype, like=q)

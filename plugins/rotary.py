@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from rewrite.plugins.activations import Array, wide
+from rewrite.plugins.cuda_rotary import rotary
 from rewrite.registry import plugin
 
 
@@ -20,6 +21,8 @@ class Rotary:
     inputs = ("x", "cos", "sin")
     attributes = {"interleaved": 0, "size": 0}
     tolerance = {"float64": (1e-12, 1e-12), "float32": (1e-6, 1e-6), "float16": (1e-3, 1e-3), "bfloat16": (8e-3, 8e-3)}
+    cuda = rotary
+    strided = True
 
     def reference(x: Array, cos: Array, sin: Array, *, interleaved: int, size: int) -> Array:
         size = size or x.shape[-1]

@@ -103,7 +103,7 @@ def optimize(
     result = apply_rules(source, chosen.exact() if bitwise else chosen, verify=verify, explain=explain, bitwise=bitwise)
     report = result.report
     if generate:
-        result = _make_generator(source, result, library([]), verify and tensor_parallel == 1, tolerance, block_size)
+        result = _make_generator(source, result, library([]), verify, explain, tensor_parallel == 1, tolerance, block_size)
     if tensor_parallel > 1:
         return _split(source, result, tensor_parallel, verify, inputs, tolerance)
     if generate:
@@ -122,26 +122,30 @@ def optimize(
     return result
 
 
-def _make_generator(source: Model, result: Result, known: Library, verify: bool, tolerance: float, block_size: int) -> Result:
-    """The transform tier: what the rules left becomes a generator, and is compared with the original."""
+def _make_generator(source: Model, result: Result, known: Library, verify: bool, explain: bool, whole: bool, tolerance: float, block_size: int) -> Result:
+    """The transform tier: what the rules left becomes a generator, and, unless it is no `whole` one yet, is compared with the original."""
     from rewrite.patterns.transform_generate import to_generator
+    from rewrite.patterns.transform_turned import settle
     from rewrite.verify_generator import check_attentions, generator_of
 
     report, started = result.report, time.perf_counter()
-    shapes = Library([r for r in known.rules if r.tier == "lift"], known.plugins)
+    shapes, joins = (Library([r for r in known.rules if r.tier == tier], known.plugins) for tier in ("lift", "transform"))
     try:
-        made = to_generator(result.model, lambda m: apply_rules(m, shapes, verify=verify, explain=False).model, block_size)
+        made = to_generator(result.model, lambda m: apply_rules(m, shapes, verify=verify and whole, explain=False).model, block_size)
+        joined = apply_rules(made, joins, verify=verify, explain=explain)
     except (RewriteError, MemoryError):
         raise
     except Exception as error:  # as in `apply_rules`
         raise RewriteError(f"{source.name}: the model breaks ONNX's rules, or this is a bug in rewrite ({blame(error)}); `onnx.checker.check_model` tells which") from error
     report.seconds += time.perf_counter() - started
+    made = settle(joined.model)
+    report.take(joined.report)
     report.generator = generator_of(made.proto)
     report.operators_after, report.plugins, report.kinds = made.operators(), made.plugin_nodes(), made.plugin_kinds()
     size = made.proto.ByteSize() + external_size(made.external)
-    if verify and size > LARGEST_RUN:
+    if verify and whole and size > LARGEST_RUN:
         report.not_run = f"its weights are {size / 2**30:.1f} GiB, more than the {LARGEST_RUN / 2**30:.0f} GiB up to which a generator is run"
-    if verify:
+    if verify and whole:
         started = time.perf_counter()
         check_attentions(made.proto, known.plugins["PagedAttention"])
         if not report.not_run:

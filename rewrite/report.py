@@ -177,6 +177,13 @@ class Report:
         self.sites.append(site)
         self.rules[site.rule].applied += 1
 
+    def take(self, later: Report) -> None:
+        """Enter what rules of another tier did afterwards, to the result of this run."""
+        self.sites += later.sites
+        self.rules |= later.rules
+        self._misses |= later._misses
+        self.verify_seconds += later.verify_seconds
+
     def as_json(self) -> dict[str, Any]:
         """Everything as plain data, for `json.dumps`."""
         found = {k: v for k, v in asdict(self).items() if not k.startswith("_")}

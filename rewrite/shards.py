@@ -125,6 +125,7 @@ class LocalNodes:
         self._check(model.proto.graph)
         types = {v.name: v.type.tensor_type.elem_type for v in (*model.proto.graph.value_info, *model.proto.graph.input, *model.proto.graph.output)}
         self.types = {**types, **{i.name: i.data_type for i in self.elements.values()}}
+        self.sizes = {v.name: [d.dim_value for d in dims_of(v)] for v in (*model.proto.graph.value_info, *model.proto.graph.input)}
         self.nodes = [self._node(n) for n in model.proto.graph.node if not (n.op_type == "Identity" and n.output[0] in shards.weights)]
 
     def _check(self, graph: onnx.GraphProto) -> None:
@@ -155,7 +156,8 @@ class LocalNodes:
             made.attribute.extend(onnx.helper.make_attribute(k, v) for k, v in sorted(attributes.items()))
             cache = next(i for i in self.model.proto.graph.input if i.name == node.input[4])
             dtype = onnx.helper.tensor_dtype_to_np_dtype(cache.type.tensor_type.elem_type)
-            made.op_type = self.table.add(paged_attention_onnx.body(attributes, dims_of(cache)[3].dim_value, dtype, opset))
+            angles = self.sizes[node.input[9]][-1] if len(node.input) > 9 and node.input[9] else 0
+            made.op_type = self.table.add(paged_attention_onnx.body(attributes, dims_of(cache)[3].dim_value, dtype, opset, angles, norm=len(node.input) > 11))
         elif kind == "FusedAttention" and node.output[0] in self.shards.heads:
             mask = node.input[3] if len(node.input) > 3 else ""
             boolean = self.types.get(mask) == onnx.TensorProto.BOOL

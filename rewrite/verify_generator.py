@@ -205,6 +205,7 @@ def check_attentions(proto: onnx.ModelProto, plugin: Plugin) -> float:
     found = generator_of(proto)
     assert found is not None
     table, worst = FunctionTable(list(proto.functions)), 0.0
+    types = {v.name: v.type.tensor_type for v in proto.graph.value_info} | {i.name: i for i in proto.graph.initializer}
     done: set[str] = set()
     layers = {layer["keys"]: layer for layer in found["layers"]}
     for node in proto.graph.node:
@@ -222,12 +223,24 @@ def check_attentions(proto: onnx.ModelProto, plugin: Plugin) -> float:
             sizes = {"q": (layer["heads"], layer["size"]), "k": (layer["kv_heads"], layer["size"]), "v": (layer["kv_heads"], layer["value_size"])}
             feeds = {n: rng.standard_normal((1, heads, count, size)).astype(caches[layer["key_cache"]].dtype) for n, (heads, size) in sizes.items()}
             feeds.update(zip(("key_cache", "value_cache"), (c.copy() for c in caches.values()), strict=True))
-            feeds.update({n: integers[n] for n in plugin.inputs[5:]})
-            expected = run_function(table.functions[node.op_type], [], feeds)
-            actual = plugin.reference(*(feeds[n].copy() for n in plugin.inputs), **{**plugin.attributes, **attributes})
+            feeds.update({n: integers[n] for n in plugin.inputs[5:9]})
+            for name, given in zip(plugin.parameters[9:], node.input[9:], strict=False):  # angles and weights
+                if given:
+                    feeds[name] = _floats(rng, types[given], count)
+            function = table.functions[node.op_type]
+            expected = run_function(function, table.needed_by(function), feeds)
+            actual = plugin.reference(*(feeds[n].copy() if n in feeds else None for n in plugin.parameters), **{**plugin.attributes, **attributes})
             expected = [e.astype(a.dtype) for e, a in zip(expected, actual, strict=True)]  # bfloat16 is computed in float32
             verdict = compare(expected, list(actual), {**TOLERANCE, **plugin.tolerance})
             if not verdict.ok:
                 raise CheckFailed(f"plugin {plugin.name} at '{node.name}' differs from the function it stands for: {verdict.reason}")
             worst = max(worst, verdict.error)
     return worst
+
+
+def _floats(rng: np.random.Generator, kind: Any, tokens: int) -> Array:
+    """Random numbers of the type of a value, or of an initializer, in which a named dimension is that of the tokens."""
+    if isinstance(kind, onnx.TensorProto):
+        return rng.standard_normal(tuple(kind.dims)).astype(onnx.helper.tensor_dtype_to_np_dtype(kind.data_type))
+    shape = [d.dim_value if d.HasField("dim_value") else tokens for d in kind.shape.dim]
+    return rng.standard_normal(shape).astype(onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type))
