@@ -15,13 +15,13 @@ Array = np.ndarray[Any, Any]
 def advance(batch: Batch, tokens: Array, block_size: int) -> Batch:
     """The next step of sequences with one token each, which reads `tokens` int64 [T], one position on; block_tables have the blocks for it.
 
-    A sequence without a token (-1) reads token 0, which nobody looks at. One whose slot is -1 is padding and stays as it is.
+    A sequence whose slot is -1 is padding and stays as it is.
     """
     real = batch.slots >= 0
     positions = batch.positions + real
     columns = np.minimum(positions // block_size, batch.block_tables.shape[1] - 1)
     slots = batch.block_tables[np.arange(len(positions)), columns] * block_size + positions % block_size
     return dataclasses.replace(
-        batch, tokens=np.where(real, np.maximum(tokens, 0), batch.tokens), positions=positions, slots=np.where(real, slots, -1).astype(np.int32),
+        batch, tokens=np.where(real, tokens, batch.tokens), positions=positions, slots=np.where(real, slots, -1).astype(np.int32),
         context_lengths=batch.context_lengths + real.astype(np.int32),
     )  # fmt: skip

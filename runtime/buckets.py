@@ -73,6 +73,13 @@ def sizes_of(batch: Batch, limits: Limits) -> Sizes:
     return Sizes(length, place, table, wanted)
 
 
+def largest(tokens: int, sequences: int, limits: Limits) -> Sizes:
+    """The bucket that takes the most memory, of steps of at most so many tokens and sequences."""
+    length = min(max(many(tokens), limits.tokens[0]), limits.tokens[1])
+    place = min(few(sequences), length)
+    return Sizes(length, place, NARROWEST, min(max(place, limits.rows[0]), limits.rows[1]))
+
+
 INPUTS = {"input_ids": 0, "position_ids": 0, "slots": -1, "block_tables": 0, "query_starts": None, "context_lengths": 0, "logit_rows": 0}  # and what fills them up
 
 

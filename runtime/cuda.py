@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from rewrite.runtime.plan import Plan
 
 ALIGNMENT = 512  # bytes
-HOST_TO_DEVICE = 1  # cudaMemcpyKind
+HOST_TO_DEVICE, DEVICE_TO_DEVICE = 1, 3  # cudaMemcpyKind
 GRAPHS = 8  # sets of sizes kept captured; the least recently used one is dropped for a ninth
 Array = np.ndarray[Any, Any]
 Launch = Callable[[], None]
@@ -285,16 +285,18 @@ class Frame:
         outputs = {*self.executor.plan.manifest.outputs.values()}
         for index, step in enumerate(steps):
             plugin, _ = self.of(index)
-            for place, name in enumerate(plugin.inputs) if plugin is not None else ():
-                target = plugin.updates.get(name.rstrip("?")) if plugin is not None else None
-                if target is None or place >= len(step.inputs) or not step.inputs[place]:
+            if plugin is None:
+                continue
+            for name, source in zip(plugin.inputs, step.inputs, strict=False):
+                target = plugin.updates.get(name.rstrip("?"))
+                if target is None or not source:
                     continue
-                source, result = step.inputs[place], step.outputs[plugin.outputs.index(target)]
+                result = step.outputs[plugin.outputs.index(target)]
                 free = source not in self.executor.weights and source not in outputs and readers[source] == 1
                 (self.updated if free or source in self.given else self.copied)[result] = source
         for name in (*self.updated, *self.given):
             lives.pop(name, None)
-        for result, source in self.updated.items():
+        for source in self.updated.values():
             if source in lives:
                 lives[source] = (lives[source][0], len(steps))
 
@@ -375,8 +377,8 @@ class Frame:
                 continue
             chained = chains.at(self, indices, place) if chain else None
             if chained is not None:
-                count, made = chained
-                yield indices[place : place + count], made
+                count, launch = chained
+                yield indices[place : place + count], launch
                 place += count
                 continue
             most = place + 1
@@ -384,7 +386,7 @@ class Frame:
                 most += 1
             for end in range(most, place, -1):
                 calls = [self.arguments(steps[i], plugin) for i in indices[place:end]]
-                made = plugin.merged(calls, **attributes) if plugin.merged is not None and len(calls) > 1 and not self.copied else None
+                made: Launch | None = plugin.merged(calls, **attributes) if plugin.merged is not None and len(calls) > 1 and not self.copied else None
                 if len(calls) == 1:
                     made = self._after_copies(first, self._plugin(plugin, *calls[0], attributes))
                 if made is not None:
