@@ -189,6 +189,10 @@ class _Transform:
         for name, dims in INTEGERS.items():
             self.graph.input.append(info(name, np.int32, dims))
         self.graph.input.append(info("logit_rows", np.int64, [ROWS]))
+        results = {n.output[0] for n in found}
+        known = onnx.GraphProto(value_info=[v for v in self.graph.value_info if v.name not in results])  # of these it may lack the tokens
+        del self.graph.value_info[:]
+        self.graph.value_info.extend(known.value_info)
         for index, node in enumerate(found):
             layer, attributes = self._layer(node, makers, index)
             self.layers.append(layer)

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30}
 
 device_option = click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
-memory_option = click.option("--kv-memory", metavar="SIZE", help="Memory for keys and values: 512M, 4G; a quarter of the free memory if absent.")
-budget_option = click.option("--token-budget", default=256, show_default=True, help="Most tokens of a step; longer prompts are read in chunks.")
+memory_option = click.option("--kv-memory", metavar="SIZE", help="Memory for keys and values: 512M, 4G; if absent, a quarter of the free memory, of a GPU's four fifths.")
+budget_option = click.option("--token-budget", type=int, help="Most tokens of a step; longer prompts are read in chunks. 256 if absent, on a GPU 2048 or what the engines take.")
 
 
 def parse_memory(text: str | None) -> int | None:
@@ -57,7 +57,7 @@ def parse_memory(text: str | None) -> int | None:
 @click.option("--stats", is_flag=True, help="Print tokens a second, latencies and the use of the cache, on standard error.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON for programs.")
 def generate(plan: str, prompts: tuple[str, ...], file: str | None, tokens: tuple[str, ...], chat: bool | None, system: str | None, device: str, kv_memory: str | None,
-             token_budget: int, stats: bool, as_json: bool, ignore_eos: bool, world: int | None, **options: Any) -> None:  # fmt: skip
+             token_budget: int | None, stats: bool, as_json: bool, ignore_eos: bool, world: int | None, **options: Any) -> None:  # fmt: skip
     """Generate text with PLAN, made of a decoder by `rewrite optimize --generate` and `rewrite build`.
 
     A single prompt's text is printed as it comes. A plan for several ranks is started by `mpirun -n N rewrite generate PLAN ...`.
@@ -173,7 +173,7 @@ def _print_stats(generator: Generator, seconds: float) -> None:
 @memory_option
 @budget_option
 @click.option("--json", "as_json", is_flag=True, help="Print JSON for programs.")
-def bench_generate(plan: str, batch: int, prompt_length: int, new_tokens: int, repeat: int, device: str, kv_memory: str | None, token_budget: int, as_json: bool) -> None:
+def bench_generate(plan: str, batch: int, prompt_length: int, new_tokens: int, repeat: int, device: str, kv_memory: str | None, token_budget: int | None, as_json: bool) -> None:
     """Measure PLAN on random prompts: reading them, then one token of each a step, beside what the memory allows."""
     from rewrite.runtime.bench_generate import measure
 
@@ -183,7 +183,7 @@ def bench_generate(plan: str, batch: int, prompt_length: int, new_tokens: int, r
     if as_json:
         click.echo(json.dumps(found, indent=1))
         return
-    click.echo(f"prompts: {batch} x {prompt_length} tokens in {found['prefill_ms']:.0f} ms, {found['prefill_tokens_per_second']:.0f} tokens a second")
+    click.echo(f"prompts: {batch} x {prompt_length} tokens in {found['prefill_ms']:.1f} ms, {found['prefill_tokens_per_second']:.0f} tokens a second")
     share = 100 * found["decode_gb_per_second"] / found["memory_gb_per_second"]
     speed = f"{found['decode_gb_per_second']:.1f} GB/s of weights, {share:.0f} % of {found['memory_gb_per_second']:.1f} measured"
-    click.echo(f"tokens: {found['decode_tokens_per_second']:.1f} a second | {found['decode_ms']:.1f} ms a step | {speed}")
+    click.echo(f"tokens: {found['decode_tokens_per_second']:.1f} a second | {found['decode_ms']:.2f} ms a step | {speed}")

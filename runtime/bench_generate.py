@@ -17,7 +17,7 @@ PROBE = 1 << 28  # bytes that are read to measure the memory
 
 
 def measure(plan: str | os.PathLike[str] | Plan, batch: int, prompt_length: int, new_tokens: int, repeat: int, device: str = "cpu",
-            kv_memory: int | None = None, token_budget: int = 256) -> dict[str, Any]:  # fmt: skip
+            kv_memory: int | None = None, token_budget: int | None = None) -> dict[str, Any]:  # fmt: skip
     """Medians over `repeat` runs of `batch` texts: milliseconds and tokens a second for prompts and for steps of one token each.
 
     The weights are counted once a step, an embedding table that is only looked up not at all. Raises RewriteError if the
@@ -46,13 +46,13 @@ def measure(plan: str | os.PathLike[str] | Plan, batch: int, prompt_length: int,
         first = next(i for i in range(len(ends)) if sum(n for _, n in ends[: i + 1]) >= batch)  # all have their first token
         if turn:  # the first run warms up
             prefill.append(ends[first][0] - started)
-            steps += [b[0] - a[0] for a, b in zip(ends[first:], ends[first + 1 :], strict=False) if b[1] == batch]
+            steps += [(b[0] - a[0]) * batch / b[1] for a, b in zip(ends[first:], ends[first + 1 :], strict=False) if b[1] and b[1] % batch == 0]
     step, read = statistics.median(steps), statistics.median(prefill)
     size = weights_read(generator)
     return {
         "batch": batch, "prompt_length": prompt_length, "new_tokens": new_tokens, "device": device, "prefill_ms": 1e3 * read,
         "prefill_tokens_per_second": batch * prompt_length / read, "decode_ms": 1e3 * step, "decode_tokens_per_second": batch / step,
-        "weight_bytes": size, "decode_gb_per_second": size / step / 1e9, "memory_gb_per_second": memory_speed() / 1e9,
+        "weight_bytes": size, "decode_gb_per_second": size / step / 1e9, "memory_gb_per_second": memory_speed(generator) / 1e9,
     }  # fmt: skip
 
 
@@ -62,8 +62,10 @@ def weights_read(generator: Generator) -> int:
     return sum(a.nbytes for n, a in generator.plan.weights.items() if n in names)
 
 
-def memory_speed() -> float:
-    """Bytes a second at which a product of a matrix and a vector reads its matrix, the best of five."""
+def memory_speed(generator: Generator) -> float:
+    """Bytes a second at which a product of a matrix and a vector reads its matrix, the best of five; on the GPU what a copy reads and writes."""
+    if generator.model.device is not None:
+        return generator.model.device.copy_speed()
     matrix, vector = np.ones((PROBE // 4096, 1024), np.float32), np.ones(1024, np.float32)
     times = []
     for _ in range(5):

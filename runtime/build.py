@@ -23,7 +23,7 @@ from rewrite.runtime import engine, seal, weights
 from rewrite.runtime.machine import CAPABILITY, TUNED_ON, fingerprint
 from rewrite.runtime.partition import Partition, partition
 from rewrite.runtime.plan import MANIFEST, WEIGHTS, Manifest, Plan
-from rewrite.runtime.profile import Profile
+from rewrite.runtime.profile import GENERATOR, Profile
 from rewrite.runtime.rank_model import local_generator, partition_ranks
 from rewrite.runtime.tokenizer import copy_tokenizer, eos_of, tokenizer_folder
 from rewrite.shards import shards_of
@@ -95,7 +95,7 @@ def build(
         folder = tokenizer_folder(source, tokenizer)
         generator = {**generator, "eos": eos_of(source), "tokenizer": "tokenizer" if folder is not None else None}
     names = dict.fromkeys(d for v in cut.inputs.values() for d in v.shape if isinstance(d, str))
-    sizes = Profile.parse(profile, names)
+    sizes = Profile.parse(profile, names, GENERATOR if generator is not None else None)
     compiled = _compile(cut, sizes, say) if engines else {}
     work: Path | None = None
     try:

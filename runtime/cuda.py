@@ -1,6 +1,8 @@
 """The CUDA backend: TensorRT engines between plugin kernels, on one stream, captured in a CUDA graph for each set of sizes.
 
-Values between steps lie in one arena, at offsets planned by when they are needed; weights are uploaded once. A plugin
+Values between steps lie in one arena, at offsets planned by when they are needed; weights are uploaded once. Frames, the captured
+work of a set of sizes each, share the arena: only one runs at a time. Inputs may lie at addresses of the caller's (`CudaExecutor.frame_at`):
+they are read, and by plugins that update them written, where they lie. A plugin
 without a kernel for the types at hand runs its NumPy reference on CuPy arrays, in a memory pool of its own, so that it
 can be captured, too. What is executed was checked against the manifest's SHA-256 before it is deserialized.
 """
@@ -28,8 +30,11 @@ if TYPE_CHECKING:
     from rewrite.runtime.plan import Plan
 
 ALIGNMENT = 512  # bytes
+HOST_TO_DEVICE, DEVICE_TO_DEVICE = 1, 3  # cudaMemcpyKind
 GRAPHS = 8  # sets of sizes kept captured; the least recently used one is dropped for a ninth
+Array = np.ndarray[Any, Any]
 Launch = Callable[[], None]
+Finish = Callable[["Frame"], list[Launch]]
 
 
 def device() -> Any:
@@ -100,10 +105,13 @@ class CudaExecutor:
             self.contexts[key] = engine.execution_context(loaded, self.kernels)
         size = sum(array.nbytes for array in plan.weights.values())
         with self.stream, memory(self.cupy, f"{plan.directory}: the weights", size, "end what else uses the GPU, or take a larger one"):
-            self.weights = {name: self.cupy.asarray(array) for name, array in plan.weights.items()}
+            self.weights = {name: self._uploaded(array) for name, array in plan.weights.items()}
             self.turned = self._turn_weights()
+            self.stream.synchronize()
+        self.cupy.get_default_memory_pool().free_all_blocks()  # what matrices took before they were turned
         self.chain_memory: Any = None  # through which the blocks of chains talk
         self.frames: OrderedDict[tuple[int, ...], Frame] = OrderedDict()
+        self._arena: Any = None
         measured = plan.manifest.versions.get(TUNED_ON) == engine.gpu_model()
         self.times: tuning.Times = {key: dict(times) for key, times in plan.manifest.tuning.items()} if measured else {}
 
@@ -118,6 +126,27 @@ class CudaExecutor:
                 results = {n: self.cupy.asnumpy(a, stream=self.stream) for n, a in results.items()}
         self.stream.synchronize()
         return results
+
+    def _uploaded(self, array: Array) -> Any:
+        """A weight on the device, straight from the mapped file: CuPy would keep a copy in pinned memory."""
+        made = self.cupy.empty(array.shape, array.dtype)
+        if array.nbytes:
+            self.cupy.cuda.runtime.memcpyAsync(made.data.ptr, array.ctypes.data, array.nbytes, HOST_TO_DEVICE, self.stream.ptr)
+        return made
+
+    def arena(self, size: int) -> Any:
+        """At least so many bytes for the values of a frame. Frames that were made before it grew keep the smaller one."""
+        if self._arena is None or self._arena.nbytes < size:
+            self._arena = None
+            self._arena = self.cupy.empty(max(size, 1), np.uint8)
+        return self._arena
+
+    def frame_at(self, sizes: Mapping[str, int], given: Mapping[str, Any], finish: Finish | None = None) -> Frame:
+        """A frame of the caller's, not kept here, whose inputs in `given` are CuPy arrays that lie where they will be. What `finish`
+        returns is done at its end. Values are undefined while it is made: its work is done three times.
+        """
+        with self.stream, tuning.using(self.times):
+            return Frame(self, sizes, given=given, finish=finish)
 
     def _turn_weights(self) -> set[int]:
         """Store matrices the way kernels read them, [N, K]; the steps (by index) whose `trans_w` becomes 1 by that."""
@@ -157,6 +186,12 @@ class CudaExecutor:
         self.frames.move_to_end(key)
         return self.frames[key]
 
+    def forget_frames(self) -> None:
+        """Give back the memory of all frames."""
+        self.frames.clear()
+        self._arena = None
+        self.cupy.get_default_memory_pool().free_all_blocks()
+
     def _make_frame(self, sizes: Mapping[str, int]) -> Frame:
         """A new frame; where memory runs out, those that were not used for longest go first."""
         while True:
@@ -181,10 +216,13 @@ class CudaExecutor:
 class Frame:
     """A plan's work for one set of sizes: memory with fixed addresses, and the graph that runs it."""
 
-    def __init__(self, executor: CudaExecutor, sizes: Mapping[str, int], inputs: Mapping[str, Any] | None = None):
-        """`inputs` are given for tuning: then each step runs before the next one's kernels are measured, on what it will read."""
+    def __init__(self, executor: CudaExecutor, sizes: Mapping[str, int], inputs: Mapping[str, Any] | None = None, given: Mapping[str, Any] | None = None,
+                 finish: Finish | None = None):  # fmt: skip
+        """`inputs` are for tuning: then each step runs before the next one's kernels are measured, on what it will read. For `given`
+        and `finish` see `CudaExecutor.frame_at`.
+        """
         self.executor, self.cupy, manifest = executor, executor.cupy, executor.plan.manifest
-        self.sizes = dict(sizes)
+        self.sizes, self.given = dict(sizes), dict(given or {})
         types = {**manifest.inputs, **manifest.values}
         shapes = {name: self._shape(name, kind) for name, kind in types.items()}
         steps = manifest.steps
@@ -194,22 +232,23 @@ class Frame:
                 if name and name not in executor.weights:
                     first, last = lives.get(name, (index, index))
                     lives[name] = (min(first, index), max(last, index))
+        self._in_place(lives)
         dtypes = {name: self._dtype(kind) for name, kind in types.items()}
         fixed = {*manifest.inputs, *manifest.outputs.values(), *executor.weights}
         views = Views(steps, executor.segment, shapes, lambda s: s.kind == "plugin" and executor.plugins[s.name].strided, fixed)
         for name in views.of:
             first, last = lives.pop(name)
             root = views.root(name)
-            if root not in executor.weights:
+            if root in lives:
                 lives[root] = (min(first, lives[root][0]), max(last, lives[root][1]))
         needed = {n: int(np.prod(shapes[n], dtype=np.int64)) * dtypes[n].itemsize for n in lives if n not in executor.weights}
         offsets, total = plan_arena(needed, lives)
         with memory(self.cupy, f"the values for {self.sizes}", total, "run smaller batches"):
-            self.arena = self.cupy.empty(max(total, 1), np.uint8)
-        self.values = dict(executor.weights)
+            self.arena = executor.arena(total)
+        self.values = {**executor.weights, **self.given}
         for name, offset in offsets.items():
             self.values[name] = self.cupy.ndarray(shapes[name], dtypes[name], self.arena.data + offset)
-        for name in views.of:
+        for name in (*self.updated, *views.of):
             self._view(name, views)
         self.readers: dict[str, set[int]] = {views.root(n): {len(steps)} for n in manifest.outputs.values()}  # by the value whose memory is read
         for index, step in enumerate(steps):
@@ -222,11 +261,12 @@ class Frame:
             self.work: list[tuple[list[int], Launch]] = []
             if inputs is not None:
                 self._take(inputs)
-            for indices, launch in self._launches([i for i in range(len(steps)) if i not in views.skipped]):
+            empty = {i for i, s in enumerate(steps) if all(0 in shapes[o] for o in s.outputs)}  # a step of which no logits are wanted
+            for indices, launch in self._launches([i for i in range(len(steps)) if i not in views.skipped | empty]):
                 self.work.append((indices, launch))
                 if inputs is not None:
                     launch()
-            self.launches = [launch for _, launch in self.work]
+            self.launches = [launch for _, launch in self.work] + (finish(self) if finish is not None else [])
             for _ in range(2):  # first runs compile and allocate, which a capture may not
                 for launch in self.launches:
                     launch()
@@ -234,7 +274,35 @@ class Frame:
             executor.kernels.save()
             self.graph = self._capture()
 
+    def _in_place(self, lives: dict[str, tuple[int, int]]) -> None:
+        """Decide where results of plugins that update an input lie: in its memory, if it is given or nobody else reads it, else in a
+        copy of it. The former leave `lives`, as does what is given.
+        """
+        self.updated: dict[str, str] = {}  # result: the value that is overwritten
+        self.copied: dict[str, str] = {}
+        steps = self.executor.plan.manifest.steps
+        readers = Counter(n for s in steps for n in s.inputs)
+        outputs = {*self.executor.plan.manifest.outputs.values()}
+        for index, step in enumerate(steps):
+            plugin, _ = self.of(index)
+            if plugin is None:
+                continue
+            for name, source in zip(plugin.inputs, step.inputs, strict=False):
+                target = plugin.updates.get(name.rstrip("?"))
+                if target is None or not source:
+                    continue
+                result = step.outputs[plugin.outputs.index(target)]
+                free = source not in self.executor.weights and source not in outputs and readers[source] == 1
+                (self.updated if free or source in self.given else self.copied)[result] = source
+        for name in (*self.updated, *self.given):
+            lives.pop(name, None)
+        for source in self.updated.values():
+            if source in lives:
+                lives[source] = (lives[source][0], len(steps))
+
     def _view(self, name: str, views: Views) -> Any:
+        if name in self.updated:
+            self.values[name] = self._view(self.updated[name], views)
         if name not in self.values:
             source, done = views.of[name]
             self.values[name] = apply(self._view(source, views), done)
@@ -309,8 +377,8 @@ class Frame:
                 continue
             chained = chains.at(self, indices, place) if chain else None
             if chained is not None:
-                count, made = chained
-                yield indices[place : place + count], made
+                count, launch = chained
+                yield indices[place : place + count], launch
                 place += count
                 continue
             most = place + 1
@@ -318,9 +386,9 @@ class Frame:
                 most += 1
             for end in range(most, place, -1):
                 calls = [self.arguments(steps[i], plugin) for i in indices[place:end]]
-                made = plugin.merged(calls, **attributes) if plugin.merged is not None and len(calls) > 1 else None
+                made: Launch | None = plugin.merged(calls, **attributes) if plugin.merged is not None and len(calls) > 1 and not self.copied else None
                 if len(calls) == 1:
-                    made = self._plugin(plugin, *calls[0], attributes)
+                    made = self._after_copies(first, self._plugin(plugin, *calls[0], attributes))
                 if made is not None:
                     yield indices[place:end], made
                     place = end
@@ -345,8 +413,21 @@ class Frame:
         return self.of(index)[1]
 
     def arguments(self, step: Step, plugin: Plugin) -> tuple[list[Any], list[Any]]:
-        inputs = [self.values[n] if n else None for n in step.inputs]
+        copies = {self.copied[o]: o for o in step.outputs if o in self.copied}
+        inputs = [self.values[copies.get(n, n)] if n else None for n in step.inputs]
         return inputs + [None] * (len(plugin.inputs) - len(inputs)), [self.values[n] for n in step.outputs]
+
+    def _after_copies(self, step: Step, launch: Launch) -> Launch:
+        pairs = [(self.values[o], self.values[self.copied[o]]) for o in step.outputs if o in self.copied]
+        if not pairs:
+            return launch
+
+        def copy_and_launch() -> None:
+            for target, source in pairs:
+                target[...] = source
+            launch()
+
+        return copy_and_launch
 
     def _plugin(self, plugin: Plugin, inputs: list[Any], outputs: list[Any], attributes: dict[str, Any]) -> Launch:
         made = plugin.cuda(inputs, outputs, **attributes) if plugin.cuda is not None else None
@@ -356,7 +437,8 @@ class Frame:
         def launch() -> None:
             result = plugin.reference(*inputs, **attributes)
             for value, target in zip(result if isinstance(result, tuple) else (result,), outputs, strict=True):
-                target[...] = self.cupy.asarray(value)
+                if value is not target:  # an input that was updated
+                    target[...] = self.cupy.asarray(value)
 
         return launch
 
@@ -370,10 +452,14 @@ class Frame:
     def run(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """Copy the inputs in, replay the graph, copy the outputs out (the arena is overwritten by the next run)."""
         self._take(inputs)
+        self.replay()
+        return {name: self.values[value].copy() for name, value in self.executor.plan.manifest.outputs.items()}
+
+    def replay(self) -> None:
+        """Enqueue the work on the executor's stream, which has to be the current one."""
         if self.graph is not None:
             self.graph.launch(self.executor.stream)
         else:
             with self.cupy.cuda.using_allocator(self.pool.malloc):
                 for launch in self.launches:
                     launch()
-        return {name: self.values[value].copy() for name, value in self.executor.plan.manifest.outputs.items()}

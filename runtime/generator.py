@@ -65,21 +65,26 @@ class Generator:
 
     plan          its directory, or the loaded plan
     device        where it runs, if a directory is given
-    kv_memory     bytes for keys and values; None: a quarter of the free memory
-    token_budget  most tokens of a step: longer prompts are read in chunks, between the other texts' tokens
+    kv_memory     bytes for keys and values; None: a quarter of the free memory, on the GPU four fifths
+    token_budget  most tokens of a step: longer prompts are read in chunks, between the other texts' tokens; None: 256, on the GPU 2048
+                  or what the plan's engines were built for
     seats         most texts in flight
     reuse         keep keys and values for prompts that start alike
+    lookahead     most tokens that come at once; None: 1, on the GPU 8, which then stay on the device until all are chosen
     communicator  to the other ranks of a plan for several, of which this is the first (`plan_model.PlanModel`)
 
     It may be used from several threads, and from several coroutines of any event loop. Raises RewriteError if the plan is no
     text generator.
     """
 
-    def __init__(self, plan: str | os.PathLike[str] | Plan, *, device: str = "cpu", kv_memory: int | None = None, token_budget: int = 256, seats: int = 64, reuse: bool = True,
-                 communicator: Communicator | None = None):  # fmt: skip
+    def __init__(self, plan: str | os.PathLike[str] | Plan, *, device: str = "cpu", kv_memory: int | None = None, token_budget: int | None = None, seats: int = 64, reuse: bool = True,
+                 communicator: Communicator | None = None, lookahead: int | None = None):  # fmt: skip
         self.plan = plan if isinstance(plan, Plan) else Plan(plan, device=device)
-        self.model = PlanModel(self.plan, kv_memory, communicator)
-        self.scheduler = Scheduler(self.model, BlockPool(self.model.blocks, self.model.block_size, self.model.window, reuse), token_budget, seats, context=self.model.positions)
+        budget = default_budget(self.plan) if token_budget is None else token_budget
+        self.model = PlanModel(self.plan, kv_memory, communicator, budget, max(1, min(seats, budget)))
+        pool = BlockPool(self.model.blocks, self.model.block_size, self.model.window, reuse)
+        ahead = lookahead if lookahead is not None else (8 if self.plan.device == "cuda" else 1)
+        self.scheduler = Scheduler(self.model, pool, budget, seats, context=self.model.positions, lookahead=ahead, sampler=self.model.sampler)
         ends = (int(i) for i in self.model.found.get("eos") or ())
         self.eos = tuple(i for i in ends if 0 <= i < self.model.vocabulary)  # a configuration may name another vocabulary's
         self._tokenizer: Tokenizer | None = None
@@ -211,6 +216,13 @@ class Generator:
         with self._lock:
             if self._sinks.pop(number, None) is not None:
                 self.scheduler.cancel(number)
+
+
+def default_budget(plan: Plan) -> int:
+    """Most tokens of a step: on the GPU, what is worth its while and the engines take."""
+    if plan.device == "cpu":
+        return 256
+    return min(2048, plan.manifest.profile.ranges["tokens"][2]) if "tokens" in plan.compiled else 2048
 
 
 def as_prompts(given: Prompt | Sequence[Prompt]) -> list[Prompt]:

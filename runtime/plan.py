@@ -17,6 +17,7 @@ import dataclasses
 import json
 import math
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -158,6 +159,13 @@ class Plan:
     def has_engines(self) -> bool:
         return any(name.startswith("engines/") for name in self.manifest.files)
 
+    @cached_property
+    def compiled(self) -> set[str]:
+        """The named dimensions that engines know: those of what segments read."""
+        types = {**self.inputs, **self.manifest.values}
+        dims = " ".join(str(d) for s in self.manifest.steps if s.kind == "segment" for n in s.inputs if n in types for d in types[n].shape)
+        return {name for name in self.manifest.profile.ranges if re.search(rf"(?<!\w){re.escape(name)}(?!\w)", dims)}
+
     def bytes_of(self, folder: str) -> int:
         """Bytes of the files whose name begins with `folder`: engines, segments, weights."""
         return sum(size for name, (size, _) in self.manifest.files.items() if name.startswith(folder))
@@ -253,7 +261,7 @@ class Plan:
         if sizes.setdefault(dim, size) != size:
             raise RewriteError(f"input '{name}' has {dim} = {size}, another input has {sizes[dim]}")
         low, _, high = self.manifest.profile.ranges.get(dim, (0, 0, size))
-        free = self.device == "cpu" and self.manifest.generator is not None  # its scheduler and pool choose the sizes
+        free = self.manifest.generator is not None and (self.device == "cpu" or dim not in self.compiled)  # its scheduler and pool choose the sizes
         if self.has_engines and not free and not low <= size <= high:
             built = f"{low} to {high}" if low < high else f"{low} alone"
             raise RewriteError(f"input '{name}' has {dim} = {size}; the plan was built for {built}. Build it with --profile {dim}=MIN:BEST:MAX")

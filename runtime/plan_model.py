@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ml_dtypes  # noqa: F401  gives NumPy the names of its types
 import numpy as np
@@ -14,7 +14,12 @@ from rewrite.runtime.all_ranks import AllRanks
 from rewrite.runtime.batch import Batch
 from rewrite.runtime.communication import Communicator, sent, smallest
 from rewrite.runtime.cpu import CpuExecutor
+from rewrite.runtime.lookahead import step_by_step
 from rewrite.runtime.plan import Plan
+from rewrite.runtime.sampling import Row, Sampler, Samples
+
+if TYPE_CHECKING:
+    from rewrite.runtime.cuda_model import CudaModel
 
 Array = np.ndarray[Any, Any]
 STOP, STEP, COPY = range(3)  # what rank 0 tells the others to do
@@ -25,27 +30,46 @@ class PlanModel:
     """Attributes: `block_size` positions a block, `blocks` in the pool, `vocabulary`, `positions` that a text may have (None: no
     limit), `window` in which all layers look back (None: some see everything).
 
+    Logits are NumPy arrays, on the GPU CuPy arrays (float32, good until the next step, on the stream of `plan.executor`); `sampler` is
+    the one that takes them. On the GPU `decode` keeps the tokens of several steps on the device.
+
     Of a plan for several ranks it is all of them, in turn, or with a `communicator` one: rank 0 steps and copies, and `stop`s
     at the end; the others `follow`.
+
+    tokens, sequences: the most of a step; on the GPU memory for them is kept before keys and values get theirs.
 
     Raises RewriteError if the plan is no generator, or `memory` (bytes, of each rank) holds no block.
     """
 
-    def __init__(self, plan: Plan, memory: int | None = None, communicator: Communicator | None = None):
+    def __init__(self, plan: Plan, memory: int | None = None, communicator: Communicator | None = None, tokens: int = 256, sequences: int = 64):
         found = plan.manifest.generator
         if found is None:
             raise RewriteError(f"{plan.directory}: not a text generator; make one with `rewrite optimize --generate` and `rewrite build`")
-        if plan.device != "cpu":
-            raise RewriteError(f"{plan.directory}: text generation runs on the CPU; device {plan.device} is not supported yet")
+        if plan.device != "cpu" and plan.manifest.world > 1:
+            raise RewriteError(f"{plan.directory}: a plan for {plan.manifest.world} ranks generates text on the CPU; device {plan.device} is not supported yet")
         self.plan, self.found, self.communicator = plan, found, communicator
         alone = plan.manifest.world == 1 or communicator is not None
-        self.executor = CpuExecutor(plan, communicator.rank if communicator is not None else 0, communicator) if alone else AllRanks(plan)
         self.ranks = 1 if alone else plan.manifest.world  # in this process
+        self.sampler, self.device = Sampler(), None
         try:
+            if plan.device == "cpu":
+                self.executor = CpuExecutor(plan, communicator.rank if communicator is not None else 0, communicator) if alone else AllRanks(plan)
+            else:
+                self.device = self._on_device(plan, found, tokens, sequences)
+                self.sampler = self.device.sampler
             self._make_pool(found, memory)
         except (KeyError, TypeError, ValueError) as error:
             raise RewriteError(f"{plan.directory}: its manifest does not say what a generator needs ({type(error).__name__}: {error}); build the plan again") from error
         self._in_place = frozenset(self.caches[0])
+
+    def _on_device(self, plan: Plan, found: Mapping[str, Any], tokens: int, sequences: int) -> CudaModel:
+        from rewrite.runtime.cuda_model import CudaModel
+
+        kinds = {}
+        for layer in found["layers"]:
+            for name, size in (("key_cache", "size"), ("value_cache", "value_size")):
+                kinds[layer[name]] = ((int(found["block_size"]), layer["kv_heads"], layer[size]), layer["dtype"])
+        return CudaModel(plan.executor, int(found["vocabulary"]), int(found["block_size"]), kinds, tokens, sequences)  # type: ignore[arg-type]
 
     def _make_pool(self, found: Mapping[str, Any], memory: int | None) -> None:
         self.block_size, self.vocabulary = int(found["block_size"]), int(found["vocabulary"])
@@ -54,12 +78,18 @@ class PlanModel:
         self.window = max(windows) if all(windows) else None
         sizes = [(layer["kv_heads"] * (layer["size"] + layer["value_size"])) * np.dtype(layer["dtype"]).itemsize for layer in found["layers"]]
         self.block_bytes = self.ranks * self.block_size * sum(sizes)
-        self.blocks = (memory if memory is not None else int(SHARE * free_memory())) // self.block_bytes
+        if memory is None:
+            memory = self.device.free_memory() if self.device is not None else int(SHARE * free_memory())
+        self.blocks = min(memory // self.block_bytes, (2**31 - 1) // self.block_size)  # slots are int32
         if self.communicator is not None:
             self.blocks = smallest(self.communicator, self.blocks)
         if self.blocks < 1:
             raise RewriteError(f"{self.plan.directory}: a block of keys and values takes {self.block_bytes} bytes, and there are {memory} (--kv-memory); give more")
         self.caches: list[dict[str, Array]] = [{} for _ in range(self.ranks)]
+        if self.device is not None:
+            self.device.open(self.blocks)
+            self.caches = [self.device.caches]
+            return
         for layer in found["layers"]:
             shape = (self.blocks, self.block_size, layer["kv_heads"])
             for name, size in (("key_cache", "size"), ("value_cache", "value_size")):
@@ -70,12 +100,20 @@ class PlanModel:
                     needed = self.blocks * self.block_bytes / 2**20
                     raise RewriteError(f"{self.plan.directory}: there is no room for {needed:.0f} MiB of keys and values; give less with --kv-memory") from error
 
-    def step(self, batch: Batch) -> Array:
+    def step(self, batch: Batch) -> Any:
         """Store the keys and values of the batch's tokens; returns float32 [R, vocabulary], the logits of its rows."""
+        if self.device is not None:
+            return self.device.step(batch)
         if self.communicator is not None:
             sent(self.communicator, [np.array([STEP])], 1)
             sent(self.communicator, [getattr(batch, f.name) for f in dataclasses.fields(Batch)], len(dataclasses.fields(Batch)))
         return self._step(batch)
+
+    def decode(self, batch: Batch, rows: list[Row], count: int) -> list[Samples]:
+        """Several steps; see `requests.Decoder`."""
+        if self.device is not None:
+            return self.device.decode(batch, rows, count)
+        return step_by_step(self.step, self.sampler, batch, rows, count, self.block_size)
 
     def _step(self, batch: Batch) -> Array:
         feeds = {
@@ -95,6 +133,10 @@ class PlanModel:
     def copy_blocks(self, pairs: Iterable[tuple[int, int]]) -> None:
         """Copy blocks (from, to) in every layer."""
         pairs = list(pairs)
+        if self.device is not None:
+            if pairs:
+                self.device.copy_blocks(pairs)
+            return
         if self.communicator is not None and pairs:
             sent(self.communicator, [np.array([COPY])], 1)
             sent(self.communicator, [np.array(pairs)], 1)

@@ -11,6 +11,7 @@ from rewrite.graph import Dim
 from rewrite.verify import resolve
 
 BATCH, OTHER = (1, 8, 32), (1, 128, 512)
+GENERATOR = {"tokens": (1, 64, 2048), "rows": (1, 64, 256)}  # of a step of a text generator
 MOST = 2**31 - 1  # what TensorRT takes
 
 
@@ -21,13 +22,13 @@ class Profile:
     ranges: Mapping[str, tuple[int, int, int]]
 
     @staticmethod
-    def parse(text: str | None, names: Iterable[str]) -> Profile:
-        """`batch=1:8:32,seq=512` for the dimensions `names`; those not given get 1:8:32 (a batch) or 1:128:512.
+    def parse(text: str | None, names: Iterable[str], usual: Mapping[str, tuple[int, int, int]] | None = None) -> Profile:
+        """`batch=1:8:32,seq=512` for the dimensions `names`; those not given get what is `usual`, else 1:8:32 (a batch) or 1:128:512.
 
         Raises RewriteError for a name that is unknown or given twice, or sizes that are not positive and in order.
         """
         known = list(names)
-        ranges = {n: BATCH if "batch" in n.lower() else OTHER for n in known}
+        ranges = {n: (usual or {}).get(n, BATCH if "batch" in n.lower() else OTHER) for n in known}
         given: set[str] = set()
         for item in filter(None, (text or "").replace(" ", "").split(",")):
             found = re.fullmatch(r"([^=]+)=(\d+)(?::(\d+):(\d+))?", item, re.ASCII)

@@ -24,7 +24,9 @@ class Model(Protocol):
     vocabulary: int
 
     def step(self, batch: Batch) -> Array:
-        """Write keys and values of the batch's tokens and return float32 [R, vocabulary], the logits of its logit_rows."""
+        """Write keys and values of the batch's tokens and return float32 [R, vocabulary], the logits of its logit_rows: what the
+        scheduler's sampler takes, NumPy's or a device's array.
+        """
         ...
 
     def copy_blocks(self, pairs: list[tuple[int, int]]) -> None:
@@ -37,7 +39,8 @@ class Decoder(Model, Protocol):
     """A model that can do several steps at once, so that tokens need not leave the device in between."""
 
     def decode(self, batch: Batch, rows: list[Row], count: int) -> list[Samples]:
-        """The samples of `count` steps: what `step` and `Sampler.sample` would give, one after the other.
+        """The samples of `count` steps: what `step` and `Sampler.sample` would give, one after the other; fewer, but at least one, if
+        all texts have come to a stop token before.
 
         The batch is the first step: one token a sequence, one row each. In the next steps each sequence gets the token just
         chosen, one position on; block_tables have the blocks for them. No row has an `allowed` hook.

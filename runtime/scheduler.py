@@ -41,7 +41,7 @@ class Scheduler:
     patience      how many steps one unit of priority is worth
     context       most tokens of a sequence, prompt included; None: what fits in the cache
     lookahead     most tokens that each output gets in one call of the model's `decode`, if it has one: while nobody waits and
-                  no prompt is unread. Tokens after an output's end are thrown away
+                  no prompt is unread, or whoever waits could not be admitted. Tokens after an output's end are thrown away
     sampler       chooses tokens; the NumPy reference, if none is given
     clock         seconds, for the metrics
     """
@@ -131,12 +131,14 @@ class Scheduler:
                 self._preempt(group)
             raise
         m, now = self.metrics, self._clock()
-        m.steps += self._ahead
-        m.computed_tokens += len(batch.tokens) * self._ahead
+        done = len(samples) if self._ahead > 1 else 1
+        m.steps += done
+        m.computed_tokens += len(batch.tokens) * done
         m.copied_blocks += len(copies)
         m.cache_used = self.pool.used / self.pool.blocks
         m.cache_peak = max(m.cache_peak, m.cache_used)
         if self._ahead > 1:
+            assert samples
             self._speak_ahead(outputs, planned, samples, now)
             return outputs
         for sequence, count in (part for parts in planned.values() for part in parts):
@@ -218,8 +220,10 @@ class Scheduler:
             return
 
     def _steps_ahead(self) -> int:
-        """How many steps can be done at once: nobody waits, everyone draws, nothing has to be asked in between."""
-        if self.lookahead == 1 or self._waiting or not self._running:
+        """How many steps can be done at once: nobody waits who could be admitted, everyone draws, nothing has to be asked in between."""
+        if self.lookahead == 1 or not self._running:
+            return 1
+        if self._waiting and (self._waiting[0].key < self._running[-1].key or self._taken() + self._waiting[0].seats <= self.seats):
             return 1
         left = []
         for group in self._running:
@@ -227,7 +231,9 @@ class Scheduler:
             if group.beams is not None or group.forks or s.allowed is not None or not group.decodes:
                 return 1
             left.append(row.prompt + s.max_new_tokens - len(row.tokens))
-        count = min(self.lookahead, *left)
+        count = min(self.lookahead, sorted(left)[len(left) // 4])  # a quarter of the outputs may end meanwhile
+        if self.context is not None:
+            count = min(count, self.context - max(len(group.sequences[0].row.tokens) for group in self._running))
         tables = [table for group in self._running if (table := group.sequences[0].table) is not None]
         while count > 1 and self.pool.needed([(table, count) for table in tables]) > self.pool.available:
             count //= 2

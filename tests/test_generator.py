@@ -283,7 +283,7 @@ def test_the_command(plans, tmp_path):
 
 @pytest.mark.parametrize(("arguments", "reason"), [
     (["--tokens", "a"], "write whole numbers"), ([], "there is no prompt"), (["--prompt", "w1"], "no tokenizer"), (["--tokens", "1", "--kv-memory", "much"], "write a number of bytes"),
-    (["--tokens", "1", "--kv-memory", "10"], "a block of keys and values takes"), (["--tokens", "1", "--device", "cuda"], "device cuda is not supported yet"),
+    (["--tokens", "1", "--kv-memory", "10"], "a block of keys and values takes"), (["--tokens", "1", "--device", "cuda"], "device cuda needs CuPy"),
     (["--prompts", "none"], "cannot be read"), (["--tokens", "-5"], "the prompt has token -5"), (["--tokens", "1", "--kv-memory", "4000000G"], "give less with --kv-memory"),
 ])  # fmt: skip
 def test_wrong_calls_are_one_line(plans, arguments, reason):

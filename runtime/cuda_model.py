@@ -1,0 +1,231 @@
+"""The steps of a text generator on the GPU: batches padded to few sizes, each a CUDA graph; tokens stay on the device.
+
+A step's integers lie together at fixed addresses, filled by one copy from pinned memory; caches are the plan's inputs at their own
+addresses, updated in place. `decode` replays a graph that ends with the sampler and with `advance`, which makes the next batch of what
+was chosen: nothing leaves the device in between, and the host only looks whether all texts are over.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from rewrite.plugins import cuda_decoding
+from rewrite.plugins.cuda_launch import capability
+from rewrite.runtime import buckets
+from rewrite.runtime.batch import Batch
+from rewrite.runtime.buckets import Limits, Sizes
+from rewrite.runtime.cuda import DEVICE_TO_DEVICE, HOST_TO_DEVICE, CudaExecutor, OutOfMemory, memory
+from rewrite.runtime.cuda_sampling import LARGEST_VOCABULARY, CudaSampler, SamplerState, supports
+from rewrite.runtime.lookahead import step_by_step
+from rewrite.runtime.sampling import Row, Sampler, Samples
+
+Array = np.ndarray[Any, Any]
+FRAMES = 64  # kept; the least recently used one is dropped for another
+AHEAD = 2  # steps that are enqueued before the host looks whether all texts are over
+MOST_STEPS = 64  # of one `decode`
+STOPS = 8  # stop tokens of a row that the device watches; where it has more, only the scheduler sees the end
+PLACE = 256  # bytes; what TensorRT wants the addresses of inputs to be multiples of
+SHARE = 0.8  # of the free memory, for keys and values, unless the caller says how much
+MOST_SLOTS = 2**31 - 1
+
+
+class Inputs:
+    """The integers of a step in device memory, and beside them what `decode` keeps for each row; filled by one copy.
+
+    device: CuPy arrays by name, those of `buckets.shapes` and stops int32 [B, STOPS], step int32 [1], ended int32 [B].
+    """
+
+    def __init__(self, executor: CudaExecutor, sizes: Sizes):
+        cupy, self.stream = executor.cupy, executor.stream
+        short, rows = np.dtype(np.int32), sizes.sequences
+        kinds = {**buckets.shapes(sizes), "stops": (short, (rows, STOPS)), "step": (short, (1,)), "ended": (short, (rows,))}
+        places, self.size = {}, 0
+        for name, (dtype, shape) in kinds.items():
+            places[name] = self.size
+            self.size += -(-max(1, int(np.prod(shape)) * dtype.itemsize) // PLACE) * PLACE
+        self.memory = cupy.empty(self.size, np.uint8)
+        self.pinned = np.frombuffer(cupy.cuda.alloc_pinned_memory(self.size), np.uint8, self.size)
+        self.device = {n: cupy.ndarray(shape, dtype, self.memory.data + places[n]) for n, (dtype, shape) in kinds.items()}
+        self.host = {n: np.ndarray(shape, dtype, self.pinned[places[n] :].data) for n, (dtype, shape) in kinds.items()}
+        self.copied = cupy.cuda.Event(disable_timing=True)
+        self.copied.record(self.stream)
+        self._copy = cupy.cuda.runtime.memcpyAsync
+
+    def fill(self, batch: Batch, stops: Sequence[Sequence[int]] = ()) -> None:
+        """Enqueue the copy of a batch, padded, and of the stop tokens of each row."""
+        self.copied.synchronize()  # or else the last copy still reads
+        buckets.fill(self.host, batch)
+        self.host["stops"][...] = -1
+        for line, tokens in zip(self.host["stops"], stops, strict=False):
+            line[: min(len(tokens), STOPS)] = tokens[:STOPS]
+        self.host["step"][...] = 0
+        self.host["ended"][...] = 0
+        self._copy(self.memory.data.ptr, self.pinned.ctypes.data, self.size, HOST_TO_DEVICE, self.stream.ptr)
+        self.copied.record(self.stream)
+
+
+class Bucket:
+    """The captured work for one set of sizes, with its inputs; one for `decode` chooses tokens, too, and makes the next batch of them."""
+
+    def __init__(self, model: CudaModel, sizes: Sizes, decoding: bool):
+        executor = model.executor
+        self.inputs = Inputs(executor, sizes)
+        self.inputs.fill(buckets.nothing())  # while the frame is made its work is done, which must change no cache
+        if decoding:
+            self.left = np.frombuffer(executor.cupy.cuda.alloc_pinned_memory(4 * MOST_STEPS), np.int32, MOST_STEPS)
+            self.chosen = executor.cupy.zeros(sizes.rows, np.int64)
+            self.state = model.sampler.state(sizes.rows)
+        named = {"tokens": sizes.tokens, "sequences": sizes.sequences, "table": sizes.table, "rows": sizes.rows, "starts": sizes.sequences + 1, "blocks": model.blocks}
+        given = {**{n: a for n, a in self.inputs.device.items() if n in executor.plan.inputs}, **model.caches}
+        logits = executor.plan.manifest.outputs["logits"]
+        self.frame = executor.frame_at(named, given, (lambda frame: self._finish(frame.values[logits], model.block_size)) if decoding else None)
+        self.logits = self.frame.values[logits]
+
+    def _finish(self, logits: Any, block_size: int) -> list[Any]:
+        """Choose the tokens, and make the next batch of them."""
+        at, state, chosen = self.inputs.device, self.state, self.chosen
+        batch = (at["input_ids"][0], at["position_ids"][0], at["slots"], at["context_lengths"], at["block_tables"])
+        return [lambda: state.enqueue(logits, chosen), cuda_decoding.advance(chosen, *batch, at["stops"], at["step"], at["ended"], self.left, block_size)]
+
+
+class DeviceSampler(Sampler):
+    """`Sampler` for logits on the device, on the stream of the steps. Where the GPU has no clusters, or a vocabulary is too large for
+    its kernel, logits are copied to the host.
+    """
+
+    def __init__(self, stream: Any, vocabulary: int):
+        self.stream, self.vocabulary = stream, vocabulary
+        self.kernel = CudaSampler() if capability() >= 90 and vocabulary <= LARGEST_VOCABULARY else None
+        self._states: dict[int, SamplerState] = {}
+
+    def sample(self, logits: Any, index: Sequence[int], rows: Sequence[Row]) -> Samples:
+        with self.stream:
+            return self.kernel.sample(logits, index, rows) if self.kernel is not None else super().sample(logits.get(), index, rows)
+
+    def log_probabilities(self, logits: Any, index: Sequence[int], rows: Sequence[Row]) -> tuple[Array, list[str | None]]:
+        with self.stream:
+            return self.kernel.log_probabilities(logits, index, rows) if self.kernel is not None else super().log_probabilities(logits.get(), index, rows)
+
+    def refuses(self, rows: Sequence[Row]) -> bool:
+        """Whether the tokens of several steps cannot be chosen on the device alone."""
+        return self.kernel is None or any(supports(row) is not None for row in rows)
+
+    def state(self, rows: int) -> SamplerState:
+        """What several steps of so many rows keep on the device, the same for all batches of about this size: one runs at a time."""
+        assert self.kernel is not None
+        seats = max(64, 1 << (rows - 1).bit_length())
+        if seats not in self._states:
+            self._states[seats] = self.kernel.state(seats, self.vocabulary)
+        return self._states[seats]
+
+
+class CudaModel:
+    """The steps of the plan that `executor` runs, for one caller at a time. Logits stay on the device, and are good until the next step.
+
+    caches              shape of a block and dtype of each cache, by its name
+    tokens, sequences   the most of a step, for which memory is kept before the caches get theirs
+    sampler             chooses tokens from these logits, for a `Scheduler`
+    """
+
+    def __init__(self, executor: CudaExecutor, vocabulary: int, block_size: int, caches: Mapping[str, tuple[tuple[int, ...], str]], tokens: int, sequences: int):
+        self.executor, self.stream, self.vocabulary, self.block_size = executor, executor.stream, vocabulary, block_size
+        self.where, self.kinds = str(executor.plan.directory), caches
+        ranges = executor.plan.manifest.profile.ranges
+        self.limits = Limits(*((ranges[n][0], ranges[n][2]) if n in executor.plan.compiled else (1, MOST_SLOTS) for n in ("tokens", "rows")))
+        self.sampler = DeviceSampler(executor.stream, vocabulary)
+        self.buckets: OrderedDict[tuple[Sizes, bool], Bucket] = OrderedDict()
+        self.caches: dict[str, Any] = {}
+        self.copies: cuda_decoding.BlockCopies | None = None
+        self.events = [executor.cupy.cuda.Event(disable_timing=True) for _ in range(MOST_STEPS)]
+        self.open(1)
+        self._bucket(buckets.largest(tokens, sequences, self.limits), False)  # what its kernels and values take is taken now
+        self.executor.kernels.save()
+        self.close()
+
+    def open(self, blocks: int) -> None:
+        """Make caches of so many blocks. Raises RewriteError if there is no room."""
+        self.close()
+        cupy, sizes = self.executor.cupy, [int(np.prod(s)) * np.dtype(d).itemsize for s, d in self.kinds.values()]
+        with self.stream, memory(cupy, f"{self.where}: the keys and values", blocks * sum(sizes), "give less with --kv-memory, or end what else uses the GPU"):
+            self.caches = {name: cupy.zeros((blocks, *shape), dtype) for name, (shape, dtype) in self.kinds.items()}
+        self.blocks, self.copies = blocks, cuda_decoding.BlockCopies(list(self.caches.values()))
+
+    def close(self) -> None:
+        """Give back the memory of caches and frames, but not that of values."""
+        self.buckets.clear()
+        self.caches, self.copies = {}, None
+        self.stream.synchronize()
+        self.executor.cupy.get_default_memory_pool().free_all_blocks()
+
+    def free_memory(self) -> int:
+        """Bytes that caches may have, unless the caller says how many."""
+        return int(SHARE * self.executor.cupy.cuda.runtime.memGetInfo()[0])
+
+    def step(self, batch: Batch) -> Any:
+        """Enqueue a step, which stores the keys and values of the batch's tokens. Returns float32 [R, vocabulary], CuPy's, the logits of its rows."""
+        self.limits.check(batch, self.where)
+        bucket = self._bucket(buckets.sizes_of(batch, self.limits), False)
+        with self.stream:
+            bucket.inputs.fill(batch)
+            bucket.frame.replay()
+        return bucket.logits[: len(batch.logit_rows)]
+
+    def decode(self, batch: Batch, rows: list[Row], count: int) -> list[Samples]:
+        """See `requests.Decoder`."""
+        self.limits.check(batch, self.where)
+        sizes = buckets.sizes_of(batch, self.limits)
+        if not sizes.tokens == sizes.sequences == sizes.rows or count > MOST_STEPS or self.sampler.refuses(rows):
+            return step_by_step(self.step, self.sampler, batch, rows, count, self.block_size)
+        bucket, stops = self._bucket(sizes, True), [row.sampling.stop_tokens for row in rows]
+        with self.stream:
+            bucket.inputs.fill(batch, stops)
+            bucket.state.load(rows, count)
+            for index in range(count):
+                if index >= AHEAD and any(stops):
+                    self.events[index - AHEAD].synchronize()
+                    if not bucket.left[index - AHEAD]:
+                        break
+                bucket.frame.replay()
+                self.events[index].record(self.stream)
+            return bucket.state.samples()
+
+    def copy_blocks(self, pairs: Iterable[tuple[int, int]]) -> None:
+        """Enqueue copies of blocks (from, to) in every layer."""
+        assert self.copies is not None
+        with self.stream:
+            self.copies.copy(self.executor.cupy.asarray(np.array(list(pairs), np.int32)))
+
+    def copy_speed(self, size: int = 1 << 28) -> float:
+        """Bytes a second that a copy of device memory reads and writes, the best of five."""
+        cupy, times = self.executor.cupy, []
+        with self.stream, memory(cupy, f"{self.where}: two arrays to measure the memory's speed", 2 * size, "give less with --kv-memory"):
+            source, target = cupy.ones(size, np.uint8), cupy.empty(size, np.uint8)
+            for _ in range(6):
+                events = [cupy.cuda.Event(), cupy.cuda.Event()]
+                events[0].record(self.stream)
+                cupy.cuda.runtime.memcpyAsync(target.data.ptr, source.data.ptr, size, DEVICE_TO_DEVICE, self.stream.ptr)
+                events[1].record(self.stream)
+                events[1].synchronize()
+                times.append(cupy.cuda.get_elapsed_time(*events) / 1e3)
+        return float(2 * size / min(times))
+
+    def _bucket(self, sizes: Sizes, decoding: bool) -> Bucket:
+        """The frame for these sizes, made on first use; where memory runs out, those that were not used for longest go."""
+        key = (sizes, decoding)
+        while key not in self.buckets:
+            if len(self.buckets) >= FRAMES:
+                self.buckets.popitem(last=False)
+            try:
+                with self.stream:
+                    self.buckets[key] = Bucket(self, sizes, decoding)
+            except OutOfMemory:
+                if not self.buckets:
+                    raise
+                self.buckets.popitem(last=False)
+                self.executor.cupy.get_default_memory_pool().free_all_blocks()
+        self.buckets.move_to_end(key)
+        return self.buckets[key]
