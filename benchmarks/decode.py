@@ -80,7 +80,8 @@ def run_generator(generator: Any, prompts: Sequence[list[int]], new: int, repeat
             generator.step()
         if not turn:
             continue
-        assert all_began is not None and counted is not None
+        assert all_began is not None
+        assert counted is not None
         timing.first.append(all_began - began)
         if at > counted:
             timing.steps.append((last - all_began) / (at - counted))
@@ -154,7 +155,8 @@ class Rows:
             print(f"{self.name:5} {row['what']:8} {row['batch']:3} {row['who']:34} {row['error']}", flush=True)
         else:
             ceiling = f"{row['gbs']:6.0f} GB/s | {row['share']:.0%} of {self.bandwidth / 1e9:.0f}" if "gbs" in row else f"{row['tflops']:6.1f} TFLOP/s"
-            print(f"{self.name:5} {row['what']:8} {row['batch']:3} {row['who']:34} {row['ms']:9.3f} ms {row['tokens_per_second']:10.0f} tok/s {ceiling} (compiled in {row['compile_seconds']:.0f} s)", flush=True)
+            where = f"{self.name:5} {row['what']:8} {row['batch']:3} {row['who']:34}"
+            print(f"{where} {row['ms']:9.3f} ms {row['tokens_per_second']:10.0f} tok/s {ceiling} (compiled in {row['compile_seconds']:.0f} s)", flush=True)
         self.write()
 
 
