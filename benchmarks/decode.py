@@ -103,6 +103,7 @@ def plan_logits(model: Any, tokens: Sequence[int], chunk: int, singles: int) -> 
         slots = (table[positions // block] * block + positions % block).astype(np.int32)
         starts, lengths = np.array([0, end - begin], np.int32), np.array([end], np.int32)
         logits = model.step(Batch(np.array(tokens[begin:end], np.int64), positions, slots, table[None], starts, lengths, np.arange(end - begin)))
+        peers.synchronize()
         found.append(np.array(logits.get() if hasattr(logits, "get") else logits, np.float32))  # CuPy's arrays have get()
     return np.concatenate(found)
 
@@ -168,11 +169,11 @@ def equal_beginnings(a: list[list[int]], b: list[list[int]]) -> list[int]:
 class Bench:
     """All measurements of one model."""
 
-    def __init__(self, name: str, device: str, folder: Path, options: argparse.Namespace, write: Callable[[], None]):
-        self.name, self.device, self.folder, self.options = name, device, folder, options
-        self.shape, self.dtype = llamas.SHAPES[name], torch.bfloat16 if device == "cuda" else torch.float32
+    def __init__(self, name: str, where: str, folder: Path, options: argparse.Namespace):
+        self.name, self.device, self.where, self.folder, self.options = name, options.device, where, folder, options
+        self.shape, self.dtype = llamas.SHAPES[name], torch.bfloat16 if self.device == "cuda" else torch.float32
         self.started = time.monotonic()
-        self.rows = Rows(name, self.shape, copy_bandwidth(device, 1 << 31 if device == "cuda" else 1 << 24), write)
+        self.rows = Rows(name, self.shape, copy_bandwidth(self.device, 1 << 31 if self.device == "cuda" else 1 << 24), self.write)
         self.told: dict[str, Any] = {"copy_gbs": self.rows.bandwidth / 1e9}
         self.tokens: dict[str, list[list[int]]] = {}
         random = torch.Generator().manual_seed(0)
@@ -181,6 +182,12 @@ class Bench:
 
     def say(self, line: str) -> None:
         print(f"[{time.monotonic() - self.started:5.0f} s] {self.name}: {line}", flush=True)
+
+    def write(self) -> None:
+        record.write(f"{self.options.output}_{self.name}", self.where, record.versions(*PACKAGES), self.result())
+
+    def result(self) -> dict[str, Any]:
+        return {"model": self.name, "dtype": str(self.dtype).removeprefix("torch."), "context": CONTEXT, "rows": self.rows.rows, **self.told}
 
     def parts(self) -> Iterator[tuple[str, Callable[[], None]]]:
         """What is measured, in order; the plan is made meanwhile by another process."""
@@ -220,7 +227,8 @@ class Bench:
             if self.device == "cuda":
                 torch.cuda.empty_cache()
             self.say(f"{label} done")
-        return {"model": self.name, "rows": self.rows.rows, **self.told}
+        self.write()
+        return self.result()
 
     def compiled(self, batch: int) -> None:
         texts = self.texts[:batch].to(self.device)
@@ -289,7 +297,6 @@ class Bench:
         print(f"{self.name}: KL from transformers in float32, nats a token: ours {found['ours']['mean']:.2e} (singles {found['ours']['mean_of_singles']:.2e}, largest {found['ours']['max']:.2e}), "
               f"transformers in the same dtype {found['transformers']['mean']:.2e} (largest {found['transformers']['max']:.2e}); same token: ours {found['ours']['same_token']}, "
               f"transformers {found['transformers']['same_token']} of {len(tokens)}", flush=True)  # fmt: skip
-        self.rows.write()
 
 
 def main() -> None:
@@ -302,7 +309,7 @@ def main() -> None:
     parser.add_argument("--folder", default=None, help="for weights and plans, three times the size of the weights; /dev/shm if it has room")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--backend", default="inductor", help="of torch.compile; eager in tests")
-    parser.add_argument("--output", default="decode")
+    parser.add_argument("--output", default="decode", help="results/OUTPUT_MODEL.json")
     options = parser.parse_args()
     options.batches, options.kinds, options.only = [int(b) for b in options.batches.split(",")], options.kinds.split(","), options.only.split(",")
     options.continuous = {} if options.device == "cuda" else {"num_blocks": 64, "max_batch_tokens": 256}
@@ -315,10 +322,8 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         for name in options.models.split(","):
             with tempfile.TemporaryDirectory(dir=options.folder) as folder:
-                bench = Bench(name, options.device, Path(folder), options, lambda: None)
-                bench.rows.write = lambda bench=bench: record.write(options.output, device, record.versions(*PACKAGES), [*results, {"model": bench.name, "rows": bench.rows.rows, **bench.told}])
+                bench = Bench(name, device, Path(folder), options)
                 results.append(bench.run(pool))
-            bench.rows.write()
     return results
 
 

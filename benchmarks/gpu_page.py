@@ -1,4 +1,4 @@
-"""docs/benchmarks.md and its plot from what `encoder.py` and `kernel_speed.py` measured on a GPU; needs no GPU itself.
+"""docs/benchmarks.md and its plot from what `encoder.py`, `kernel_speed.py`, `decode.py` and `serving.py` measured on a GPU; needs no GPU itself.
 
     python benchmarks/gpu_page.py
 """
@@ -9,6 +9,8 @@ import json
 import statistics
 from pathlib import Path
 from typing import Any
+
+import generation_page
 
 HERE = Path(__file__).parent
 PEERS = {"tensorrt": "TensorRT alone", "torch": "PyTorch eager, CUDA graph", "compile": "torch.compile, max-autotune"}
@@ -88,6 +90,14 @@ def plot(data: dict[str, Any]) -> bool:
     return True
 
 
+def generation() -> list[str]:
+    """What there is of text generation."""
+    names = [f"decode_{m}" for m in generation_page.MODELS if (HERE / "results" / f"decode_{m}.json").exists()]
+    decoded = [(source(name, data), data["results"]) for name in names for data in [read(name)]]
+    served = read("serving") if (HERE / "results" / "serving.json").exists() else None
+    return generation_page.section(decoded, None if served is None else (source("serving", served), served["results"]))
+
+
 def main() -> None:
     encoder, kernels, attention = read("encoder"), read("kernel_speed"), read("attention_speed")
     page = [
@@ -104,6 +114,7 @@ def main() -> None:
         *products(kernels), "",
         "## Attention", "", source("attention_speed", attention), "",
         "Masks: none; *row*, added, the same for all queries (padding, an eighth of the keys); *full*, added, one for each query.", "", *attentions(attention), "",
+        *generation(),
     ]  # fmt: skip
     target = HERE.parent / "docs" / "benchmarks.md"
     target.write_text("\n".join(page))
