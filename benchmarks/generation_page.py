@@ -85,6 +85,8 @@ def section(decoded: list[tuple[str, dict[str, Any]]], served: tuple[str, dict[s
             lines += [*decode(data), "", source, ""]
     if served is not None:
         source, data = served
-        lines += ["## Serving", "", f"{MODELS.get(data['model'], data['model'])}, random weights, bfloat16: prompts of 32 to 1,024 tokens, outputs of 16 to 256, Poisson arrivals, the same",
-                  f"for both. Latencies in milliseconds from the arrival. Ours: at most {data['seats']} texts in flight, {data['token_budget']} tokens a step.", "", *serving(data), "", source, ""]  # fmt: skip
+        lines += ["## Serving", "",
+                  f"{MODELS.get(data['model'], data['model'])}, random weights, bfloat16: prompts of 32 to 1,024 tokens, outputs of 16 to 256, Poisson arrivals, the same",
+                  f"for both. Latencies in milliseconds from the arrival. Ours: at most {data['seats']} texts in flight, {data['token_budget']} tokens a step.",
+                  "", *serving(data), "", source, ""]  # fmt: skip
     return lines
