@@ -232,7 +232,8 @@ def test_the_page_has_a_section_only_for_results():
 
 
 def test_the_page_tells_how_many_times_faster():
-    steps = [{"model": "1b", "what": "decode", "batch": 1, "who": who, "ms": ms, "tokens_per_second": 1.0, "gbs": 2.0, "share": 0.5} for who, ms in (("ours", 1.0), ("torch.compile, flex", 1.5), ("torch.compile, sdpa", 2.0))]
+    common = {"what": "decode", "batch": 1, "tokens_per_second": 1.0, "gbs": 2.0, "share": 0.5}
+    steps = [{**common, "who": who, "ms": ms} for who, ms in (("ours", 1.0), ("torch.compile, flex", 1.5), ("torch.compile, sdpa", 2.0))]
     page = generation_page.decode({"model": "1b", "copy_gbs": 2961.0, "rows": [*steps, {"what": "decode", "who": "x", "batch": 2, "error": "E"}]})
     assert "Against the fastest torch.compile: 1.50 at 1 text." in page
     assert [line.split("|")[-2].strip() for line in page if line.startswith("| 1 |")] == ["", "1.50", "2.00"]
