@@ -1,4 +1,4 @@
-"""docs/benchmarks.md and its plot from what `encoder.py` and `kernel_speed.py` measured on a GPU; needs no GPU itself.
+"""docs/benchmarks.md and its plot from what `encoder.py`, `kernel_speed.py`, `decode.py` and `serving.py` measured on a GPU; needs no GPU itself.
 
     python benchmarks/gpu_page.py
 """
@@ -9,6 +9,8 @@ import json
 import statistics
 from pathlib import Path
 from typing import Any
+
+import generation_page
 
 HERE = Path(__file__).parent
 PEERS = {"tensorrt": "TensorRT alone", "torch": "PyTorch eager, CUDA graph", "compile": "torch.compile, max-autotune"}
@@ -98,6 +100,14 @@ def plot(data: dict[str, Any]) -> bool:
     return True
 
 
+def generation() -> list[str]:
+    """What there is of text generation."""
+    names = [f"decode_{m}" for m in generation_page.MODELS if (HERE / "results" / f"decode_{m}.json").exists()]
+    decoded = [(source(name, data), data["results"]) for name in names for data in [read(name)]]
+    served = read("serving") if (HERE / "results" / "serving.json").exists() else None
+    return generation_page.section(decoded, None if served is None else (source("serving", served), served["results"]))
+
+
 def main() -> None:
     encoder, kernels, attention, prefill = (read(name) for name in ("encoder", "kernel_speed", "attention_speed", "prefill_speed"))
     page = [
@@ -117,6 +127,7 @@ def main() -> None:
         "## New tokens over a paged cache", "", source("prefill_speed", prefill), "",
         "Causal, bfloat16, blocks of 16 positions in random order; a cut is queries by heads x keys of a step. cuDNN has the same numbers in contiguous arrays,",
         "the 32 texts (32 to 1023 tokens) padded to the longest; the work counted is what is seen, not the padding. The last row is one chunk among single tokens.", "", *prefills(prefill), "",
+        *generation(),
     ]  # fmt: skip
     target = HERE.parent / "docs" / "benchmarks.md"
     target.write_text("\n".join(page))
