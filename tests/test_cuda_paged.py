@@ -192,8 +192,7 @@ def test_prompts_go_to_the_kernel_for_prompts_once_all_is_stored(gpu, monkeypatc
         assert options == {"scale": 0.2, "window": 0, "softcap": 0.0}
         return launch
 
-    monkeypatch.setattr(cuda_paged, "find_spec", lambda name: name == "rewrite.plugins.cuda_paged_prefill")
-    monkeypatch.setattr(cuda_paged, "import_module", lambda name: types.SimpleNamespace(prefill=prefill))
+    monkeypatch.setattr(cuda_paged, "prefill", prefill)
     y = launched(case)[0]
     assert not y.any()
     q, keys, values = seen[-1]
