@@ -52,8 +52,8 @@ __device__ __forceinline__ uint4 receive(const void* p) {
 __device__ __forceinline__ void send(void* p, uint4 v) {
     asm volatile("st.relaxed.gpu.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(p), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
 }
-// Warps of a block: 4 multiply, 1 fetches weights, LOADERS bring tokens, FINISHERS do what comes after.
-constexpr int LOADERS = TOKENS > 8 ? 7 : 4, FINISHERS = TOKENS > 8 ? 4 : 2, FINISHING = FINISHERS * 32;
+// Tokens of a tile; warps of a block: 4 multiply, 1 fetches weights, LOADERS bring tokens, FINISHERS do what comes after.
+constexpr int BN = 8, LOADERS = 4, FINISHERS = 2, FINISHING = FINISHERS * 32;
 __device__ __forceinline__ void together() { asm volatile("bar.sync 1, %0;" ::"n"(FINISHING) : "memory"); }  // the warps that finish
 
 // What this block does of a link: steps from `first` up to `end`, counted through all tiles.
@@ -74,9 +74,8 @@ struct Ring {  // a place in the ring of stages, and how often it was passed
     __device__ void advance(int stages) { if (++stage == stages) stage = 0, parity ^= 1; }
 };
 
-template <int BN>  // tokens of a tile
-__device__ __forceinline__ void chain(const Chain& c) {
-    constexpr int STAGE = 8192 + BN * 128, PITCH = 68, ROUNDS = BN * 8 / FINISHING, LOADS = BN > 8 ? 8 : 4;
+extern "C" __global__ void __launch_bounds__(160 + 32 * (LOADERS + FINISHERS), 1) multiply(const __grid_constant__ Chain c) {
+    constexpr int STAGE = 8192 + BN * 128, PITCH = 68, LOADS = 4;
     extern __shared__ u8 raw[];
     u8* base = (u8*)(((u64)raw + 1023) & ~1023ull);
     float* part = (float*)(base + c.stages * STAGE);
@@ -256,16 +255,12 @@ __device__ __forceinline__ void chain(const Chain& c) {
                     if (thread == 0) arrive(taken + side);
                     continue;
                 }
-                uint4 residuals[ROUNDS];
-                #pragma unroll
-                for (int round = 0; round < ROUNDS; ++round) {
-                    const int e = round * FINISHING + thread, t = e >> bits, f = (e & chunks - 1) * 8;
-                    const long long place = t * job.features + feature + f;
-                    const bool inside = t < c.tokens && feature + f < job.features;
-                    residuals[round] = !inside ? uint4{0, 0, 0, 0} : l.residual >= 0 ? receive(memory + l.residual + place * 2) : read(job.residual, place);
-                }
+                const int t = thread >> bits, f = (thread & chunks - 1) * 8;
+                const long long place = t * job.features + feature + f;
+                const bool inside = t < c.tokens && feature + f < job.features;
+                const uint4 residual = !inside ? uint4{0, 0, 0, 0} : l.residual >= 0 ? receive(memory + l.residual + place * 2) : read(job.residual, place);
                 wait(given + side, segment >> 1 & 1);
-                auto collect = [&](float (&v)[8], int t, int f) {
+                auto collect = [&](float (&v)[8], int f) {
                     const float4 a = *(const float4*)(sums + t * PITCH + f), b = *(const float4*)(sums + t * PITCH + f + 4);
                     v[0] = a.x, v[1] = a.y, v[2] = a.z, v[3] = a.w, v[4] = b.x, v[5] = b.y, v[6] = b.z, v[7] = b.w;
                     for (int p = 0; p < parts - 1; p += 4) {
@@ -290,52 +285,46 @@ __device__ __forceinline__ void chain(const Chain& c) {
                             }
                     }
                 };
-                #pragma unroll
-                for (int round = 0; round < ROUNDS; ++round) {
-                    const int e = round * FINISHING + thread, t = e >> bits, f = (e & chunks - 1) * 8;
-                    if (t >= BN) break;  // whole warps
-                    float square = 0.f;
-                    if (t < c.tokens && feature + f < job.features) {
-                        const float by = l.normed >= 0 ? factor[t] : 1.f;
-                        const long long place = t * job.features + feature + f;
-                        float v[8], u[8];
-                        collect(v, t, f);
+                float square = 0.f;
+                if (inside) {
+                    const float by = l.normed >= 0 ? factor[t] : 1.f;
+                    float v[8], u[8];
+                    collect(v, f);
+                    #pragma unroll
+                    for (int i = 0; i < 8; ++i) v[i] *= by;
+                    add(v, read(job.bias, feature + f));
+                    if (l.activated) {
                         #pragma unroll
-                        for (int i = 0; i < 8; ++i) v[i] *= by;
-                        add(v, read(job.bias, feature + f));
-                        if (l.activated) {
-                            #pragma unroll
-                            for (int i = 0; i < 8; ++i) v[i] = activate(v[i], ACTIVATION);
-                        }
-                        if (l.gated) {
-                            collect(u, t, 32 + f);
-                            #pragma unroll
-                            for (int i = 0; i < 8; ++i) u[i] *= by;
-                            add(u, read(l.job[1].bias, feature + f));
-                            #pragma unroll
-                            for (int i = 0; i < 8; ++i) v[i] *= u[i];
-                        }
-                        add(v, residuals[round]);
-                        const uint4 y = {pack(v[0], v[1]), pack(v[2], v[3]), pack(v[4], v[5]), pack(v[6], v[7])};
-                        if (l.scaled >= 0) {
-                            const uint4 scale = *(const uint4*)((const u16*)l.scale + feature + f);
-                            const u32 given[4] = {y.x, y.y, y.z, y.w}, scales[4] = {scale.x, scale.y, scale.z, scale.w};
-                            u32 z[4];
-                            #pragma unroll
-                            for (int i = 0; i < 4; ++i) {
-                                const float2 a = unpack(given[i]), s = unpack(scales[i]);
-                                square += a.x * a.x + a.y * a.y;
-                                z[i] = pack(a.x * s.x, a.y * s.y);
-                            }
-                            send(memory + l.scaled + place * 2, uint4{z[0], z[1], z[2], z[3]});
-                        }
-                        if (l.sent >= 0 && &job == l.job) send(memory + l.sent + place * 2, y);
-                        if (job.y) *(uint4*)((u16*)job.y + place) = y;
+                        for (int i = 0; i < 8; ++i) v[i] = activate(v[i], ACTIVATION);
                     }
+                    if (l.gated) {
+                        collect(u, 32 + f);
+                        #pragma unroll
+                        for (int i = 0; i < 8; ++i) u[i] *= by;
+                        add(u, read(l.job[1].bias, feature + f));
+                        #pragma unroll
+                        for (int i = 0; i < 8; ++i) v[i] *= u[i];
+                    }
+                    add(v, residual);
+                    const uint4 y = {pack(v[0], v[1]), pack(v[2], v[3]), pack(v[4], v[5]), pack(v[6], v[7])};
                     if (l.scaled >= 0) {
-                        for (int o = 1; o < chunks; o *= 2) square += __shfl_xor_sync(~0u, square, o);
-                        if ((e & chunks - 1) == 0) asm volatile("st.relaxed.gpu.global.f32 [%0], %1;" ::"l"((float*)(memory + l.squares) + whole * BN + t), "f"(square) : "memory");
+                        const uint4 scale = *(const uint4*)((const u16*)l.scale + feature + f);
+                        const u32 given[4] = {y.x, y.y, y.z, y.w}, scales[4] = {scale.x, scale.y, scale.z, scale.w};
+                        u32 z[4];
+                        #pragma unroll
+                        for (int i = 0; i < 4; ++i) {
+                            const float2 a = unpack(given[i]), s = unpack(scales[i]);
+                            square += a.x * a.x + a.y * a.y;
+                            z[i] = pack(a.x * s.x, a.y * s.y);
+                        }
+                        send(memory + l.scaled + place * 2, uint4{z[0], z[1], z[2], z[3]});
                     }
+                    if (l.sent >= 0 && &job == l.job) send(memory + l.sent + place * 2, y);
+                    if (job.y) *(uint4*)((u16*)job.y + place) = y;
+                }
+                if (l.scaled >= 0) {
+                    for (int o = 1; o < chunks; o *= 2) square += __shfl_xor_sync(~0u, square, o);
+                    if (f == 0 && t < BN) asm volatile("st.relaxed.gpu.global.f32 [%0], %1;" ::"l"((float*)(memory + l.squares) + whole * BN + t), "f"(square) : "memory");
                 }
                 together();
                 if (thread == 0) arrive(taken + side);
@@ -351,5 +340,3 @@ __device__ __forceinline__ void chain(const Chain& c) {
         c.state[1] = 0;
     }
 }
-
-extern "C" __global__ void __launch_bounds__(160 + 32 * (LOADERS + FINISHERS), 1) multiply(const __grid_constant__ Chain c) { chain<TOKENS>(c); }
