@@ -10,6 +10,7 @@ can be captured, too. What is executed was checked against the manifest's SHA-25
 from __future__ import annotations
 
 import contextlib
+import gc
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
@@ -186,12 +187,6 @@ class CudaExecutor:
         self.frames.move_to_end(key)
         return self.frames[key]
 
-    def forget_frames(self) -> None:
-        """Give back the memory of all frames."""
-        self.frames.clear()
-        self._arena = None
-        self.cupy.get_default_memory_pool().free_all_blocks()
-
     def _make_frame(self, sizes: Mapping[str, int]) -> Frame:
         """A new frame; where memory runs out, those that were not used for longest go first."""
         while True:
@@ -202,6 +197,7 @@ class CudaExecutor:
                 if not self.frames:
                     raise
                 self.frames.popitem(last=False)
+                gc.collect()  # a frame and its launches hold one another
                 self.cupy.get_default_memory_pool().free_all_blocks()
 
     def tune(self, inputs: Mapping[str, Any]) -> tuning.Times:

@@ -7,6 +7,7 @@ was chosen: nothing leaves the device in between, and the host only looks whethe
 
 from __future__ import annotations
 
+import gc
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -158,6 +159,7 @@ class CudaModel:
         """Give back the memory of caches and frames, but not that of values."""
         self.buckets.clear()
         self.caches, self.copies = {}, None
+        gc.collect()  # frames and their launches hold one another
         self.stream.synchronize()
         self.executor.cupy.get_default_memory_pool().free_all_blocks()
 
@@ -226,6 +228,7 @@ class CudaModel:
                 if not self.buckets:
                     raise
                 self.buckets.popitem(last=False)
+                gc.collect()
                 self.executor.cupy.get_default_memory_pool().free_all_blocks()
         self.buckets.move_to_end(key)
         return self.buckets[key]

@@ -195,8 +195,11 @@ def test_steps_are_those_of_the_cpu(plans, kind, monkeypatch):
     assert len(model.device.buckets) < 40
 
 
+FEW = 12 * 4 * 2 * 16 * 4  # bytes for twelve blocks
+
+
 @pytest.mark.parametrize("options", [
-    {}, {"token_budget": 7}, {"seats": 2}, {"seats": 3, "lookahead": 5}, {"lookahead": 1}, {"lookahead": 16}, {"kv_memory": 12 * 4 * 2 * 16 * 4}, {"kv_memory": 12 * 4 * 2 * 16 * 4, "lookahead": 6}, {"reuse": False},
+    {}, {"token_budget": 7}, {"seats": 2}, {"seats": 3, "lookahead": 5}, {"lookahead": 1}, {"lookahead": 16}, {"kv_memory": FEW}, {"kv_memory": FEW, "lookahead": 6}, {"reuse": False},
 ], ids=str)  # fmt: skip
 def test_texts_are_those_of_the_cpu(plans, options, monkeypatch):
     """Chunks, few seats, waiting, preemption, several steps at once: the tokens are the same."""
