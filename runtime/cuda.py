@@ -142,12 +142,12 @@ class CudaExecutor:
             self._arena = self.cupy.empty(max(size, 1), np.uint8)
         return self._arena
 
-    def frame_at(self, sizes: Mapping[str, int], given: Mapping[str, Any], finish: Finish | None = None) -> Frame:
-        """A frame of the caller's, not kept here, whose inputs in `given` are CuPy arrays that lie where they will be. What `finish`
-        returns is done at its end. Values are undefined while it is made: its work is done three times.
+    def frame_at(self, sizes: Mapping[str, int], given: Mapping[str, Any], finish: Finish | None = None, measure: bool = False) -> Frame:
+        """A frame of the caller's, not kept here, whose inputs, all `given`, are CuPy arrays that lie where they will be. What `finish`
+        returns is done at its end. Its work is done three times while it is made; with `measure`, kernels are timed and the fastest taken.
         """
-        with self.stream, tuning.using(self.times):
-            return Frame(self, sizes, given=given, finish=finish)
+        with self.stream, tuning.using(self.times, measure):
+            return Frame(self, sizes, {} if measure else None, given, finish)
 
     def _turn_weights(self) -> set[int]:
         """Store matrices the way kernels read them, [N, K]; the steps (by index) whose `trans_w` becomes 1 by that."""
