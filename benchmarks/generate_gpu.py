@@ -27,7 +27,10 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 import generate_cases as cases
 
 import rewrite
+from rewrite.plugins import tuning
 from rewrite.runtime import buckets
+from rewrite.runtime.batch import Batch
+from rewrite.runtime.sampling import Row, Sampling
 
 BATCHES, CONTEXT = (1, 8, 32), 1024
 
@@ -88,17 +91,36 @@ def wide_times(plan: Path) -> list[str]:
                 steps += [(b[0] - a[0]) * batch / (b[1] - a[1]) for a, b in zip(ends[began:], ends[began + 1 :], strict=False) if b[1] > a[1] and (b[1] - a[1]) % batch == 0]
             lines.append(f"batch {batch}, {ahead} steps at once: {1e3 * statistics.median(steps):.3f} ms a step; prompts {1e3 * min(reads):.1f} ms")
     for (sizes, decoding), bucket in device.buckets.items():
-        frame, events = bucket.frame, [device.executor.cupy.cuda.Event() for _ in range(21)]
-        with device.stream:
-            bucket.inputs.fill(buckets.nothing())
-            for event in events:
-                event.record(device.stream)
-                frame.replay()
-            device.stream.synchronize()
-        gpu = statistics.median(1e3 * device.executor.cupy.cuda.get_elapsed_time(a, b) for a, b in zip(events, events[1:], strict=False))
-        kinds = [device.executor.plan.manifest.steps[i[0]].name[:16] + (f"x{len(i)}" if len(i) > 1 else "") for i, _ in frame.work]
-        lines.append(f"{sizes} decoding={decoding}: {gpu:.0f} us, empty, {len(frame.launches)} launches, arena {frame.arena.nbytes >> 20} MiB: {' '.join(kinds[:8])} ... {' '.join(kinds[-4:])}")
+        if sizes.tokens == sizes.sequences in BATCHES and sizes.table * device.block_size > CONTEXT:
+            lines += bucket_times(device, sizes, decoding, bucket)
     return lines
+
+
+def bucket_times(device: Any, sizes: buckets.Sizes, decoding: bool, bucket: Any) -> list[str]:
+    """A step of texts of CONTEXT positions: its graph, and each of its launches alone, 20 in a graph."""
+    cupy, count, frame = device.executor.cupy, sizes.sequences, bucket.frame
+    tables = np.random.default_rng(0).permutation(device.blocks)[: count * sizes.table].reshape(count, sizes.table).astype(np.int32)
+    positions = np.full(count, CONTEXT - 30)
+    slots = (tables[:, positions[0] // device.block_size] * device.block_size + positions[0] % device.block_size).astype(np.int32)
+    batch = Batch(np.arange(count), positions, slots, tables, np.arange(count + 1, dtype=np.int32), (positions + 1).astype(np.int32), np.arange(count))
+    with device.stream:
+        if decoding:
+            bucket.state.load([Row(Sampling(), [1] * 8, 8) for _ in range(count)], 60)
+        bucket.inputs.fill(batch)
+        events = [cupy.cuda.Event() for _ in range(25)]
+        for event in events:
+            event.record(device.stream)
+            frame.replay()
+        device.stream.synchronize()
+        times = [1e3 * cupy.cuda.get_elapsed_time(a, b) for a, b in zip(events, events[1:], strict=False)]
+        bucket.inputs.fill(batch)
+        parts: dict[str, list[float]] = {}
+        steps = device.executor.plan.manifest.steps
+        names = ["+".join(steps[i].name[:14] for i in indices) for indices, _ in frame.work] + ["sampler", "advance"][: len(frame.launches) - len(frame.work)]
+        for name, launch in zip(names, frame.launches, strict=True):
+            parts.setdefault(name, []).append(tuning.microseconds(launch))
+    told = ", ".join(f"{name} {len(us)} x {statistics.median(us):.1f}" for name, us in parts.items())
+    return [f"{sizes} decoding={decoding}: {statistics.median(times):.0f} us a replay, {len(frame.launches)} launches, alone {sum(map(sum, parts.values())):.0f} us: {told}"]
 
 
 def main() -> None:
