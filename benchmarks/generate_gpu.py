@@ -10,6 +10,7 @@ Plans are made by processes of their own meanwhile. Times of a step: the median 
 from __future__ import annotations
 
 import argparse
+import itertools
 import multiprocessing
 import statistics
 import sys
@@ -105,14 +106,14 @@ def bucket_times(device: Any, sizes: buckets.Sizes, decoding: bool, bucket: Any)
     batch = Batch(np.arange(count), positions, slots, tables, np.arange(count + 1, dtype=np.int32), (positions + 1).astype(np.int32), np.arange(count))
     with device.stream:
         if decoding:
-            bucket.state.load([Row(Sampling(), [1] * 8, 8) for _ in range(count)], 60)
+            bucket.state.load([Row(Sampling(), [1] * 8, 8) for _ in range(count)], 400)
         bucket.inputs.fill(batch)
         events = [cupy.cuda.Event() for _ in range(25)]
         for event in events:
             event.record(device.stream)
             frame.replay()
         device.stream.synchronize()
-        times = [1e3 * cupy.cuda.get_elapsed_time(a, b) for a, b in zip(events, events[1:], strict=False)]
+        times = [1e3 * cupy.cuda.get_elapsed_time(a, b) for a, b in itertools.pairwise(events)]
         bucket.inputs.fill(batch)
         parts: dict[str, list[float]] = {}
         steps = device.executor.plan.manifest.steps
