@@ -23,6 +23,7 @@ from rewrite.runtime import engine, seal, weights
 from rewrite.runtime.machine import CAPABILITY, TUNED_ON, fingerprint
 from rewrite.runtime.partition import Partition, partition
 from rewrite.runtime.plan import MANIFEST, WEIGHTS, Manifest, Plan
+from rewrite.runtime.plan_model import PlanModel
 from rewrite.runtime.profile import GENERATOR, Profile
 from rewrite.runtime.rank_model import local_generator, partition_ranks
 from rewrite.runtime.tokenizer import copy_tokenizer, eos_of, tokenizer_folder
@@ -31,6 +32,7 @@ from rewrite.validity import check_tolerance
 from rewrite.verify import MODEL_TOLERANCE, SIZES, compare, model_inputs
 from rewrite.verify_generator import Texts, at_once, compare_steps, generator_of
 
+TUNING_MEMORY = 64 << 20  # bytes for the caches of a text generator whose kernels are timed
 Progress = Callable[[str], None]
 UNCHECKED = "build with --no-verify and compare yourself"
 
@@ -164,7 +166,10 @@ def _tune(work: Path, source: Model, sign_key: str | os.PathLike[str] | None, ke
     """Time the kernels for the plan in `work` and enter the figures in its manifest."""
     plan = Plan(work, device="cuda", key=sign_key)
     ranges = plan.manifest.profile.ranges
-    for index, name in enumerate(("smallest", "best", "largest")):
+    if plan.manifest.generator is not None:
+        say("timing kernels for texts that decode and for prompts")
+        PlanModel(plan, TUNING_MEMORY).tune()
+    for index, name in enumerate(("smallest", "best", "largest") if plan.manifest.generator is None else ()):
         say(f"timing kernels at the profile's {name} sizes")
         plan.tune(model_inputs(source.proto, index, {n: r[index] for n, r in ranges.items()}))
     plan.manifest.tuning = plan.executor.times  # type: ignore[attr-defined]

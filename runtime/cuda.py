@@ -10,6 +10,7 @@ can be captured, too. What is executed was checked against the manifest's SHA-25
 from __future__ import annotations
 
 import contextlib
+import gc
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
@@ -141,12 +142,12 @@ class CudaExecutor:
             self._arena = self.cupy.empty(max(size, 1), np.uint8)
         return self._arena
 
-    def frame_at(self, sizes: Mapping[str, int], given: Mapping[str, Any], finish: Finish | None = None) -> Frame:
-        """A frame of the caller's, not kept here, whose inputs in `given` are CuPy arrays that lie where they will be. What `finish`
-        returns is done at its end. Values are undefined while it is made: its work is done three times.
+    def frame_at(self, sizes: Mapping[str, int], given: Mapping[str, Any], finish: Finish | None = None, measure: bool = False) -> Frame:
+        """A frame of the caller's, not kept here, whose inputs, all `given`, are CuPy arrays that lie where they will be. What `finish`
+        returns is done at its end. Its work is done three times while it is made; with `measure`, kernels are timed and the fastest taken.
         """
-        with self.stream, tuning.using(self.times):
-            return Frame(self, sizes, given=given, finish=finish)
+        with self.stream, tuning.using(self.times, measure):
+            return Frame(self, sizes, {} if measure else None, given, finish)
 
     def _turn_weights(self) -> set[int]:
         """Store matrices the way kernels read them, [N, K]; the steps (by index) whose `trans_w` becomes 1 by that."""
@@ -186,12 +187,6 @@ class CudaExecutor:
         self.frames.move_to_end(key)
         return self.frames[key]
 
-    def forget_frames(self) -> None:
-        """Give back the memory of all frames."""
-        self.frames.clear()
-        self._arena = None
-        self.cupy.get_default_memory_pool().free_all_blocks()
-
     def _make_frame(self, sizes: Mapping[str, int]) -> Frame:
         """A new frame; where memory runs out, those that were not used for longest go first."""
         while True:
@@ -202,6 +197,7 @@ class CudaExecutor:
                 if not self.frames:
                     raise
                 self.frames.popitem(last=False)
+                gc.collect()  # a frame and its launches hold one another
                 self.cupy.get_default_memory_pool().free_all_blocks()
 
     def tune(self, inputs: Mapping[str, Any]) -> tuning.Times:

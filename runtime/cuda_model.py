@@ -7,13 +7,14 @@ was chosen: nothing leaves the device in between, and the host only looks whethe
 
 from __future__ import annotations
 
+import gc
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from rewrite.plugins import cuda_decoding
+from rewrite.plugins import cuda_decoding, tuning
 from rewrite.plugins.cuda_launch import capability
 from rewrite.runtime import buckets
 from rewrite.runtime.batch import Batch
@@ -71,7 +72,7 @@ class Inputs:
 class Bucket:
     """The captured work for one set of sizes, with its inputs; one for `decode` chooses tokens, too, and makes the next batch of them."""
 
-    def __init__(self, model: CudaModel, sizes: Sizes, decoding: bool):
+    def __init__(self, model: CudaModel, sizes: Sizes, decoding: bool, measure: bool = False):
         executor = model.executor
         self.inputs = Inputs(executor, sizes)
         self.inputs.fill(buckets.nothing())  # while the frame is made its work is done, which must change no cache
@@ -82,7 +83,8 @@ class Bucket:
         named = {"tokens": sizes.tokens, "sequences": sizes.sequences, "table": sizes.table, "rows": sizes.rows, "starts": sizes.sequences + 1, "blocks": model.blocks}
         given = {**{n: a for n, a in self.inputs.device.items() if n in executor.plan.inputs}, **model.caches}
         logits = executor.plan.manifest.outputs["logits"]
-        self.frame = executor.frame_at(named, given, (lambda frame: self._finish(frame.values[logits], model.block_size)) if decoding else None)
+        finish = (lambda frame: self._finish(frame.values[logits], model.block_size)) if decoding else None
+        self.frame = executor.frame_at(named, given, finish, measure)
         self.logits = self.frame.values[logits]
 
     def _finish(self, logits: Any, block_size: int) -> list[Any]:
@@ -158,6 +160,7 @@ class CudaModel:
         """Give back the memory of caches and frames, but not that of values."""
         self.buckets.clear()
         self.caches, self.copies = {}, None
+        gc.collect()  # frames and their launches hold one another
         self.stream.synchronize()
         self.executor.cupy.get_default_memory_pool().free_all_blocks()
 
@@ -199,6 +202,21 @@ class CudaModel:
         with self.stream:
             self.copies.copy(self.executor.cupy.asarray(np.array(list(pairs), np.int32)))
 
+    def tune(self, most: int = 64) -> tuning.Times:
+        """Time the kernels that could do each step, for up to `most` texts that decode and for prompts up to the engines' most tokens, and
+        use the fastest from now on. Returns what was measured, microseconds by call and kernel.
+        """
+        known, (least, longest) = set(self.executor.times), self.limits.tokens
+        singles = {buckets.few(n) for n in range(1, most + 1)}
+        prompts = {min(1 << n, longest) for n in range(6, 12)}
+        for sizes in [Sizes(n, n, buckets.NARROWEST, n) for n in sorted(singles) if least <= n <= min(longest, self.limits.rows[1])] + [
+            Sizes(n, max(1, self.limits.rows[0]), buckets.NARROWEST, max(1, self.limits.rows[0])) for n in sorted(prompts) if n >= least
+        ]:
+            with self.stream:
+                Bucket(self, sizes, False, measure=True)
+        self.buckets.clear()  # made by estimates
+        return {key: times for key, times in self.executor.times.items() if key not in known}
+
     def copy_speed(self, size: int = 1 << 28) -> float:
         """Bytes a second that a copy of device memory reads and writes, the best of five."""
         cupy, times = self.executor.cupy, []
@@ -226,6 +244,7 @@ class CudaModel:
                 if not self.buckets:
                     raise
                 self.buckets.popitem(last=False)
+                gc.collect()
                 self.executor.cupy.get_default_memory_pool().free_all_blocks()
         self.buckets.move_to_end(key)
         return self.buckets[key]

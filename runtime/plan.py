@@ -221,6 +221,8 @@ class Plan:
         Returns microseconds by call and kernel. `rewrite.build(..., tune=True)` does it when the plan is built and keeps them in it.
         Raises RewriteError for a plan on the CPU, which has no kernels to choose from.
         """
+        if self.manifest.generator is not None:
+            raise RewriteError(f"{self.directory}: a text generator is tuned when it is built (--tune), or by PlanModel.tune()")
         if self.device != "cuda":
             raise RewriteError(f"{self.directory}: there is nothing to tune on the CPU; load the plan with device='cuda'")
         return self.executor.tune(inputs)  # type: ignore[attr-defined, no-any-return]

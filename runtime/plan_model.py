@@ -115,6 +115,12 @@ class PlanModel:
             return self.device.decode(batch, rows, count)
         return step_by_step(self.step, self.sampler, batch, rows, count, self.block_size)
 
+    def tune(self) -> dict[str, dict[str, float]]:
+        """On the GPU, time the kernels that could do each step and use the fastest from now on; microseconds by call and kernel."""
+        if self.device is None:
+            raise RewriteError(f"{self.plan.directory}: there is nothing to tune on the CPU; load the plan with device='cuda'")
+        return self.device.tune()
+
     def _step(self, batch: Batch) -> Array:
         feeds = {
             "input_ids": batch.tokens[None],

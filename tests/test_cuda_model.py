@@ -195,8 +195,11 @@ def test_steps_are_those_of_the_cpu(plans, kind, monkeypatch):
     assert len(model.device.buckets) < 40
 
 
+FEW = 12 * 4 * 2 * 16 * 4  # bytes for twelve blocks
+
+
 @pytest.mark.parametrize("options", [
-    {}, {"token_budget": 7}, {"seats": 2}, {"seats": 3, "lookahead": 5}, {"lookahead": 1}, {"lookahead": 16}, {"kv_memory": 12 * 4 * 2 * 16 * 4}, {"kv_memory": 12 * 4 * 2 * 16 * 4, "lookahead": 6}, {"reuse": False},
+    {}, {"token_budget": 7}, {"seats": 2}, {"seats": 3, "lookahead": 5}, {"lookahead": 1}, {"lookahead": 16}, {"kv_memory": FEW}, {"kv_memory": FEW, "lookahead": 6}, {"reuse": False},
 ], ids=str)  # fmt: skip
 def test_texts_are_those_of_the_cpu(plans, options, monkeypatch):
     """Chunks, few seats, waiting, preemption, several steps at once: the tokens are the same."""
@@ -282,3 +285,21 @@ def test_a_plan_of_the_gpu_runs_without_touching_its_inputs(plans, monkeypatch):
             same(got[name], array)
     for name, array in before.items():
         np.testing.assert_array_equal(caches[name], array)
+
+
+def test_kernels_are_timed_at_the_sizes_that_decoding_has(plans, monkeypatch):
+    fake_gpu.install(monkeypatch)
+    model, seen = PlanModel(rewrite.Plan(plans / "range", device="cuda"), 1 << 18), []
+    make = cuda_model.Bucket.__init__
+    monkeypatch.setattr(cuda_model.Bucket, "__init__", lambda self, model, sizes, *rest, **more: (seen.append((sizes, more)), make(self, model, sizes, *rest, **more))[1])
+    before = {n: np.array(c) for n, c in model.caches[0].items()}
+    model.tune()
+    assert [s.tokens for s, _ in seen if s.tokens == s.sequences] == [1, 2, 4, 8, 16, 24, 32, 48, 64]
+    assert [s.tokens for s, _ in seen if s.tokens != s.sequences] == [64, 128, 256, 512, 1024, 2048]
+    assert all(more == {"measure": True} for _, more in seen)
+    for name, cache in before.items():
+        np.testing.assert_array_equal(model.caches[0][name], cache)
+    with pytest.raises(RewriteError, match="there is nothing to tune on the CPU"):
+        PlanModel(rewrite.Plan(plans / "range"), 1 << 18).tune()
+    with pytest.raises(RewriteError, match="a text generator is tuned when it is built"):
+        rewrite.Plan(plans / "range", device="cuda").tune({})

@@ -188,6 +188,44 @@ def test_several_steps_at_once_while_nobody_waits():
     assert calls == []
 
 
+def test_several_steps_at_once_while_those_who_wait_find_no_seat():
+    scheduler, model = served(lookahead=4, seats=2)
+    calls = []
+    decoded = model.decode
+    model.decode = lambda batch, rows, count: (calls.append((len(rows), count)), decoded(batch, rows, count))[1]
+    requests = [Request([n, 2], Sampling(max_new_tokens=9)) for n in range(3)]
+    numbers = [scheduler.add(r) for r in requests]
+    scheduler.step()
+    assert [len(o.tokens) for o in scheduler.step()] == [1] * 8
+    urgent = Request([5, 6], Sampling(max_new_tokens=3), priority=5)
+    numbers.append(scheduler.add(urgent))
+    outputs = scheduler.step()
+    assert calls == [(2, 4)], "one who comes first takes a seat at once"
+    outputs += scheduler.run()
+    assert tokens_of(outputs)[numbers[3], 0] == alone(urgent)[0]
+    scheduler.pool.check()
+
+
+def test_a_quarter_of_the_outputs_may_end_before_the_steps_do():
+    scheduler, model = served(lookahead=8, blocks=64)
+    calls = []
+    decoded = model.decode
+    model.decode = lambda batch, rows, count: (calls.append((len(rows), count)), decoded(batch, rows, count))[1]
+    requests = [Request([n, 2], Sampling(max_new_tokens=4 if n == 1 else 20)) for n in range(5)]
+    numbers = [scheduler.add(r) for r in requests]
+    outputs = list(scheduler.run())
+    assert [tokens_of(outputs)[n, 0] for n in numbers] == [alone(r)[0] for r in requests]
+    assert calls[0] == (5, 8)
+    scheduler.context, ends = 24, []
+    model.decode = lambda batch, rows, count: (ends.append(int(batch.positions.max()) + count), decoded(batch, rows, count))[1]
+    for n in range(5):
+        scheduler.add(Request([n, 3], Sampling(max_new_tokens=5 if n == 1 else 22)) if n else Request([1] * 20, Sampling(max_new_tokens=4)))
+    list(scheduler.run())
+    assert ends[0] == 20 + 3, "no position past the model's last"
+    assert max(ends) <= 24
+    scheduler.pool.check()
+
+
 def test_no_more_steps_at_once_than_there_are_blocks():
     scheduler, model = served(blocks=3, size=4, lookahead=8)
     calls = []
