@@ -145,7 +145,6 @@ class CudaModel:
         self.events = [executor.cupy.cuda.Event(disable_timing=True) for _ in range(MOST_STEPS)]
         self.open(1)
         self._bucket(buckets.largest(tokens, sequences, self.limits), False)  # what its kernels and values take is taken now
-        self.executor.kernels.save()
         self.close()
 
     def open(self, blocks: int) -> None:
@@ -153,7 +152,7 @@ class CudaModel:
         self.close()
         cupy, sizes = self.executor.cupy, [int(np.prod(s)) * np.dtype(d).itemsize for s, d in self.kinds.values()]
         with self.stream, memory(cupy, f"{self.where}: the keys and values", blocks * sum(sizes), "give less with --kv-memory, or end what else uses the GPU"):
-            self.caches = {name: cupy.zeros((blocks, *shape), dtype) for name, (shape, dtype) in self.kinds.items()}
+            self.caches = {name: cupy.zeros((blocks, *shape), np.dtype(dtype)) for name, (shape, dtype) in self.kinds.items()}
         self.blocks, self.copies = blocks, cuda_decoding.BlockCopies(list(self.caches.values()))
 
     def close(self) -> None:
