@@ -10,6 +10,7 @@ from __future__ import annotations
 import gc
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ from rewrite.runtime.batch import Batch
 from rewrite.runtime.buckets import Limits, Sizes
 from rewrite.runtime.cuda import DEVICE_TO_DEVICE, HOST_TO_DEVICE, CudaExecutor, OutOfMemory, memory
 from rewrite.runtime.cuda_sampling import LARGEST_VOCABULARY, CudaSampler, SamplerState, supports
+from rewrite.runtime.layout import before_widening
 from rewrite.runtime.lookahead import step_by_step
 from rewrite.runtime.sampling import Row, Sampler, Samples
 
@@ -82,10 +84,13 @@ class Bucket:
             self.state = model.sampler.state(sizes.rows)
         named = {"tokens": sizes.tokens, "sequences": sizes.sequences, "table": sizes.table, "rows": sizes.rows, "starts": sizes.sequences + 1, "blocks": model.blocks}
         given = {**{n: a for n, a in self.inputs.device.items() if n in executor.plan.inputs}, **model.caches}
-        logits = executor.plan.manifest.outputs["logits"]
-        finish = (lambda frame: self._finish(frame.values[logits], model.block_size)) if decoding else None
-        self.frame = executor.frame_at(named, given, finish, measure)
-        self.logits = self.frame.values[logits]
+        if decoding:  # each token has its row, and the sampler widens logits itself
+            logits, without = model.narrow_logits
+            finish = lambda frame: self._finish(frame.values[logits].reshape(sizes.rows, -1), model.block_size)  # noqa: E731
+            self.frame = executor.frame_at(named, given, finish, ordered={"logit_rows"}, without=without)
+            return
+        self.frame = executor.frame_at(named, given, measure=measure)
+        self.logits = self.frame.values[executor.plan.manifest.outputs["logits"]]
 
     def _finish(self, logits: Any, block_size: int) -> list[Any]:
         """Choose the tokens, and make the next batch of them."""
@@ -194,6 +199,14 @@ class CudaModel:
                 bucket.frame.replay()
                 self.events[index].record(self.stream)
             return bucket.state.samples()
+
+    @cached_property
+    def narrow_logits(self) -> tuple[str, set[int]]:
+        """The value that the logits are before they become float32, and the steps that are not needed for it."""
+        manifest = self.executor.plan.manifest
+        last, name = manifest.steps[-1], manifest.outputs["logits"]
+        source = before_widening(self.executor.segment(last.name)) if last.kind == "segment" and last.outputs == [name] else None
+        return (name, set()) if source is None else (last.inputs[int(source[1:])], {len(manifest.steps) - 1})
 
     def copy_blocks(self, pairs: Iterable[tuple[int, int]]) -> None:
         """Enqueue copies of blocks (from, to) in every layer."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
+from pathlib import Path
 
 import fake_gpu
 import numpy as np
@@ -303,3 +305,22 @@ def test_kernels_are_timed_at_the_sizes_that_decoding_has(plans, monkeypatch):
         PlanModel(rewrite.Plan(plans / "range"), 1 << 18).tune()
     with pytest.raises(RewriteError, match="a text generator is tuned when it is built"):
         rewrite.Plan(plans / "range", device="cuda").tune({})
+
+
+def test_decoding_neither_picks_rows_nor_widens_logits(tmp_path, monkeypatch):
+    """Each token has its row, and the sampler reads 16 bits: two segments less than a step."""
+    sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+    import graphs
+
+    model = rewrite.optimize(graphs.half(decoder(head="logits = MatMul(r, head)", **KINDS["range"])), generate=True, block_size=4).model
+    rewrite.build(model, tmp_path / "plan", engines=False)
+    expected = rewrite.Generator(tmp_path / "plan", kv_memory=1 << 17).generate(prompts()[:4], max_new_tokens=6)
+    fake_gpu.install(monkeypatch)
+    generator = rewrite.Generator(tmp_path / "plan", device="cuda", kv_memory=1 << 17, token_budget=16)
+    assert generator.generate(prompts()[:4], max_new_tokens=6) == expected
+    batch = random_batch(np.random.default_rng(0), generator.model, 2)
+    generator.model.step(batch)
+    frames = {decoding: bucket.frame for (_, decoding), bucket in generator.model.device.buckets.items()}
+    assert frames[False].values["logits"].dtype == np.float32
+    assert len(frames[True].work) == len(frames[False].work) - 2
+    assert len(frames[True].launches) == len(frames[True].work) + 2
