@@ -324,3 +324,14 @@ def test_decoding_neither_picks_rows_nor_widens_logits(tmp_path, monkeypatch):
     assert frames[False].values["logits"].dtype == np.float32
     assert len(frames[True].work) == len(frames[False].work) - 2
     assert len(frames[True].launches) == len(frames[True].work) + 2
+
+
+def test_a_table_that_is_also_the_head_is_stored_once(tmp_path, monkeypatch):
+    model = rewrite.optimize(decoder(head="turned = Transpose<perm = [1, 0]>(table) logits = MatMul(r, turned)"), generate=True, block_size=4).model
+    plan = rewrite.build(model, tmp_path / "plan", engines=False)
+    readers = [s.name for s in plan.manifest.steps if "table" in s.inputs]
+    assert readers[-1] == "MatMulAct"
+    assert len(readers) == 2
+    fake_gpu.install(monkeypatch)
+    executor = PlanModel(rewrite.Plan(tmp_path / "plan", device="cuda"), 1 << 16).plan.executor
+    assert [n for n, a in executor.weights.items() if VOCABULARY in a.shape] == ["table"]
