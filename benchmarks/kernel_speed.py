@@ -200,9 +200,9 @@ def check_chains() -> list[dict[str, Any]]:
     What a link reads of those before it is taken as they wrote it, so that each is measured alone; twice, since a launch leaves its counters as it found them.
     """
     rows, rng = [], cupy.random.default_rng(0)
-    compile_all(cuda_chain.variant(d, a) for d in ("float16", "bfloat16") for a in ("swish", "gelu"))
-    sizes = [(1, 2048, (2048, 512, 512), 8192), (3, 256, (256, 64, 64), 512), (7, 1024, (1024,) * 3, 4096)]
-    sizes += [(2, 520, (72, 40, 40), 1000), (6, 2048, (512, 512, 512), 768), (5, 384, (384,) * 3, 1536), (8, 64, (64, 8, 8), 64)]
+    compile_all(cuda_chain.variant(t, d, a) for t in cuda_chain.TILES for d in ("float16", "bfloat16") for a in ("swish", "gelu"))
+    sizes = [(1, 2048, (2048, 512, 512), 8192), (3, 256, (256, 64, 64), 512), (16, 1024, (1024,) * 3, 4096)]
+    sizes += [(2, 520, (72, 40, 40), 1000), (32, 2048, (512, 512, 512), 768), (21, 384, (384,) * 3, 1536), (8, 64, (64, 8, 8), 64)]
     for dtype, (tokens, width, heads, hidden), biased, layers in itertools.product(("bfloat16", "float16"), sizes, (False, True), (1, 3)):
         normed, limit = dtype == "bfloat16", 1e-3 if dtype == "float16" else 8e-3
         activation, epsilon = "gelu" if biased else "swish", 1e-5
@@ -256,7 +256,7 @@ def check_chains() -> list[dict[str, Any]]:
     return rows
 
 
-def time_chains(limits: dict[str, float], batches: tuple[int, ...] = (1, 2, 4, 8)) -> list[dict[str, Any]]:
+def time_chains(limits: dict[str, float], batches: tuple[int, ...] = (1, 8, 16, 32)) -> list[dict[str, Any]]:
     """All products of a decoding step but the head, one layer a launch and all layers in one; beside launches one by one."""
     rows, rng, dtype = [], cupy.random.default_rng(0), "bfloat16"
     for name, layers in (("llama-1b", 16), ("llama-8b", 12)):

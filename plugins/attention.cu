@@ -280,12 +280,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) attention(const __grid_
 __device__ __forceinline__ void fetch(u8* to, const TensorMap* map, u64* barrier, int rows, int row, int head, int batch) {
     #pragma unroll
     for (int n = 0; n < BLOCKS; ++n)
-        asm volatile("cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, %6}], [%2];" ::"r"(shared(to + n * rows * ROW)), "l"(map),
-                     "r"(shared(barrier)), "r"(n * BLOCK), "r"(row), "r"(head), "r"(batch)
-                     : "memory");
-}
-__device__ __forceinline__ u64 descriptor(const u8* tile, int next) {  // groups of 8 rows lie 8 ROW bytes apart, blocks of a row `next` bytes
-    return ((u64)(shared(tile) & 0x3ffff) >> 4) | ((u64)(next >> 4) << 16) | ((u64)(8 * ROW >> 4) << 32) | ((u64)(ROW == 128 ? 1 : 2) << 62);
+        fetchBox(to + n * rows * ROW, map, barrier, n * BLOCK, row, head, batch);
 }
 WGMMA
 
@@ -337,14 +332,14 @@ extern "C" __global__ void __launch_bounds__(256, D > 64 ? 1 : 2)
         float(&flat)[KT / 2] = *(float(*)[KT / 2])s;
         #pragma unroll
         for (int n = 0; n < KT / 2; ++n) flat[n] = 0.f;
-        asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+        wgmmaFence();
         #pragma unroll
         for (int n = 0; n < D / 16; ++n) {
             const int block = n * 16 / BLOCK, inside = n * 16 % BLOCK * 2;
-            Wgmma<KT>::add(flat, descriptor(queries + block * 128 * ROW + group * 64 * ROW, 16) + (inside >> 4), descriptor(tile + block * KT * ROW, 16) + (inside >> 4));
+            Wgmma<KT>::add(flat, descriptor<ROW>(queries + block * 128 * ROW + group * 64 * ROW, 16) + (inside >> 4), descriptor<ROW>(tile + block * KT * ROW, 16) + (inside >> 4));
         }
-        asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
-        asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+        wgmmaCommit();
+        wgmmaWait<0>();
         softmax(s, o, top, sum, raw, c, step, start, first, r, p);
         u32 w[KT / 16][4];
         #pragma unroll
@@ -355,11 +350,11 @@ extern "C" __global__ void __launch_bounds__(256, D > 64 ? 1 : 2)
             w[t][3] = pack(s[0][2 * t + 1][2], s[0][2 * t + 1][3]);
         }
         float(&out)[D / 2] = *(float(*)[D / 2])o;
-        asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+        wgmmaFence();
         #pragma unroll
-        for (int t = 0; t < KT / 16; ++t) Wgmma<D>::addTransposed(out, w[t], descriptor(tile + TILE + t * 16 * ROW, KT * ROW));
-        asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
-        asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+        for (int t = 0; t < KT / 16; ++t) Wgmma<D>::addTransposed(out, w[t], descriptor<ROW>(tile + TILE + t * 16 * ROW, KT * ROW));
+        wgmmaCommit();
+        wgmmaWait<0>();
         if (lane == 0) arrive(empty + step % STAGES);
     }
     finish(o, sum, c, batch, head, first, r, p);

@@ -2,8 +2,8 @@
 // attention, the gated product, the one after it, queries, keys and values of the next layer. float16 or bfloat16, sums in float32.
 //
 // One block a multiprocessor. A warp fetches weights in the order of the chain, through all of it and as far ahead as shared memory
-// holds; they depend on nothing, so memory never rests while a product waits for the one before it. Four warps bring tokens when they
-// are there, a warpgroup multiplies, two warps do all that comes after. Work is dealt in `grain` steps of 64 inner elements, evenly;
+// holds; they depend on nothing, so memory never rests while a product waits for the one before it. Some warps bring tokens when they
+// are there, a warpgroup multiplies, others do all that comes after. Work is dealt in `grain` steps of 64 inner elements, evenly;
 // where several blocks share a tile of 64 features (32 with a gate), the first of them adds up what the others send.
 //
 // Blocks talk through memory in which every word says by itself that it is there: before, it is ~0, two NaNs that no arithmetic
@@ -52,7 +52,9 @@ __device__ __forceinline__ uint4 receive(const void* p) {
 __device__ __forceinline__ void send(void* p, uint4 v) {
     asm volatile("st.relaxed.gpu.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(p), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
 }
-__device__ __forceinline__ void together() { asm volatile("bar.sync 1, 64;" ::: "memory"); }  // the warps that finish
+// Warps of a block: 4 multiply, 1 fetches weights, LOADERS bring tokens, FINISHERS do what comes after.
+constexpr int LOADERS = TOKENS > 8 ? 7 : 4, FINISHERS = TOKENS > 8 ? 4 : 2, FINISHING = FINISHERS * 32;
+__device__ __forceinline__ void together() { asm volatile("bar.sync 1, %0;" ::"n"(FINISHING) : "memory"); }  // the warps that finish
 
 // What this block does of a link: steps from `first` up to `end`, counted through all tiles.
 struct Share {
@@ -74,7 +76,7 @@ struct Ring {  // a place in the ring of stages, and how often it was passed
 
 template <int BN>  // tokens of a tile
 __device__ __forceinline__ void chain(const Chain& c) {
-    constexpr int STAGE = 8192 + BN * 128, PITCH = 68, ROUNDS = BN / 8;
+    constexpr int STAGE = 8192 + BN * 128, PITCH = 68, ROUNDS = BN * 8 / FINISHING, LOADS = BN > 8 ? 8 : 4;
     extern __shared__ u8 raw[];
     u8* base = (u8*)(((u64)raw + 1023) & ~1023ull);
     float* part = (float*)(base + c.stages * STAGE);
@@ -166,22 +168,22 @@ __device__ __forceinline__ void chain(const Chain& c) {
                 if (lane == 0) arrive(given + side);
             }
         }
-    } else if (warp < 9) {  // tokens: a group of steps at a time, 16 bytes of a token's 64 elements a lane
+    } else if (warp < 5 + LOADERS) {  // tokens: a group of steps at a time, 16 bytes of a token's 64 elements a lane
         waitForPrecedingKernel();
         const u8* memory = c.memory + (*(volatile int*)c.state ? c.size : 0);
-        const int wide = 8 * c.tokens, group = min(4, 128 / wide);
+        const int wide = 8 * c.tokens, group = min(4, 32 * LOADS / wide);
         int done = 0;
         for (int n = 0; n < c.count; ++n) {
             const Link& l = c.link[n];
             const Share share(l);
             const int count = share.end - share.first;
             const u8* x = n ? memory + l.from : (const u8*)l.x;
-            for (int g = (warp - 5) * group; g < count; g += 4 * group) {
+            for (int g = (warp - 5) * group; g < count; g += LOADERS * group) {
                 const int here = min(group, count - g);
-                const u8* at[4];
-                uint4 v[4];
+                const u8* at[LOADS];
+                uint4 v[LOADS];
                 #pragma unroll
-                for (int u = 0; u < 4; ++u) {
+                for (int u = 0; u < LOADS; ++u) {
                     const int e = u * 32 + lane, j = e / wide, row = e % wide >> 3, column = (share.first + g + j) % share.steps * 64 + (e & 7) * 8;
                     at[u] = j < here && column < l.inner ? x + (row * l.inner + column) * 2ll : nullptr;
                     v[u] = uint4{0, 0, 0, 0};
@@ -190,16 +192,16 @@ __device__ __forceinline__ void chain(const Chain& c) {
                 do {
                     missing = false;
                     #pragma unroll
-                    for (int u = 0; u < 4; ++u) if (at[u]) v[u] = look(at[u]);
+                    for (int u = 0; u < LOADS; ++u) if (at[u]) v[u] = look(at[u]);
                     #pragma unroll
-                    for (int u = 0; u < 4; ++u) missing |= n && !isThere(v[u]);
+                    for (int u = 0; u < LOADS; ++u) missing |= n && !isThere(v[u]);
                 } while (missing);
                 for (int j = 0; j < here; ++j) {
                     const int index = done + g + j, stage = index % c.stages, pass = index / c.stages;
                     if (pass) wait(empty + stage, pass - 1 & 1);
                     u8* to = base + stage * STAGE + 8192;
                     #pragma unroll
-                    for (int u = 0; u < 4; ++u) {
+                    for (int u = 0; u < LOADS; ++u) {
                         const int e = u * 32 + lane, row = e % wide >> 3;
                         if (e / wide == j) *(uint4*)(to + row * 128 + ((e ^ row) & 7) * 16) = v[u];
                     }
@@ -211,11 +213,11 @@ __device__ __forceinline__ void chain(const Chain& c) {
             done += count;
         }
     } else {
-        const int thread = threadIdx.x - 288;
+        const int thread = threadIdx.x - 160 - 32 * LOADERS;
         waitForPrecedingKernel();
         const int which = *(volatile int*)c.state;
         u8 *memory = c.memory + (which ? c.size : 0), *other = c.memory + (which ? 0 : c.size);
-        for (int i = blockIdx.x * 64 + thread; i < c.size / 16; i += gridDim.x * 64) *((uint4*)other + i) = uint4{NOTHING, NOTHING, NOTHING, NOTHING};
+        for (int i = blockIdx.x * FINISHING + thread; i < c.size / 16; i += gridDim.x * FINISHING) *((uint4*)other + i) = uint4{NOTHING, NOTHING, NOTHING, NOTHING};
         int segment = 0;
         for (int n = 0; n < c.count; ++n) {
             const Link& l = c.link[n];
@@ -223,7 +225,7 @@ __device__ __forceinline__ void chain(const Chain& c) {
             if (share.first == share.end) continue;
             const int chunks = l.gated ? 4 : 8, bits = l.gated ? 2 : 3;
             if (l.normed >= 0) {
-                constexpr int PER = 64 / BN;  // threads a token
+                constexpr int PER = FINISHING / BN;  // threads a token
                 float sum = 0.f;
                 #pragma unroll 8
                 for (int i = thread % PER; i < l.normedTiles; i += PER) {
@@ -249,7 +251,7 @@ __device__ __forceinline__ void chain(const Chain& c) {
                 float* sent = (float*)(memory + l.parts) + (long long)whole * l.room * c.tokens * 64;  // [part, token, 64], but for the first one's
                 if (mine) {
                     wait(given + side, segment >> 1 & 1);
-                    for (int e = thread; e < c.tokens * 16; e += 64) send((float4*)sent + (mine - 1) * c.tokens * 16 + e, *(const uint4*)(sums + (e >> 4) * PITCH + (e & 15) * 4));
+                    for (int e = thread; e < c.tokens * 16; e += FINISHING) send((float4*)sent + (mine - 1) * c.tokens * 16 + e, *(const uint4*)(sums + (e >> 4) * PITCH + (e & 15) * 4));
                     together();
                     if (thread == 0) arrive(taken + side);
                     continue;
@@ -257,7 +259,7 @@ __device__ __forceinline__ void chain(const Chain& c) {
                 uint4 residuals[ROUNDS];
                 #pragma unroll
                 for (int round = 0; round < ROUNDS; ++round) {
-                    const int e = round * 64 + thread, t = e >> bits, f = (e & chunks - 1) * 8;
+                    const int e = round * FINISHING + thread, t = e >> bits, f = (e & chunks - 1) * 8;
                     const long long place = t * job.features + feature + f;
                     const bool inside = t < c.tokens && feature + f < job.features;
                     residuals[round] = !inside ? uint4{0, 0, 0, 0} : l.residual >= 0 ? receive(memory + l.residual + place * 2) : read(job.residual, place);
@@ -290,7 +292,7 @@ __device__ __forceinline__ void chain(const Chain& c) {
                 };
                 #pragma unroll
                 for (int round = 0; round < ROUNDS; ++round) {
-                    const int e = round * 64 + thread, t = e >> bits, f = (e & chunks - 1) * 8;
+                    const int e = round * FINISHING + thread, t = e >> bits, f = (e & chunks - 1) * 8;
                     if (t >= BN) break;  // whole warps
                     float square = 0.f;
                     if (t < c.tokens && feature + f < job.features) {
@@ -350,4 +352,4 @@ __device__ __forceinline__ void chain(const Chain& c) {
     }
 }
 
-extern "C" __global__ void __launch_bounds__(352, 1) multiply(const __grid_constant__ Chain c) { chain<TOKENS>(c); }
+extern "C" __global__ void __launch_bounds__(160 + 32 * (LOADERS + FINISHERS), 1) multiply(const __grid_constant__ Chain c) { chain<TOKENS>(c); }

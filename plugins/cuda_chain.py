@@ -1,6 +1,6 @@
 """Chains of products of few tokens in one launch (`chain.cu`): which steps make one, their memory, and the launch.
 
-Weights lie [N, K], inputs and outputs are packed, float16 or bfloat16, at most 8 tokens, on Hopper.
+Weights lie [N, K], inputs and outputs are packed, float16 or bfloat16, at most 32 tokens, on Hopper.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from rewrite.plugins import cuda_gemm
 from rewrite.plugins.cuda_gemm import ACTIVATIONS, Product, ceil_div
 from rewrite.plugins.cuda_launch import Launch, launcher, module, tensor_map, wgmma
 
-TOKENS = 8  # of a tile: the most there may be
+TILES = {8: 352, 32: 512}  # tokens of a tile, and threads of a block
+TOKENS = 32  # the most there may be
 RING = 160 << 10  # bytes of shared memory for what is fetched ahead: leaves room for the blocks of an attention beside
 TILE = 64  # rows of weights
-STAGE = 8192 + TOKENS * 128  # bytes of 64 inner elements
 WINDOW = 8  # stages that are on their way at a time: more would keep what the blocks tell each other waiting
-PIECE, PART = 4.0, 2.0  # a piece of a tile and a part of a sum, in steps: what they cost beside what is fetched
+PIECE, PART = 1.0, 0.5  # a piece of a tile and a part of a sum, in steps: what they cost beside what is fetched
 
 
 @dataclass
@@ -155,9 +155,14 @@ def best_grain(tiles: int, steps: int, blocks: int) -> int:
     return min((ceil_div(steps, n) for n in (1, 2, 3, 4, 6, 8, 11, 16, steps)), key=cost)
 
 
-def variant(dtype: str, activation: str) -> tuple[str, str, tuple[str, ...], tuple[tuple[str, str], ...]]:
+def tile_of(tokens: int) -> int:
+    """Tokens of the tile that takes `tokens`."""
+    return next(t for t in TILES if tokens <= t)
+
+
+def variant(tile: int, dtype: str, activation: str) -> tuple[str, str, tuple[str, ...], tuple[tuple[str, str], ...]]:
     """What `cuda_launch.module` needs."""
-    return "chain", dtype, (f"ACTIVATION={ACTIVATIONS.index(activation)}", f"TOKENS={TOKENS}", f"WINDOW={WINDOW}"), (("WGMMA\n", wgmma(TOKENS, dtype=dtype)),)
+    return "chain", dtype, (f"ACTIVATION={ACTIVATIONS.index(activation)}", f"TOKENS={tile}", f"WINDOW={WINDOW}"), (("WGMMA\n", wgmma(tile, dtype=dtype)),)
 
 
 def key(links: Sequence[Link]) -> str:
@@ -177,7 +182,10 @@ def chain(links: Sequence[Link], memory: Any = None) -> Launch:
     """
     import cupy
 
-    tokens, blocks, stages = links[0].x.shape[0], _blocks(), RING // STAGE
+    tokens, blocks = links[0].x.shape[0], _blocks()
+    tile = tile_of(tokens)
+    stage = 8192 + tile * 128  # bytes of 64 inner elements
+    stages = RING // stage
     if memory is None:
         memory = new_memory(memory_bytes(links))
     places, _ = _layout(links, blocks)
@@ -200,9 +208,9 @@ def chain(links: Sequence[Link], memory: Any = None) -> Launch:
     base = int(memory.data.ptr)
     call = _Chain(link=int(table.data.ptr), count=len(links), tokens=tokens, stages=stages, size=(memory.nbytes - 512) // 2, state=base, memory=base + 512)
     activation = next((link.activation for link in links if link.activation != "none"), "none")
-    function = module(*variant(links[0].x.dtype.name, activation)).get_function("multiply")
-    shared = 1024 + stages * (STAGE + 24) + TOKENS * 548 + 64
-    return launcher(function, (blocks,), 352, [call], shared=shared, keep=(links, memory, table))
+    function = module(*variant(tile, links[0].x.dtype.name, activation)).get_function("multiply")
+    shared = 1024 + stages * (stage + 24) + tile * 548 + 64
+    return launcher(function, (blocks,), TILES[tile], [call], shared=shared, keep=(links, memory, table))
 
 
 def memory_bytes(links: Sequence[Link]) -> int:
@@ -244,7 +252,7 @@ def _layout(links: Sequence[Link], blocks: int) -> tuple[list[dict[str, int]], i
             "source": -1 if before is None else before["sent"] if links[index - 1].norm is None else before["scaled"],
             "residual": written.get(_address(link.products[0].residual), -1), "normed": before["squares"] if before else -1,
             "sent": room(y.nbytes) if not last and (link.norm is None or _address(y) in residuals) else -1,
-            "scaled": room(y.nbytes) if link.norm else -1, "squares": room(link.tiles * TOKENS * 4) if link.norm else -1,
+            "scaled": room(y.nbytes) if link.norm else -1, "squares": room(link.tiles * tile_of(tokens) * 4) if link.norm else -1,
             "room": deal(link.tiles, link.steps, best_grain(link.tiles, link.steps, blocks), blocks)[2] - 1,
         }  # fmt: skip
         place["parts"] = room(link.tiles * place["room"] * tokens * 256)

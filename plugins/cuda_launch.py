@@ -113,8 +113,8 @@ def module(name: str, dtype: str, defines: tuple[str, ...] = (), changes: tuple[
 
 
 def wgmma(*tiles: int, dtype: str) -> str:
-    """C++ for d[64, tile] += a[64, 16] b[tile, 16]^T by wgmma: `Wgmma<tile>::add` with both in shared memory, `addTransposed` with a in
-    registers and b stored [16, tile].
+    """C++ for d[64, tile] += a[64, 16] b[tile, 16]^T by wgmma: `Wgmma<tile>::add` with both in shared memory, `set` the same for d = a b^T,
+    `addTransposed` with a in registers and b stored [16, tile].
     """
     kind, made = "bf16" if dtype == "bfloat16" else "f16", ["template <int N> struct Wgmma;"]
     for tile in sorted(set(tiles)):
@@ -122,10 +122,12 @@ def wgmma(*tiles: int, dtype: str) -> str:
         registers, operands = ", ".join(f"%{i}" for i in range(count)), ", ".join(f'"+f"(d[{i}])' for i in range(count))
         code = f"wgmma.mma_async.sync.aligned.m64n{tile}k16.f32.{kind}.{kind} {{{registers}}}"
         add = f'asm volatile("{code}, %{count}, %{count + 1}, 1, 1, 1, 0, 0;" : {operands} : "l"(a), "l"(b));'
+        fresh = f'asm volatile("{code}, %{count}, %{count + 1}, 0, 1, 1, 0, 0;" : {operands.replace("+f", "=f")} : "l"(a), "l"(b));'
         four = ", ".join(f"%{count + i}" for i in range(4))
         turned = f'asm volatile("{code}, {{{four}}}, %{count + 4}, 1, 1, 1, 1;" : {operands} : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));'
         made.append(f"template <> struct Wgmma<{tile}> {{")
         made.append(f"    static __device__ __forceinline__ void add(float (&d)[{count}], u64 a, u64 b) {{ {add} }}")
+        made.append(f"    static __device__ __forceinline__ void set(float (&d)[{count}], u64 a, u64 b) {{ {fresh} }}")
         made.append(f"    static __device__ __forceinline__ void addTransposed(float (&d)[{count}], const u32 (&a)[4], u64 b) {{ {turned} }}")
         made.append("};")
     return "\n".join(made) + "\n"

@@ -10,14 +10,12 @@ from __future__ import annotations
 
 import ctypes
 from functools import cache
-from importlib import import_module
-from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 from rewrite.plugins.cuda_launch import MOST_SHARED, Launch, capability, launcher, module
+from rewrite.plugins.cuda_paged_prefill import prefill
 
 WARPS, LEAST = 4, 4  # of a block of `decode`; tiles of 16 positions that it takes at least
-PREFILL = "rewrite.plugins.cuda_paged_prefill"
 _scratch: dict[tuple[int, int], tuple[Any, Any]] = {}
 
 
@@ -174,7 +172,7 @@ def paged_attention(
     from_caches = _Call.from_buffer_copy(call)
     if queries is not q:
         from_caches.q, from_caches.qs = call.turned, call.ts
-    found = _prefill(queries, keys, values, y, tables, starts, lengths, scale=scale, window=window, softcap=softcap) if q.dtype.itemsize == 2 else None
+    found = prefill(queries, keys, values, y, tables, starts, lengths, scale=scale, window=window, softcap=softcap) if q.dtype.itemsize == 2 else None
     if found is None and q.dtype.itemsize == 2:
         found = _decode(from_caches, shape, Turn(), False, least, False, (keep, queries))
     if found is None:
@@ -191,14 +189,6 @@ def _decode(call: _Call, shape: tuple[Any, ...], turn: Turn, fresh: bool, least:
     call.parts, call.arrived = int(parts.data.ptr), int(arrived.data.ptr)
     function = module(*variant(*shape, turn, fresh, least, early)).get_function("decode")
     return launcher(function, (blocks,), 32 * WARPS, [call], shared=made.shared, keep=(keep, parts, arrived))
-
-
-def _prefill(*arrays: Any, **options: Any) -> Launch | None:
-    """The kernel for prompts, if it is there and takes these arrays."""
-    if find_spec(PREFILL) is None:
-        return None
-    made: Launch | None = import_module(PREFILL).prefill(*arrays, **options)
-    return made
 
 
 def _after(copies: list[tuple[Any, Any]], launches: list[Launch]) -> Launch:

@@ -178,23 +178,6 @@ __device__ __forceinline__ void narrow(const TensorMap& x, const TensorMap& w0, 
 }
 
 // --- many tokens --------------------------------------------------------------------------------------------------------
-// Lane q's element i goes to lane i's element q, in each group of four lanes.
-__device__ __forceinline__ void transpose(u32 (&v)[4]) {
-    const bool odd = threadIdx.x & 1, high = threadIdx.x & 2;
-    #pragma unroll
-    for (int i = 0; i < 4; i += 2) {
-        const u32 got = __shfl_xor_sync(~0u, odd ? v[i] : v[i + 1], 1);
-        if (odd) v[i] = got;
-        else v[i + 1] = got;
-    }
-    #pragma unroll
-    for (int i = 0; i < 2; ++i) {
-        const u32 got = __shfl_xor_sync(~0u, high ? v[i] : v[i + 2], 2);
-        if (high) v[i] = got;
-        else v[i + 2] = got;
-    }
-}
-
 template <int BN, int STAGES>
 __device__ __forceinline__ void wide(const TensorMap& x, const TensorMap& w0, const TensorMap& w1, const TensorMap& w2, const Call& c) {
     constexpr int STAGE = 16384 + BN * 128, GROUP = 16, WIDTH = GATED ? BN / 2 : BN;

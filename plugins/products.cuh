@@ -21,18 +21,13 @@ __device__ __forceinline__ float activate(float v, int kind) {
     }
 }
 
-// --- TMA, wgmma ---------------------------------------------------------------------------------------------------------
+// --- tiles of two axes -------------------------------------------------------------------------------------------------
 __device__ __forceinline__ void fetch(void* to, const TensorMap* map, u64* barrier, int column, int row) {
     asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], [%2];" ::"r"(shared(to)), "l"(map),
                  "r"(shared(barrier)), "r"(column), "r"(row)
                  : "memory");
 }
-__device__ __forceinline__ u64 descriptor(const void* tile) {  // K-major, 128-byte swizzle: rows of 64 elements, groups of 8 rows 1024 bytes apart
-    return ((u64)(shared(tile) & 0x3ffff) >> 4) | (1ull << 16) | (64ull << 32) | (1ull << 62);
-}
-__device__ __forceinline__ void wgmmaFence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
-__device__ __forceinline__ void wgmmaCommit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
-template <int N> __device__ __forceinline__ void wgmmaWait() { asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(N) : "memory"); }
+__device__ __forceinline__ u64 descriptor(const void* tile) { return descriptor<128>(tile, 16); }  // K-major
 __device__ __forceinline__ int up(int n, int d) { return (n + d - 1) / d; }
 __device__ __forceinline__ uint4 read(const void* array, long long at) { return array ? *(const uint4*)((const u16*)array + at) : uint4{0, 0, 0, 0}; }
 __device__ __forceinline__ void add(float (&v)[8], uint4 u) {

@@ -33,3 +33,19 @@ __device__ __forceinline__ u32 pack(float low, float high) {
 #endif
     return v;
 }
+// Lane q's element i goes to lane i's element q, in each group of four lanes.
+__device__ __forceinline__ void transpose(u32 (&v)[4]) {
+    const bool odd = threadIdx.x & 1, high = threadIdx.x & 2;
+    #pragma unroll
+    for (int i = 0; i < 4; i += 2) {
+        const u32 got = __shfl_xor_sync(~0u, odd ? v[i] : v[i + 1], 1);
+        if (odd) v[i] = got;
+        else v[i + 1] = got;
+    }
+    #pragma unroll
+    for (int i = 0; i < 2; ++i) {
+        const u32 got = __shfl_xor_sync(~0u, high ? v[i] : v[i + 2], 2);
+        if (high) v[i] = got;
+        else v[i + 2] = got;
+    }
+}

@@ -91,7 +91,7 @@ def test_a_chain_ends_where_something_else_is_read(hopper):
 
 def test_what_the_kernel_cannot_do_is_refused(hopper, monkeypatch):
     links, _ = compose(layer())
-    assert cuda_chain.refusal(compose(layer(9))[0]) == "9 tokens, at most 8"
+    assert cuda_chain.refusal(compose(layer(33))[0]) == "33 tokens, at most 32"
     assert cuda_chain.refusal(links[:3]) == "a norm behind the last product"
     assert "two activations" in cuda_chain.refusal([links[0], links[1], replace(links[2], activation="gelu"), links[3]])
     assert "does not read" in cuda_chain.refusal([links[0], links[2]])
@@ -110,7 +110,8 @@ def test_what_the_kernel_cannot_do_is_refused(hopper, monkeypatch):
 def frame_of(plan, tokens):
     """A frame that has arrays without memory."""
     executor = CudaExecutor.__new__(CudaExecutor)
-    executor.plugins, executor.plan, executor.turned, executor.chain_memory = library().plugins, plan, set(range(len(plan.manifest.steps))), None
+    executor.plugins, executor.plan, executor.chain_memory = library().plugins, plan, None
+    executor.turned = {i for i, s in enumerate(plan.manifest.steps) if 'MatMul' in s.name}
     frame = Frame.__new__(Frame)
     frame.executor, frame.root = executor, lambda name: name
     steps, arrays, types = plan.manifest.steps, {}, {**plan.manifest.inputs, **plan.manifest.values}
@@ -146,7 +147,7 @@ def test_the_chains_of_a_plan(tmp_path, hopper, monkeypatch):
     for place, count, _ in found:
         assert names[place : place + count].count("GatedMatMulAct") == 1
         assert "FusedAttention" not in names[place : place + count]
-    assert not any(chains.at(frame_of(plan, 9), indices, p) for p in indices)
+    assert not any(chains.at(frame_of(plan, 33), indices, p) for p in indices)
 
 
 def test_a_norm_that_others_read_is_computed(tmp_path, hopper, monkeypatch):
@@ -248,7 +249,7 @@ def test_a_plan_of_few_tokens_runs_in_chains(tmp_path, monkeypatch):
     model = graphs.half(graphs.model(3, "llama"), onnx.TensorProto.BFLOAT16)
     rewrite.build(rewrite.optimize(model).model, tmp_path / "p", profile="batch=1:2:8,seq=1:16:64", verify=False)
     on_cpu, chained, single = rewrite.Plan(tmp_path / "p"), rewrite.Plan(tmp_path / "p", device="cuda"), rewrite.Plan(tmp_path / "p", device="cuda")
-    for seed, (batch, seq) in enumerate([(1, 1), (1, 8), (2, 3), (1, 5), (8, 1), (1, 9)]):
+    for seed, (batch, seq) in enumerate([(1, 1), (1, 8), (2, 3), (1, 9), (8, 1), (4, 8), (3, 11)]):
         feeds = model_inputs(model, seed, {"batch": batch, "seq": seq})
         want = on_cpu.run(feeds)["y"].astype(np.float64)
         got = [chained.run(feeds)["y"].astype(np.float64) for _ in range(3)]
@@ -256,7 +257,7 @@ def test_a_plan_of_few_tokens_runs_in_chains(tmp_path, monkeypatch):
             patch.setattr(chains, "at", lambda *_: None)
             plain = single.run(feeds)["y"].astype(np.float64)
         launches = [len(p.executor.frames[next(reversed(p.executor.frames))].launches) for p in (chained, single)]
-        assert launches[0] < launches[1] if batch * seq <= 8 else launches[0] == launches[1]
+        assert launches[0] < launches[1] if batch * seq <= 32 else launches[0] == launches[1]
         assert (got[0] == got[1]).all()
         assert (got[0] == got[2]).all()
         for other in (want, plain):

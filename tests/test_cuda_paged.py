@@ -33,6 +33,7 @@ def gpu(monkeypatch, compiled_kernels):
         monkeypatch.setattr(module, "module", made.module)
         monkeypatch.setattr(module, "launcher", made.launcher)
     monkeypatch.setattr(cuda_paged, "capability", lambda: 90)
+    monkeypatch.setattr(cuda_paged, "prefill", lambda *_, **__: None)  # wgmma is not emulated
     monkeypatch.setattr(cuda_paged, "processors", lambda: 3)
     monkeypatch.setattr(cuda_paged, "scratch", lambda parts, counters: (empty(parts, np.float32), on_device(np.zeros(counters, np.int32))))
     return made

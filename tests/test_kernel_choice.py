@@ -231,7 +231,7 @@ def test_tuning_needs_a_gpu_and_says_so_first(tmp_path):
         rewrite.build(graphs.model(1, "bert"), tmp_path / "q", engines=False, verify=False).tune({})
 
 
-@pytest.mark.parametrize("name", ["gemm", "attention", "norms", "masks"])
+@pytest.mark.parametrize("name", ["gemm", "attention", "paged_prefill", "norms", "masks"])
 def test_a_source_is_whole_before_it_is_compiled(name, monkeypatch):
     """NVRTC gets one text: no header is looked for on the user's machine."""
     given: list[tuple[str, tuple[str, ...]]] = []
