@@ -148,7 +148,7 @@ def test_neighbours_that_read_one_value_share_a_launch(tmp_path):
     executor.plugins = {**plugins, "MatMulAct": dataclasses.replace(plugins["MatMulAct"], merged=lambda calls, **_: f"{len(calls)} at once")}
     executor.plan, executor.turned = plan, set()
     frame = Frame.__new__(Frame)
-    frame.executor = executor
+    frame.executor, frame.copied = executor, {}
     frame._segment = lambda step: step.name
     frame.arguments = lambda step, plugin: ([step.inputs[0], step.inputs[1]], [step.outputs[0]])
     frame._plugin = lambda plugin, inputs, outputs, attributes: plugin.name
