@@ -27,7 +27,7 @@ from rewrite.runtime.lookahead import step_by_step
 from rewrite.runtime.sampling import Row, Sampler, Samples
 
 Array = np.ndarray[Any, Any]
-FRAMES = 64  # kept; the least recently used one is dropped for another
+FRAMES = 128  # kept; the least recently used one is dropped for another
 AHEAD = 2  # steps that are enqueued before the host looks whether all texts are over
 MOST_STEPS = 64  # of one `decode`
 STOPS = 8  # stop tokens of a row that the device watches; where it has more, only the scheduler sees the end
