@@ -20,7 +20,7 @@ from rewrite.plugins.cuda_launch import capability
 from rewrite.runtime import buckets
 from rewrite.runtime.batch import Batch
 from rewrite.runtime.buckets import Limits, Sizes
-from rewrite.runtime.cuda import DEVICE_TO_DEVICE, HOST_TO_DEVICE, CudaExecutor, OutOfMemory, memory
+from rewrite.runtime.cuda import DEVICE_TO_DEVICE, HOST_TO_DEVICE, CudaExecutor, Frame, Launch, OutOfMemory, memory
 from rewrite.runtime.cuda_sampling import LARGEST_VOCABULARY, CudaSampler, SamplerState, supports
 from rewrite.runtime.layout import before_widening
 from rewrite.runtime.lookahead import step_by_step
@@ -86,13 +86,16 @@ class Bucket:
         given = {**{n: a for n, a in self.inputs.device.items() if n in executor.plan.inputs}, **model.caches}
         if decoding:  # each token has its row, and the sampler widens logits itself
             logits, without = model.narrow_logits
-            finish = lambda frame: self._finish(frame.values[logits].reshape(sizes.rows, -1), model.block_size)  # noqa: E731
+
+            def finish(frame: Frame) -> list[Launch]:
+                return self._finish(frame.values[logits].reshape(sizes.rows, -1), model.block_size)
+
             self.frame = executor.frame_at(named, given, finish, ordered={"logit_rows"}, without=without)
             return
         self.frame = executor.frame_at(named, given, measure=measure)
         self.logits = self.frame.values[executor.plan.manifest.outputs["logits"]]
 
-    def _finish(self, logits: Any, block_size: int) -> list[Any]:
+    def _finish(self, logits: Any, block_size: int) -> list[Launch]:
         """Choose the tokens, and make the next batch of them."""
         at, state, chosen = self.inputs.device, self.state, self.chosen
         batch = (at["input_ids"][0], at["position_ids"][0], at["slots"], at["context_lengths"], at["block_tables"])

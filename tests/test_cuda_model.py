@@ -336,3 +336,15 @@ def test_a_table_that_is_also_the_head_is_stored_once(tmp_path, monkeypatch):
     fake_gpu.install(monkeypatch)
     executor = PlanModel(rewrite.Plan(tmp_path / "plan", device="cuda"), 1 << 16).plan.executor
     assert [n for n, a in executor.weights.items() if VOCABULARY in a.shape] == ["table"]
+
+
+def test_a_generator_asks_no_more_of_engines_than_they_were_built_for(tmp_path, monkeypatch):
+    fake_gpu.install(monkeypatch)
+    model = rewrite.optimize(decoder(**KINDS["range"]), generate=True, block_size=4).model
+    plan = rewrite.build(model, tmp_path / "plan", engines=False, profile="tokens=2:8:12,rows=1:2:3")
+    expected = rewrite.Generator(plan, kv_memory=1 << 17).generate(prompts(), max_new_tokens=9)
+    generator = rewrite.Generator(tmp_path / "plan", device="cuda", kv_memory=1 << 17)
+    assert generator.generate(prompts(), max_new_tokens=9) == expected
+    assert all(2 <= sizes.tokens <= 12 and sizes.rows <= 3 for sizes, _ in generator.model.device.buckets)
+    with pytest.raises(RewriteError, match="a step has 13 tokens, and the engines were built for 12"):
+        generator.model.step(dataclasses.replace(random_batch(np.random.default_rng(0), generator.model), tokens=np.zeros(13, np.int64)))
