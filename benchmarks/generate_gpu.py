@@ -49,6 +49,7 @@ def make_wide(folder: Path) -> None:
     with torch.device("meta"):
         model = transformers.LlamaForCausalLM(config)
     model = model.to(torch.bfloat16).to_empty(device="cpu")
+    model.tie_weights()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.fill_(1) if parameter.dim() == 1 else parameter.normal_(0, 0.02)

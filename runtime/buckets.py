@@ -48,27 +48,34 @@ class Limits:
 
 def few(count: int) -> int:
     """1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, ...: the next one from `count`. Above 16 at most a third is padding."""
-    power = 1 << max(count - 1, 0).bit_length()
-    return power * 3 // 4 if power > 16 and count <= power * 3 // 4 else power
+    most = power(count)
+    return most * 3 // 4 if most > 16 and count <= most * 3 // 4 else most
 
 
 def many(count: int) -> int:
-    """The next of eight sizes in each power of two, multiples of 8: from 64 on less than an eighth is padding."""
-    step = max(8, (1 << max(count - 1, 1).bit_length()) // 16)
+    """The next of four sizes in each power of two, multiples of 8: from 32 on at most a quarter of it is padding."""
+    step = max(8, power(count) // 8)
     return -(-count // step) * step
 
 
+def power(count: int) -> int:
+    """The next power of two from `count`."""
+    return 1 << max(count - 1, 0).bit_length()
+
+
 def sizes_of(batch: Batch, limits: Limits) -> Sizes:
-    """The bucket of a batch that `Limits.check` accepts."""
+    """The bucket of a batch that `Limits.check` accepts. Where prompts are read there are fewer sizes: such steps come in every mixture."""
     tokens, sequences, rows = len(batch.tokens), len(batch.context_lengths), len(batch.logit_rows)
-    table = max(NARROWEST, 1 << max(batch.block_tables.shape[1] - 1, 0).bit_length())
+    table = max(NARROWEST, power(batch.block_tables.shape[1]))
     singles = bool((np.diff(batch.query_starts) <= 1).all())
     if singles:
         place = max(few(sequences), limits.tokens[0])
         length = place = place if place <= limits.tokens[1] else sequences
     else:
         length = min(max(many(tokens), limits.tokens[0]), limits.tokens[1])
-        place = max(sequences, min(few(sequences), length - 1))
+        place = max(sequences, min(power(sequences), length - 1))
+        while power(table // NARROWEST).bit_length() % 2 == 0:
+            table *= 2  # 8, 32, 128, ...
     wanted = min(max(place, rows, limits.rows[0]), limits.rows[1]) if rows else 0
     return Sizes(length, place, table, wanted)
 

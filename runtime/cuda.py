@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import gc
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -142,12 +142,14 @@ class CudaExecutor:
             self._arena = self.cupy.empty(max(size, 1), np.uint8)
         return self._arena
 
-    def frame_at(self, sizes: Mapping[str, int], given: Mapping[str, Any], finish: Finish | None = None, measure: bool = False) -> Frame:
+    def frame_at(self, sizes: Mapping[str, int], given: Mapping[str, Any], finish: Finish | None = None, measure: bool = False, ordered: Collection[str] = (),
+                 without: Collection[int] = ()) -> Frame:  # fmt: skip
         """A frame of the caller's, not kept here, whose inputs, all `given`, are CuPy arrays that lie where they will be. What `finish`
         returns is done at its end. Its work is done three times while it is made; with `measure`, kernels are timed and the fastest taken.
+        `ordered`: inputs that are 0, 1, 2, ... to the end of what they pick from; `without`: steps, by index, that are not done.
         """
         with self.stream, tuning.using(self.times, measure):
-            return Frame(self, sizes, {} if measure else None, given, finish)
+            return Frame(self, sizes, {} if measure else None, given, finish, ordered, without)
 
     def _turn_weights(self) -> set[int]:
         """Store matrices the way kernels read them, [N, K]; the steps (by index) whose `trans_w` becomes 1 by that."""
@@ -213,9 +215,9 @@ class Frame:
     """A plan's work for one set of sizes: memory with fixed addresses, and the graph that runs it."""
 
     def __init__(self, executor: CudaExecutor, sizes: Mapping[str, int], inputs: Mapping[str, Any] | None = None, given: Mapping[str, Any] | None = None,
-                 finish: Finish | None = None):  # fmt: skip
-        """`inputs` are for tuning: then each step runs before the next one's kernels are measured, on what it will read. For `given`
-        and `finish` see `CudaExecutor.frame_at`.
+                 finish: Finish | None = None, ordered: Collection[str] = (), without: Collection[int] = ()):  # fmt: skip
+        """`inputs` are for tuning: then each step runs before the next one's kernels are measured, on what it will read. For the
+        rest see `CudaExecutor.frame_at`.
         """
         self.executor, self.cupy, manifest = executor, executor.cupy, executor.plan.manifest
         self.sizes, self.given = dict(sizes), dict(given or {})
@@ -231,7 +233,7 @@ class Frame:
         self._in_place(lives)
         dtypes = {name: self._dtype(kind) for name, kind in types.items()}
         fixed = {*manifest.inputs, *manifest.outputs.values(), *executor.weights}
-        views = Views(steps, executor.segment, shapes, lambda s: s.kind == "plugin" and executor.plugins[s.name].strided, fixed)
+        views = Views(steps, executor.segment, shapes, lambda s: s.kind == "plugin" and executor.plugins[s.name].strided, fixed, ordered)
         for name in views.of:
             first, last = lives.pop(name)
             root = views.root(name)
@@ -258,7 +260,7 @@ class Frame:
             if inputs is not None:
                 self._take(inputs)
             empty = {i for i, s in enumerate(steps) if all(0 in shapes[o] for o in s.outputs)}  # a step of which no logits are wanted
-            for indices, launch in self._launches([i for i in range(len(steps)) if i not in views.skipped | empty]):
+            for indices, launch in self._launches([i for i in range(len(steps)) if i not in views.skipped | empty | set(without)]):
                 self.work.append((indices, launch))
                 if inputs is not None:
                     launch()

@@ -10,6 +10,7 @@ from __future__ import annotations
 import gc
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -19,13 +20,14 @@ from rewrite.plugins.cuda_launch import capability
 from rewrite.runtime import buckets
 from rewrite.runtime.batch import Batch
 from rewrite.runtime.buckets import Limits, Sizes
-from rewrite.runtime.cuda import DEVICE_TO_DEVICE, HOST_TO_DEVICE, CudaExecutor, OutOfMemory, memory
+from rewrite.runtime.cuda import DEVICE_TO_DEVICE, HOST_TO_DEVICE, CudaExecutor, Frame, Launch, OutOfMemory, memory
 from rewrite.runtime.cuda_sampling import LARGEST_VOCABULARY, CudaSampler, SamplerState, supports
+from rewrite.runtime.layout import before_widening
 from rewrite.runtime.lookahead import step_by_step
 from rewrite.runtime.sampling import Row, Sampler, Samples
 
 Array = np.ndarray[Any, Any]
-FRAMES = 64  # kept; the least recently used one is dropped for another
+FRAMES = 128  # kept; the least recently used one is dropped for another
 AHEAD = 2  # steps that are enqueued before the host looks whether all texts are over
 MOST_STEPS = 64  # of one `decode`
 STOPS = 8  # stop tokens of a row that the device watches; where it has more, only the scheduler sees the end
@@ -82,12 +84,18 @@ class Bucket:
             self.state = model.sampler.state(sizes.rows)
         named = {"tokens": sizes.tokens, "sequences": sizes.sequences, "table": sizes.table, "rows": sizes.rows, "starts": sizes.sequences + 1, "blocks": model.blocks}
         given = {**{n: a for n, a in self.inputs.device.items() if n in executor.plan.inputs}, **model.caches}
-        logits = executor.plan.manifest.outputs["logits"]
-        finish = (lambda frame: self._finish(frame.values[logits], model.block_size)) if decoding else None
-        self.frame = executor.frame_at(named, given, finish, measure)
-        self.logits = self.frame.values[logits]
+        if decoding:  # each token has its row, and the sampler widens logits itself
+            logits, without = model.narrow_logits
 
-    def _finish(self, logits: Any, block_size: int) -> list[Any]:
+            def finish(frame: Frame) -> list[Launch]:
+                return self._finish(frame.values[logits].reshape(sizes.rows, -1), model.block_size)
+
+            self.frame = executor.frame_at(named, given, finish, ordered={"logit_rows"}, without=without)
+            return
+        self.frame = executor.frame_at(named, given, measure=measure)
+        self.logits = self.frame.values[executor.plan.manifest.outputs["logits"]]
+
+    def _finish(self, logits: Any, block_size: int) -> list[Launch]:
         """Choose the tokens, and make the next batch of them."""
         at, state, chosen = self.inputs.device, self.state, self.chosen
         batch = (at["input_ids"][0], at["position_ids"][0], at["slots"], at["context_lengths"], at["block_tables"])
@@ -145,7 +153,6 @@ class CudaModel:
         self.events = [executor.cupy.cuda.Event(disable_timing=True) for _ in range(MOST_STEPS)]
         self.open(1)
         self._bucket(buckets.largest(tokens, sequences, self.limits), False)  # what its kernels and values take is taken now
-        self.executor.kernels.save()
         self.close()
 
     def open(self, blocks: int) -> None:
@@ -153,7 +160,7 @@ class CudaModel:
         self.close()
         cupy, sizes = self.executor.cupy, [int(np.prod(s)) * np.dtype(d).itemsize for s, d in self.kinds.values()]
         with self.stream, memory(cupy, f"{self.where}: the keys and values", blocks * sum(sizes), "give less with --kv-memory, or end what else uses the GPU"):
-            self.caches = {name: cupy.zeros((blocks, *shape), dtype) for name, (shape, dtype) in self.kinds.items()}
+            self.caches = {name: cupy.zeros((blocks, *shape), np.dtype(dtype)) for name, (shape, dtype) in self.kinds.items()}
         self.blocks, self.copies = blocks, cuda_decoding.BlockCopies(list(self.caches.values()))
 
     def close(self) -> None:
@@ -195,6 +202,14 @@ class CudaModel:
                 bucket.frame.replay()
                 self.events[index].record(self.stream)
             return bucket.state.samples()
+
+    @cached_property
+    def narrow_logits(self) -> tuple[str, set[int]]:
+        """The value that the logits are before they become float32, and the steps that are not needed for it."""
+        manifest = self.executor.plan.manifest
+        last, name = manifest.steps[-1], manifest.outputs["logits"]
+        source = before_widening(self.executor.segment(last.name)) if last.kind == "segment" and last.outputs == [name] else None
+        return (name, set()) if source is None else (last.inputs[int(source[1:])], {len(manifest.steps) - 1})
 
     def copy_blocks(self, pairs: Iterable[tuple[int, int]]) -> None:
         """Enqueue copies of blocks (from, to) in every layer."""

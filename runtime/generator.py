@@ -67,8 +67,7 @@ class Generator:
     device        where it runs, if a directory is given
     kv_memory     bytes for keys and values; None: a quarter of the free memory, on the GPU four fifths
     token_budget  most tokens of a step: longer prompts are read in chunks, between the other texts' tokens; None: 256, on the GPU 2048
-                  or what the plan's engines were built for
-    seats         most texts in flight
+    seats         most texts in flight; on the GPU of both no more than the plan's engines were built for
     reuse         keep keys and values for prompts that start alike
     lookahead     most tokens that come at once; None: 1, on the GPU 8, which then stay on the device until all are chosen
     communicator  to the other ranks of a plan for several, of which this is the first (`plan_model.PlanModel`)
@@ -82,6 +81,8 @@ class Generator:
         self.plan = plan if isinstance(plan, Plan) else Plan(plan, device=device)
         budget = default_budget(self.plan) if token_budget is None else token_budget
         self.model = PlanModel(self.plan, kv_memory, communicator, budget, max(1, min(seats, budget)))
+        if self.model.device is not None:  # engines take so much at most
+            budget, seats = min(budget, self.model.device.limits.tokens[1]), min(seats, self.model.device.limits.rows[1])
         pool = BlockPool(self.model.blocks, self.model.block_size, self.model.window, reuse)
         ahead = lookahead if lookahead is not None else (8 if self.plan.device == "cuda" else 1)
         self.scheduler = Scheduler(self.model, pool, budget, seats, context=self.model.positions, lookahead=ahead, sampler=self.model.sampler)
@@ -219,10 +220,8 @@ class Generator:
 
 
 def default_budget(plan: Plan) -> int:
-    """Most tokens of a step: on the GPU, what is worth its while and the engines take."""
-    if plan.device == "cpu":
-        return 256
-    return min(2048, plan.manifest.profile.ranges["tokens"][2]) if "tokens" in plan.compiled else 2048
+    """Most tokens of a step: on the GPU, what is worth its while."""
+    return 256 if plan.device == "cpu" else 2048
 
 
 def as_prompts(given: Prompt | Sequence[Prompt]) -> list[Prompt]:

@@ -6,7 +6,7 @@ back and flattened can write it in its final place at once.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import numpy as np
@@ -19,12 +19,16 @@ Change = tuple[str, tuple[int, ...]]  # "reshape" to a target with 0 (copied) an
 OPERATORS = {"Reshape", "Transpose", "Identity"}
 
 
-def changes(segment: onnx.ModelProto) -> dict[str, tuple[str, list[Change]]] | None:
-    """For each output the input it comes from and what is done to it; None if the segment does anything else."""
+def changes(segment: onnx.ModelProto, ordered: Collection[str] = (), operators: Collection[str] = OPERATORS) -> dict[str, tuple[str, list[Change]]] | None:
+    """For each output the input it comes from and what is done to it; None if the segment does anything but `operators`.
+
+    Inputs named in `ordered` are 0, 1, 2, ... to the end of what they pick from: a Gather by them changes nothing.
+    """
     constants = {i.name: onnx.numpy_helper.to_array(i) for i in segment.graph.initializer}
     came: dict[str, tuple[str, list[Change]]] = {i.name: (i.name, []) for i in segment.graph.input}
     for node in segment.graph.node:
-        if node.op_type not in OPERATORS or node.domain not in ("", "ai.onnx") or node.input[0] not in came:
+        whole = node.op_type == "Gather" and node.input[1] in ordered
+        if (node.op_type not in operators and not whole) or node.domain not in ("", "ai.onnx") or node.input[0] not in came:
             return None
         source, done = came[node.input[0]]
         attributes = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
@@ -38,6 +42,15 @@ def changes(segment: onnx.ModelProto) -> dict[str, tuple[str, list[Change]]] | N
             done = [*done, ("transpose", tuple(attributes["perm"]))]
         came[node.output[0]] = (source, done)
     return {o.name: came[o.name] for o in segment.graph.output}
+
+
+def before_widening(segment: onnx.ModelProto) -> str | None:
+    """The input of a segment that only reshapes it and casts it to float32; None for any other."""
+    casts = [n for n in segment.graph.node if n.op_type == "Cast"]
+    found = changes(segment, operators={"Reshape", "Identity", "Cast"})
+    if len(casts) != 1 or onnx.helper.get_attribute_value(casts[0].attribute[0]) != onnx.TensorProto.FLOAT or found is None or len(found) != 1:
+        return None
+    return next(iter(found.values()))[0]
 
 
 def apply(array: Any, done: list[Change]) -> Any:
@@ -72,7 +85,8 @@ class Views:
     """
 
     def __init__(self, steps: list[Step], segments: Callable[[str], onnx.ModelProto], shapes: Mapping[str, tuple[int, ...]],
-                 strided: Callable[[Step], bool], fixed: set[str]):  # fmt: skip
+                 strided: Callable[[Step], bool], fixed: set[str], ordered: Collection[str] = ()):  # fmt: skip
+        """`ordered`: values that are 0, 1, 2, ..., see `changes`."""
         self.of: dict[str, tuple[str, list[Change]]] = {}
         self.skipped: set[int] = set()
         self._shapes = shapes
@@ -83,14 +97,15 @@ class Views:
             for name in step.inputs:
                 readers.setdefault(name, []).append(step)
         for index, step in enumerate(steps):
-            done = changes(segments(step.name)) if step.kind == "segment" else None
+            done = changes(segments(step.name), [f"i{i}" for i, n in enumerate(step.inputs) if n in ordered]) if step.kind == "segment" else None
             if done is None:
                 continue
             names = {f"i{i}": n for i, n in enumerate(step.inputs)}
             found: dict[str, tuple[str, list[Change]]] = {}
             for output, (source, change) in zip(step.outputs, done.values(), strict=True):
                 value = names[source]
-                if output not in fixed and all(strided(r) for r in readers.get(output, ())) and is_view(self._array(value), change):
+                same = not change and self._array(value).flags.c_contiguous
+                if output not in fixed and (same or (all(strided(r) for r in readers.get(output, ())) and is_view(self._array(value), change))):
                     found[output] = (value, change)
                     continue
                 back = inverse(shapes[value], change)
