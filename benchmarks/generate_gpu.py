@@ -56,7 +56,7 @@ def make_wide(folder: Path) -> None:
     model.model.rotary_emb = type(model.model.rotary_emb)(config)
     folder.mkdir(parents=True)
     export(as_flat(model.eval()), folder / "model.onnx", verify=False)
-    rewrite.build(rewrite.optimize(folder / "model.onnx", generate=True).model, folder / "plan", verify=False)
+    rewrite.build(rewrite.optimize(folder / "model.onnx", generate=True, verify=False).model, folder / "plan", verify=False)
 
 
 def told(label: str, check: Callable[[], Any]) -> None:

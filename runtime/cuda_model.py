@@ -255,9 +255,9 @@ class CudaModel:
             try:
                 with self.stream:
                     self.buckets[key] = Bucket(self, sizes, decoding)
-            except OutOfMemory:
+            except (OutOfMemory, self.executor.cupy.cuda.memory.OutOfMemoryError) as error:
                 if not self.buckets:
-                    raise
+                    raise OutOfMemory(f"{self.where}: no GPU memory is left for a step of {sizes.tokens} tokens ({error}); give less with --kv-memory, or a smaller token budget") from error
                 self.buckets.popitem(last=False)
                 gc.collect()
                 self.executor.cupy.get_default_memory_pool().free_all_blocks()

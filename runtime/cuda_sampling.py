@@ -76,13 +76,11 @@ class CudaSampler(Sampler):
 
     def sample(self, logits: Any, index: Sequence[int], rows: Sequence[Row]) -> Samples:
         """The next token of each of R rows; row i reads logits[index[i]] of [N, V]. Waits for the result."""
-        import cupy
-
         if not rows:
             return Samples(np.zeros(0, np.int64), [], [])
         state = self._state(len(rows), logits.shape[1])
         state.load(rows, index=index)
-        state.enqueue(logits, cupy.empty(len(rows), np.int64))
+        state.enqueue(logits, state.tokens[: len(rows)])
         samples = state.samples()[0]
         for i, row in enumerate(rows):
             count = row.sampling.logprobs or 0
@@ -99,7 +97,7 @@ class CudaSampler(Sampler):
             return out.get(), []
         state = self._state(len(rows), logits.shape[1])
         state.load(rows, index=index, out=out)
-        state.enqueue(logits, cupy.empty(len(rows), np.int64))
+        state.enqueue(logits, state.tokens[: len(rows)])
         errors = state.samples()[0].errors
         return out.get(), errors
 
@@ -125,6 +123,7 @@ class SamplerState:
         self.seats, self.vocabulary = seats, vocabulary
         self._table = -(-seats * ROW.itemsize // 256) * 256
         self._fixed = cupy.zeros(self._table + ROOM, np.uint8)
+        self.tokens = cupy.zeros(seats, np.int64)  # of single steps: at one address, so that launches are made once
         self._more: Any = None  # lists for which the fixed room is too small
         self._host = np.frombuffer(cupy.cuda.alloc_pinned_memory(len(self._fixed)), np.uint8, len(self._fixed))
         self._copied = cupy.cuda.Event(disable_timing=True)
@@ -373,7 +372,7 @@ def unpack(words: Array, made: Array, errors: Sequence[str | None]) -> list[Samp
     if not len(made):
         return []
     count, steps = len(made), int(made["steps"][0])
-    done = int(words[:count].max())
+    done = int(words[:count].max()) or int(all(error is not None for error in errors))  # rows that a hook ended count no steps
     if done > steps:
         raise RewriteError(f"SamplerState: {done} steps were done; it was loaded for {steps}. Load it again in time, or for more")
     tokens = words[count : count * (1 + done)].reshape(done, count).astype(np.int64)

@@ -348,3 +348,24 @@ def test_a_generator_asks_no_more_of_engines_than_they_were_built_for(tmp_path, 
     assert all(2 <= sizes.tokens <= 12 and sizes.rows <= 3 for sizes, _ in generator.model.device.buckets)
     with pytest.raises(RewriteError, match="a step has 13 tokens, and the engines were built for 12"):
         generator.model.step(dataclasses.replace(random_batch(np.random.default_rng(0), generator.model), tokens=np.zeros(13, np.int64)))
+
+
+def test_where_memory_runs_out_the_oldest_frames_go_and_then_one_line_tells(plans, monkeypatch):
+    cupy = fake_gpu.install(monkeypatch)
+    model, rng, make = PlanModel(rewrite.Plan(plans / "range", device="cuda"), 1 << 18), np.random.default_rng(0), cuda_model.Bucket.__init__
+    expected = PlanModel(rewrite.Plan(plans / "range"), 1 << 18)
+
+    def scarce(self, model, *rest, **more):
+        if len(model.buckets) >= room:
+            raise cupy.cuda.memory.OutOfMemoryError
+        make(self, model, *rest, **more)
+
+    monkeypatch.setattr(cuda_model.Bucket, "__init__", scarce)
+    room = 2
+    for _ in range(12):
+        batch = random_batch(rng, model)
+        same(model.step(batch).get(), expected.step(batch))
+        assert len(model.device.buckets) <= 2
+    room, model.device.buckets = 0, type(model.device.buckets)()
+    with pytest.raises(RewriteError, match=r"no GPU memory is left for a step of \d+ tokens .*give less with --kv-memory"):
+        model.step(batch)

@@ -211,6 +211,15 @@ def test_a_hook_ends_its_own_row_only():
     assert np.nonzero(masks[3])[0].tolist() == [0, 3]
 
 
+def test_where_hooks_end_all_rows_there_are_no_tokens_but_errors():
+    rows = [Row(Sampling(allowed=lambda tokens: []), [7, 8], 1) for _ in range(2)]
+    _, errors = cuda_sampling.asked(rows, 9)
+    made, lists, records = cuda_sampling.pack(rows, 1, [None] * 2, cuda_sampling.template, cuda_sampling.Past)
+    samples = cuda_sampling.unpack(lists[records:].view(np.int32), made, errors)[0]
+    assert samples.tokens.tolist() == [-1, -1]
+    assert samples.errors == Sampler().sample(np.zeros((1, 9), np.float32), [0, 0], rows).errors
+
+
 def test_lists_have_room_for_the_steps_to_come():
     s = Sampling(repetition_penalty=2.0, no_repeat_ngram=2, logit_bias={4: 0.5}, bad_words=[[1], [2, 3]], stop_tokens=[1], min_new_tokens=3, logprobs=2)
     table, lists, first = pack([Row(Sampling(), [1], 1), Row(s, [5, 9, 5, 4], 2, seed=2**64 - 1, choice=3)], 3, [None, None], template, Past)
