@@ -111,7 +111,8 @@ def test_the_emulated_rotary_computes_what_float64_computes(kind, interleaved, d
 
 def test_rotary_that_no_kernel_takes():
     x, cos = np.zeros((2, 4, 5, 80), np.float16), np.zeros((5, 80), np.float16)
-    for wrong in ([x.astype(np.float64), cos.astype(np.float64), cos.astype(np.float64)], [x, cos.astype(np.float32), cos], [x, cos[:4], cos[:4]], [x[..., ::2], cos[:, :40], cos[:, :40]], [x, cos[:, :24], cos[:, :24]]):
+    strange = [a.astype(np.float64) for a in (x, cos, cos)]
+    for wrong in (strange, [x, cos.astype(np.float32), cos], [x, cos[:4], cos[:4]], [x[..., ::2], cos[:, :40], cos[:, :40]], [x, cos[:, :24], cos[:, :24]]):
         assert cuda_rotary.rotary(wrong, [wrong[0]], interleaved=0, size=0) is None
     assert cuda_rotary.rotary([x, cos, cos], [x], interleaved=0, size=82) is None
     assert cuda_rotary.steps(cos[None, None], (2, 4, 5)) == (0, 0, 80)

@@ -129,5 +129,5 @@ def test_the_function_is_compared_with_the_plugin(monkeypatch):
     plugin = rewrite.registry.library().plugins["PagedAttention"]
     assert check_attentions(model.proto, plugin) < 1e-4
     monkeypatch.setattr("rewrite.plugins.paged_attention.Rotary", types.SimpleNamespace(reference=lambda x, *angles, **attributes: np.asarray(x)))
-    with pytest.raises(rewrite.errors.CheckFailed, match="plugin PagedAttention at '.*' differs from the function it stands for"):
+    with pytest.raises(rewrite.errors.CheckFailed, match=r"plugin PagedAttention at '.*' differs from the function it stands for"):
         check_attentions(model.proto, plugin)
