@@ -172,6 +172,24 @@ def test_arrays_that_no_kernel_takes(monkeypatch):
     assert not refused(case, monkeypatch)
 
 
+def test_reading_early_is_asked_for(monkeypatch):
+    seen = []
+    monkeypatch.setattr(cuda_paged, "capability", lambda: 90)
+    monkeypatch.setattr(cuda_paged, "_decode", lambda *arguments: seen.append(arguments[5]))
+    inputs = [on_device(a) for a in Case([1], [20], kv_heads=4).make().inputs()]
+
+    def launch(**options):
+        cuda_paged.paged_attention(inputs, [inputs[0], *inputs[3:5]], **Case([1], [20], kv_heads=4).attributes(), **options)
+
+    launch()
+    with cuda_paged.reading_early():
+        launch()
+        launch(early=False)
+    launch()
+    launch(early=True)
+    assert seen == [False, True, False, False, True]
+
+
 def test_a_step_without_tokens_launches_nothing(monkeypatch):
     monkeypatch.setattr(cuda_paged, "capability", lambda: 90)
     monkeypatch.setattr(cuda_paged, "module", None)
