@@ -22,7 +22,7 @@ from rewrite.plugins.cuda_launch import Launch, capability, launcher, module
 SM_SHARED = 228 << 10  # bytes of shared memory of an SM, of which each block takes 1 KB more than it asks for
 PREFILL = "rewrite.plugins.cuda_paged_prefill"
 _early: ContextVar[bool] = ContextVar("early", default=False)
-_scratch: dict[tuple[int, int], tuple[Any, Any]] = {}
+_scratch: dict[tuple[int, int, str, str], Any] = {}
 
 
 class _Call(ctypes.Structure):
@@ -127,16 +127,14 @@ def processors() -> int:
     return int(cupy.cuda.Device().attributes["MultiProcessorCount"])
 
 
-def scratch(parts: int, counters: int) -> tuple[Any, Any]:
-    """float32 [parts] and int32 [counters], zeros that launches leave zero: one pair for all launches of a stream, which follow one another."""
+def scratch(what: str, count: int, dtype: str) -> Any:
+    """An array [count or more], zeros at first: one of each kind for all launches of a stream, which follow one another."""
     import cupy
 
-    key = (cupy.cuda.Device().id, cupy.cuda.get_current_stream().ptr)
-    known = _scratch.get(key)
-    if known is None or known[0].size < parts or known[1].size < counters:
-        sizes = (0, 0) if known is None else (known[0].size, known[1].size)
-        known = _scratch[key] = (cupy.empty(max(parts, sizes[0]), cupy.float32), cupy.zeros(max(counters, sizes[1]), cupy.int32))
-    return known
+    key = (cupy.cuda.Device().id, cupy.cuda.get_current_stream().ptr, what, dtype)
+    if key not in _scratch or _scratch[key].size < count:
+        _scratch[key] = cupy.zeros(count, dtype)
+    return _scratch[key]
 
 
 def rows_of(turn: Any, tokens: int) -> Any:
@@ -216,9 +214,7 @@ def paged_attention(
         return _after(copies, [_decode(call, shape, turn, True, made, _early.get() if early is None else early, keep)])
     launches, queries = [], q
     if turn.kind or turn.norm:
-        import cupy
-
-        queries = cupy.empty((1, tokens, heads, size), q.dtype).transpose(0, 2, 1, 3)
+        queries = scratch("queries", tokens * heads * size, q.dtype.name)[: tokens * heads * size].reshape(1, tokens, heads, size).transpose(0, 2, 1, 3)
         call.turned, call.ts = int(queries.data.ptr), (ctypes.c_longlong * 2)(size, heads * size)
     rows = (heads if queries is not q else 0) + 2 * kv_heads
     launches.append(launcher(module(*variant(shape, turn, False)).get_function("store"), (tokens, -(-rows // 4)), 128, [call], keep=(keep, queries)))
@@ -240,7 +236,8 @@ def _decode(call: _Call, shape: Shape, turn: Turn, fresh: bool, made: Cut | None
     made = made or choose(size, value_size, repeats, call.tokens * groups)
     blocks = grid(call.tokens, groups, call.width, block_size, made)
     if not made.cluster:
-        parts, arrived = scratch(blocks[0] * 2 * min(repeats, 16) * (value_size + 4), call.tokens * groups)
+        parts = scratch("parts", blocks[0] * 2 * min(repeats, 16) * (value_size + 4), "float32")
+        arrived = scratch("arrived", call.tokens * groups, "int32")  # launches leave zeros
         call.parts, call.arrived, keep = int(parts.data.ptr), int(arrived.data.ptr), (keep, parts, arrived)
     function = module(*variant(shape, turn, fresh, made, early)).get_function("decode")
     return launcher(function, blocks, 32 * made.warps, [call], shared=made.shared(size, value_size, repeats), cluster=max(1, made.cluster), keep=keep)

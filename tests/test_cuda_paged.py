@@ -29,16 +29,15 @@ def gpu(monkeypatch, compiled_kernels):
     """A GPU of three multiprocessors, emulated."""
     made = Emulator(compiled_kernels)
 
-    def empty(shape, dtype):
-        return on_device(np.full(shape, np.nan, dtype))
+    def scratch(what, count, dtype):
+        return on_device(np.zeros(count, np.int32) if what == "arrived" else np.full(count, np.nan).astype(getattr(ml_dtypes, dtype, dtype)))
 
-    monkeypatch.setitem(sys.modules, "cupy", types.SimpleNamespace(empty=empty))
     for module in (cuda_paged, cuda_rotary):
         monkeypatch.setattr(module, "module", made.module)
         monkeypatch.setattr(module, "launcher", made.launcher)
     monkeypatch.setattr(cuda_paged, "capability", lambda: 90)
     monkeypatch.setattr(cuda_paged, "processors", lambda: 3)
-    monkeypatch.setattr(cuda_paged, "scratch", lambda parts, counters: (empty(parts, np.float32), on_device(np.zeros(counters, np.int32))))
+    monkeypatch.setattr(cuda_paged, "scratch", scratch)
     return made
 
 
@@ -188,6 +187,19 @@ def test_reading_early_is_asked_for(monkeypatch):
     launch()
     launch(early=True)
     assert seen == [False, True, False, False, True]
+
+
+def test_launches_of_a_stream_share_their_scratch(monkeypatch):
+    now = types.SimpleNamespace(stream=5)
+    cuda = types.SimpleNamespace(Device=lambda: types.SimpleNamespace(id=0), get_current_stream=lambda: types.SimpleNamespace(ptr=now.stream))
+    monkeypatch.setitem(sys.modules, "cupy", types.SimpleNamespace(cuda=cuda, zeros=np.zeros))
+    monkeypatch.setattr(cuda_paged, "_scratch", {})
+    first = cuda_paged.scratch("parts", 100, "float32")
+    assert cuda_paged.scratch("parts", 60, "float32") is first
+    assert cuda_paged.scratch("arrived", 60, "int32") is not first
+    assert cuda_paged.scratch("parts", 101, "float32").size == 101
+    now.stream = 6
+    assert cuda_paged.scratch("parts", 60, "float32").size == 60
 
 
 def test_a_step_without_tokens_launches_nothing(monkeypatch):
