@@ -127,11 +127,11 @@ def processors() -> int:
     return int(cupy.cuda.Device().attributes["MultiProcessorCount"])
 
 
-def scratch(what: str, count: int, dtype: str) -> Any:
+def scratch(what: str, count: int, dtype: Any) -> Any:
     """An array [count or more], zeros at first: one of each kind for all launches of a stream, which follow one another."""
     import cupy
 
-    key = (cupy.cuda.Device().id, cupy.cuda.get_current_stream().ptr, what, dtype)
+    key = (cupy.cuda.Device().id, cupy.cuda.get_current_stream().ptr, what, str(dtype))
     if key not in _scratch or _scratch[key].size < count:
         _scratch[key] = cupy.zeros(count, dtype)
     return _scratch[key]
@@ -214,7 +214,7 @@ def paged_attention(
         return _after(copies, [_decode(call, shape, turn, True, made, _early.get() if early is None else early, keep)])
     launches, queries = [], q
     if turn.kind or turn.norm:
-        queries = scratch("queries", tokens * heads * size, q.dtype.name)[: tokens * heads * size].reshape(1, tokens, heads, size).transpose(0, 2, 1, 3)
+        queries = scratch("queries", tokens * heads * size, q.dtype)[: tokens * heads * size].reshape(1, tokens, heads, size).transpose(0, 2, 1, 3)
         call.turned, call.ts = int(queries.data.ptr), (ctypes.c_longlong * 2)(size, heads * size)
     rows = (heads if queries is not q else 0) + 2 * kv_heads
     launches.append(launcher(module(*variant(shape, turn, False)).get_function("store"), (tokens, -(-rows // 4)), 128, [call], keep=(keep, queries)))

@@ -30,7 +30,7 @@ def gpu(monkeypatch, compiled_kernels):
     made = Emulator(compiled_kernels)
 
     def scratch(what, count, dtype):
-        return on_device(np.zeros(count, np.int32) if what == "arrived" else np.full(count, np.nan).astype(getattr(ml_dtypes, dtype, dtype)))
+        return on_device(np.zeros(count, np.int32) if what == "arrived" else np.full(count, np.nan).astype(dtype))
 
     for module in (cuda_paged, cuda_rotary):
         monkeypatch.setattr(module, "module", made.module)
