@@ -29,17 +29,16 @@ def gpu(monkeypatch, compiled_kernels):
     """A GPU of three multiprocessors, emulated."""
     made = Emulator(compiled_kernels)
 
-    def empty(shape, dtype):
-        return on_device(np.full(shape, np.nan, dtype))
+    def scratch(what, count, dtype):
+        return on_device(np.zeros(count, np.int32) if what == "arrived" else np.full(count, np.nan).astype(dtype))
 
-    monkeypatch.setitem(sys.modules, "cupy", types.SimpleNamespace(empty=empty))
     for module in (cuda_paged, cuda_rotary):
         monkeypatch.setattr(module, "module", made.module)
         monkeypatch.setattr(module, "launcher", made.launcher)
     monkeypatch.setattr(cuda_paged, "capability", lambda: 90)
     monkeypatch.setattr(cuda_paged, "prefill", lambda *_, **__: None)  # wgmma is not emulated
     monkeypatch.setattr(cuda_paged, "processors", lambda: 3)
-    monkeypatch.setattr(cuda_paged, "scratch", lambda parts, counters: (empty(parts, np.float32), on_device(np.zeros(counters, np.int32))))
+    monkeypatch.setattr(cuda_paged, "scratch", scratch)
     return made
 
 
@@ -171,6 +170,37 @@ def test_arrays_that_no_kernel_takes(monkeypatch):
     monkeypatch.setattr(cuda_paged, "_decode", lambda *arguments: "a launch")
     monkeypatch.setattr(cuda_paged, "processors", lambda: 132)
     assert not refused(case, monkeypatch)
+
+
+def test_reading_early_is_asked_for(monkeypatch):
+    seen = []
+    monkeypatch.setattr(cuda_paged, "capability", lambda: 90)
+    monkeypatch.setattr(cuda_paged, "_decode", lambda *arguments: seen.append(arguments[5]))
+    inputs = [on_device(a) for a in Case([1], [20], kv_heads=4).make().inputs()]
+
+    def launch(**options):
+        cuda_paged.paged_attention(inputs, [inputs[0], *inputs[3:5]], **Case([1], [20], kv_heads=4).attributes(), **options)
+
+    launch()
+    with cuda_paged.reading_early():
+        launch()
+        launch(early=False)
+    launch()
+    launch(early=True)
+    assert seen == [False, True, False, False, True]
+
+
+def test_launches_of_a_stream_share_their_scratch(monkeypatch):
+    now = types.SimpleNamespace(stream=5)
+    cuda = types.SimpleNamespace(Device=lambda: types.SimpleNamespace(id=0), get_current_stream=lambda: types.SimpleNamespace(ptr=now.stream))
+    monkeypatch.setitem(sys.modules, "cupy", types.SimpleNamespace(cuda=cuda, zeros=np.zeros))
+    monkeypatch.setattr(cuda_paged, "_scratch", {})
+    first = cuda_paged.scratch("parts", 100, "float32")
+    assert cuda_paged.scratch("parts", 60, "float32") is first
+    assert cuda_paged.scratch("arrived", 60, "int32") is not first
+    assert cuda_paged.scratch("parts", 101, "float32").size == 101
+    now.stream = 6
+    assert cuda_paged.scratch("parts", 60, "float32").size == 60
 
 
 def test_a_step_without_tokens_launches_nothing(monkeypatch):
