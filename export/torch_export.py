@@ -12,10 +12,11 @@ Attention, RotaryEmbedding) the rules find in the decomposed form.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -206,7 +207,34 @@ def _simplify(program: Any) -> None:
             shielded = onnx_ir.node("Constant", [], {"value": onnx_ir.tensor(tensor.numpy().reshape(1))})
             node.prepend(shielded)
             node.replace_input_with(index, shielded.outputs[0])
-    program.optimize()
+    with _linear_matching():
+        program.optimize()
+
+
+@contextlib.contextmanager
+def _linear_matching() -> Iterator[None]:
+    """At each node, onnxscript lists all nodes of the graph for patterns of two outputs: here only at nodes that may be the first of them.
+
+    It takes a third of the time of exporting 32 layers, and grows with their square. Left alone if a version has other names.
+    """
+    from onnxscript.rewriter import _basics, _matcher
+
+    matcher = getattr(_matcher, "SimplePatternMatcher", None)
+    if matcher is None or not hasattr(_basics, "MatchResult"):
+        yield
+        return
+    original = matcher.match
+
+    def match(self: Any, model: Any, graph: Any, node: Any, **options: Any) -> Any:
+        if not self.pattern.has_single_output_node and self.pattern.output_nodes[0].op_identifier() not in (None, node.op_identifier()):
+            return _basics.MatchResult().fail("another operator")
+        return original(self, model, graph, node, **options)
+
+    matcher.match = match
+    try:
+        yield
+    finally:
+        matcher.match = original
 
 
 # For each operator, the operand that may be neutral and the value that makes it so.
