@@ -70,7 +70,7 @@ class GraphBuilder:
             operands.pop()
         stem = anchor.outputs[0].name
         results = [Variable(graph.fresh(f"{stem}_{name}")) for _ in range(outputs)]
-        given = {k: v for k, v in attributes.items() if v is not None}
+        given = {k: v for k, v in attributes.items() if v is not None} if attributes else {}
         node = Node(name, graph.fresh(f"{anchor.name or stem}_{name}"), given, operands, results, domain)
         graph.add(node, anchor)
         self._made.append(node)
