@@ -214,11 +214,10 @@ class Driver:
             raise RewriteError(f"rule '{rule.name}': plugin {plugin.name} takes {list(plugin.inputs)} and attributes {list(plugin.attributes)}, not {unknown or len(node.inputs)}")
         # Inputs keep their places: one that this body does not read is still a parameter of the function.
         names = plugin.parameters[: len(node.inputs)]
-        first: dict[int, str] = {}
-        inputs: dict[str, gs.Tensor] = {}
-        for name, tensor in zip(names, node.inputs, strict=True):
-            if tensor.name and first.setdefault(id(tensor), name) == name:  # keys that are the values, too, are one tensor
-                inputs[name] = tensor
+        inputs = dict(zip(names, node.inputs, strict=True))
+        first = {id(tensor): name for name, tensor in reversed(inputs.items()) if tensor.name}
+        if len(first) < len(inputs):  # keys that are the values, too, are one tensor; an absent input is none
+            inputs = {name: tensor for name, tensor in inputs.items() if first.get(id(tensor)) == name}
         outputs = dict(zip(plugin.outputs, match.outputs, strict=False))
         body = capture(graph, match.nodes, inputs, outputs, plugin.name, sorted(node.attrs), match.dims, names)
         site.attributes, site.note = dict(node.attrs), match.note

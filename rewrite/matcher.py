@@ -51,11 +51,11 @@ class _Refusal:
     reason: str
 
 
-class _Never:
-    """A goal that is failed already."""
+class _Failed:
+    """What a goal leads to that nothing meets."""
 
 
-FAILED: Goals = (_Never(), None, None)
+FAILED: Any = _Failed()
 
 
 class Matcher:
@@ -152,7 +152,7 @@ class Matcher:
     def _advance(self, goals: Goals | None) -> Step:
         """Meet goals up to a choice: returns it, None if none is left, or FAILED. What was bound is left for the caller to undo."""
         step: Step = goals
-        while type(step) is tuple and step is not FAILED:
+        while type(step) is tuple:
             value, tensor, rest = step
             step = MEETS[type(value)](self, value, tensor, rest)
         return step
@@ -242,9 +242,6 @@ class Matcher:
         fit.met = True
         yield rest
         fit.noted = self.trace.copy()
-
-    def _never(self, value: _Never, tensor: None, rest: None) -> Step:
-        return FAILED
 
     def _refused(self, refusal: _Refusal, _: None, rest: Goals | None) -> Step:
         return self._stop(refusal.op.name, refusal.node, refusal.reason)
@@ -362,17 +359,14 @@ class Matcher:
 
     def _in_order(self, op: P.Op, node: Node, rest: Goals | None) -> Goals | None:
         values, given = op.inputs, node.inputs
-        if values and type(values[-1]) is P.Rest:
-            rest = (values[-1], given[len(values) - 1 :], rest)
-            values = values[:-1]
+        if op.tail is not None:
+            rest = (op.tail, given[len(values) - 1 :], rest)
         elif len(given) > len(values) and any(t.name for t in given[len(values) :]):
             rest = (_Refusal(op, node, f"it has {len(given)} inputs, the pattern has {len(values)}"), None, rest)
-        index = len(values)
-        while index:
-            index -= 1
+        for index, value in op.backwards:
             tensor = given[index] if index < len(given) else Variable("")
-            if tensor.name or _may_be_missing(values[index]):
-                rest = values[index], tensor, rest
+            if tensor.name or _may_be_missing(value):
+                rest = value, tensor, rest
             else:
                 rest = (_Refusal(op, node, f"input {index} is absent"), None, rest)
         return rest
@@ -488,7 +482,7 @@ class Matcher:
 MEETS: dict[type, Callable[..., Step]] = {
     P.Var: Matcher._variable, P.Const: Matcher._constant, P.Scalar: Matcher._constant, P.Ints: Matcher._constant, P.AnyOf: Matcher._any_of,
     P.Tag: Matcher._tagged, P.Typed: Matcher._typed, P.Missing: Matcher._missing, P.Output: Matcher._output, P.Op: Matcher._produced,
-    P.Rest: Matcher._rest, tuple: Matcher._assign, _Fit: Matcher._fitted, _Refusal: Matcher._refused, _Never: Matcher._never,
+    P.Rest: Matcher._rest, tuple: Matcher._assign, _Fit: Matcher._fitted, _Refusal: Matcher._refused,
 }  # fmt: skip
 
 

@@ -53,8 +53,9 @@ class Worklist:
         self._enter(node)
 
     def _enter(self, node: Node, levels: Collection[int] | None = None) -> None:
+        """Let the rules that may match at a node, the root of some, wait for it: those of all levels, or of some."""
         graph = self.graph
-        if node.canonical not in self._groups or node.graph is not graph:
+        if node.graph is not graph:
             return
         key: list[str | None] = [node.canonical]
         for tensor in node.inputs:
@@ -70,10 +71,11 @@ class Worklist:
             hopeful = self._hopeful[around] = self._choose(around)
         for level, rules in hopeful:
             if levels is None or level in levels:
-                if (level, id(node)) not in self._waiting:
+                where = (level, id(node))
+                if where not in self._waiting:
                     self._ticket += 1
                     heapq.heappush(self._queue, (level, node.position, self._ticket, node))
-                self._waiting[level, id(node)] = rules
+                self._waiting[where] = rules
 
     def _choose(self, around: tuple[str | None, ...]) -> list[tuple[int, list[Rule]]]:
         """The rules, by level, that may match at a node of this operator with these at its inputs (None: no operator)."""
