@@ -87,9 +87,11 @@ class Driver:
             covered = match.nodes
             if not reason:
                 stats.matches += 1
+                outrun = self._outrun(graph, rule, match) if self.explain else []
                 outcome = self._apply(graph, rule, match, bound, node)
                 if isinstance(outcome, list):
                     touched = outcome
+                    self.report.outrun += outrun
                     break
                 refusal = outcome
             elif not self._rejected:
@@ -105,6 +107,22 @@ class Driver:
             self.report.missed(NearMiss(rule.name, describe(node), trace.part, trace.node, trace.reason, trace.bound, trace.depth, size, trace.covered))
         stats.seconds += time.perf_counter() - started
         return touched
+
+    def _outrun(self, graph: Graph, rule: Rule, match: Match) -> list[NearMiss]:
+        """The rules that fit at a node of this match as well, but come after the rule that now takes it."""
+        found, blocked = [], self._blocked
+        for node in match.nodes:
+            for other in self.library.rules:
+                if other is rule or other.tier != rule.tier or other.find is not None or node.canonical not in other.roots:
+                    continue
+                for fit in Matcher(graph, other.pattern).at(node):
+                    if not self._refusal(other, fit, bound := _bound(fit)):
+                        why = f"priority {rule.priority} against {other.priority}" if rule.priority != other.priority else "it was declared first, or its place in the graph comes first"
+                        reason = f"rule '{rule.name}' took it before ({why}); --only {other.name} leaves it to this rule"
+                        found.append(NearMiss(other.name, describe(node), "outrun", "", reason, _told(bound), covered=list(map(describe, fit.nodes))))
+                        break
+        self._blocked = blocked
+        return found
 
     def _found(self, graph: Graph, rule: Rule, node: Node) -> tuple[Iterable[Match], str]:
         """Where a rule that finds its matches itself fits at a node; else nothing, and the reason that it gives."""
