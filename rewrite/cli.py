@@ -15,6 +15,7 @@ import click
 import rewrite
 from rewrite import sandbox
 from rewrite.cli_generate import bench_generate, generate
+from rewrite.cli_options import key_option, rules_option
 from rewrite.errors import CheckFailed, RewriteError
 
 if TYPE_CHECKING:
@@ -74,10 +75,8 @@ def main() -> None:
     """Rewrite ONNX models for TensorRT: fuse by pattern, prove each fusion, compile, run."""
 
 
-rules_option = click.option("--rules", "files", multiple=True, metavar="FILE", help="Python file of further rules and plugins (repeatable).")
 only_option = click.option("--only", multiple=True, metavar="RULE", help="Use only this rule (repeatable).")
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON for programs.")
-key_option = click.option("--key", metavar="FILE", help="Of a plan: refuse it unless it is signed with this key (else that of $REWRITE_PLAN_KEY).")
 
 
 def table(title: str, columns: list[str], rows: list[list[str]]) -> None:
@@ -369,7 +368,7 @@ def explain(model: str, rule_name: str | None, node: str | None, files: tuple[st
         raise RewriteError(unknown_rule(rule_name, report.rules))
     left, misses = unfused(result.model.proto, report), best_near_misses(report)
     if rule_name is not None or node is not None:
-        left, misses = [], [m for m in report.near_misses if rule_name in (None, m.rule) and (node is None or m.at.endswith(f"'{node}'"))]
+        left, misses = [], [m for m in (*report.near_misses, *report.outrun) if rule_name in (None, m.rule) and (node is None or m.at.endswith(f"'{node}'"))]
     else:
         told = {(u.rule, u.reason) for u in left}
         misses = [m for m in misses if (m.rule, m.why()) not in told]

@@ -8,12 +8,14 @@ The seal finds damage. Who can change a plan can seal it again; only the HMAC te
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import hmac
 import mmap
 import os
 import re
 import stat
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import BinaryIO
@@ -84,8 +86,20 @@ class Writer:
         return [piece.hexdigest() for piece in self.pieces]
 
 
-def open_inside(folder: Path, name: str) -> BinaryIO:
-    """Open a plan's file for reading. Raises RewriteError if `name` leads out of the folder, or to no regular file: links are not followed."""
+@contextlib.contextmanager
+def open_inside(folder: Path, name: str) -> Iterator[BinaryIO]:
+    """A plan's file, open for reading. Raises RewriteError if `name` leads out of the folder, or to no regular file (links are not
+    followed), and where it cannot be read, while it is open, too."""
+    try:
+        with _opened(folder, name) as file:
+            yield file
+    except FileNotFoundError as error:
+        raise RewriteError(f"{folder / name}: is missing; {AGAIN}") from error
+    except OSError as error:
+        raise RewriteError(f"{folder / name}: cannot be read, or is a link: {error.strerror or error}; {AGAIN}") from error
+
+
+def _opened(folder: Path, name: str) -> BinaryIO:
     if not NAME.fullmatch(name):
         raise RewriteError(f"{folder}: its manifest names a file {name!r}, which is not one inside the plan; {AGAIN}")
     place = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -95,10 +109,6 @@ def open_inside(folder: Path, name: str) -> BinaryIO:
             os.close(place)
             place = below
         opened = os.open(name.split("/")[-1], os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=place)
-    except FileNotFoundError as error:
-        raise RewriteError(f"{folder / name}: is missing; {AGAIN}") from error
-    except OSError as error:
-        raise RewriteError(f"{folder / name}: cannot be read, or is a link: {error.strerror or error}; {AGAIN}") from error
     finally:
         os.close(place)
     if not stat.S_ISREG(os.fstat(opened).st_mode):
