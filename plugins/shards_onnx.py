@@ -72,6 +72,11 @@ def all_gather(world: int, opset: int) -> onnx.FunctionProto:
     return _function("AllGather", ["x"], f"y = Concat <axis = -1> ({', '.join(['x'] * world)})", [], opset)
 
 
+def message(kind: str, opset: int) -> onnx.FunctionProto:
+    """Send and Recv: the value itself."""
+    return _function(kind, ["x"], "y = Identity (x)", ["source", "target"], opset)
+
+
 def attention(heads: int, kv_heads: int, mask: str, attributes: Mapping[str, Any], opset: int) -> onnx.FunctionProto:
     """FusedAttention of so many heads. `mask` is "", "bool" or "float"."""
     a = {"scale": 1.0, "softcap": 0.0, "fill": 0.0, "drop": 0, "zero_masked": 0, "causal": 0, **attributes}

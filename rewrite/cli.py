@@ -216,11 +216,12 @@ def check_expectations(expectations: list[tuple[str, str, int]], report: Report,
 @click.option("--generate", "generator", is_flag=True, help="Make a generator of a decoder exported without a cache: paged caches, packed tokens, logits where they are wanted.")
 @click.option("--block-size", default=16, show_default=True, help="Positions of a block of a generator's caches.")
 @click.option("--tensor-parallel", default=1, metavar="N", help="Split the model over N ranks (docs/parallel.md); the file stays the whole model.")
+@click.option("--pipeline-parallel", default=1, metavar="M", help="Cut the model into M stages, each on ranks of its own; with --tensor-parallel N, N for each.")
 @click.option("--embed", is_flag=True, help="Put external weights into the file (models up to 2 GiB).")
 @click.option("--report", "report_file", metavar="FILE", help="Write a JSON report: rules, matches, refusals, sites, times.")
 @json_option
 def optimize(model: str, output: str | None, files: tuple[str, ...], only: tuple[str, ...], expect: tuple[str, ...], verify: bool,
-             inputs: tuple[str, ...], tolerance: float, bitwise: bool, generator: bool, block_size: int, tensor_parallel: int, embed: bool,
+             inputs: tuple[str, ...], tolerance: float, bitwise: bool, generator: bool, block_size: int, tensor_parallel: int, pipeline_parallel: int, embed: bool,
              report_file: str | None, as_json: bool) -> None:  # fmt: skip
     """Rewrite MODEL with all rules, verify it, and write it to --output (which may be MODEL itself)."""
     sandbox.start()
@@ -238,9 +239,9 @@ def optimize(model: str, output: str | None, files: tuple[str, ...], only: tuple
     feeds = _load_inputs(inputs, source)
     result = run(
         source, rules=list(files), only=list(only) or None, verify=verify, inputs=feeds, tolerance=tolerance, explain=bool(expect), bitwise=bitwise,
-        generate=generator, block_size=block_size, tensor_parallel=tensor_parallel,
+        generate=generator, block_size=block_size, tensor_parallel=tensor_parallel, pipeline_parallel=pipeline_parallel,
     )  # fmt: skip
-    if not result.report.sites and not expect and not generator and tensor_parallel == 1:  # the user will want to know why
+    if not result.report.sites and not expect and not generator and tensor_parallel * pipeline_parallel == 1:  # the user will want to know why
         result = run(source, rules=list(files), only=list(only) or None, verify=verify, explain=True, bitwise=bitwise)
     report = result.report
     failures = check_expectations(expectations, report, set(known.plugins))
