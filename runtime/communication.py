@@ -41,6 +41,15 @@ class Communicator(Protocol):
     def broadcast(self, x: Array) -> None:
         """Overwrite `x`, which is contiguous, by that of rank 0."""
 
+    def send(self, x: Array, rank: int) -> None:
+        """Give `x` to another rank, perhaps before that one wants it; between two ranks, messages keep their order."""
+
+    def receive(self, x: Array, rank: int) -> None:
+        """Overwrite `x`, which is contiguous and has the shape and type of what was sent, by what another rank gives."""
+
+    def split(self, size: int) -> Communicator:
+        """The first `size` ranks, the next ones, and so on: those among whom this rank is."""
+
     def exchange(self, data: bytes) -> list[bytes]:
         """What each rank gives, all of the same length, by rank."""
 
@@ -61,14 +70,15 @@ def summed(parts: Sequence[Array]) -> Array:
 
 
 class Mpi:
-    """Ranks of MPI's world. Raises RewriteError without mpi4py and an MPI library."""
+    """Ranks of MPI's world, or of a part of it. Raises RewriteError without mpi4py and an MPI library."""
 
-    def __init__(self) -> None:
+    def __init__(self, world: Any = None) -> None:
         try:
             from mpi4py import MPI
         except Exception as error:  # without a library mpi4py raises RuntimeError
             raise RewriteError(f"mpi4py cannot be used ({str(error).splitlines()[0][:200]}); install rewrite-onnx[mpi]") from error
-        self.mpi, self.world = MPI, MPI.COMM_WORLD
+        self.mpi, self.world = MPI, MPI.COMM_WORLD if world is None else world
+        self.pending: list[tuple[Any, Array]] = []  # messages on their way, which must not change meanwhile
         self.rank, self.size = int(self.world.Get_rank()), int(self.world.Get_size())
 
     def _gathered(self, flat: Array) -> Array:
@@ -100,6 +110,19 @@ class Mpi:
     def broadcast(self, x: Array) -> None:
         if x.size:
             self.world.Bcast([x.reshape(-1).view(np.uint8), self.mpi.BYTE], 0)
+
+    def send(self, x: Array, rank: int) -> None:
+        self.pending = [(request, array) for request, array in self.pending if not request.Test()]
+        flat = np.array(x, order="C").reshape(-1)  # a copy: the caller may go on
+        if flat.size:
+            self.pending.append((self.world.Isend([flat.view(np.uint8), self.mpi.BYTE], rank), flat))
+
+    def receive(self, x: Array, rank: int) -> None:
+        if x.size:
+            self.world.Recv([x.reshape(-1).view(np.uint8), self.mpi.BYTE], rank)
+
+    def split(self, size: int) -> Communicator:
+        return Mpi(self.world.Split(self.rank // size, self.rank))
 
     def exchange(self, data: bytes) -> list[bytes]:
         return [row.tobytes() for row in self._gathered(np.frombuffer(data, np.uint8).copy())]

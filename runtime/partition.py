@@ -53,7 +53,10 @@ class ValueType:
 
 @dataclass
 class Step:
-    """One call: of a segment by its key, or of a plugin by its name. Inputs and outputs are names of values; "" is an absent input."""
+    """One call: of a segment by its key, or of a plugin by its name. Inputs and outputs are names of values; "" is an absent input.
+
+    Of a plan in stages it belongs to one of them; Send has no outputs there, and Recv no inputs.
+    """
 
     kind: str
     name: str
@@ -61,6 +64,7 @@ class Step:
     outputs: list[str]
     attributes: dict[str, Any] = field(default_factory=dict)
     nodes: list[str] = field(default_factory=list)
+    stage: int = 0
 
 
 @dataclass
