@@ -109,7 +109,7 @@ class Rank:
                 for launch in entry[8]:
                     launch()
             self.stream.synchronize()
-        for seed, rows, width, way, more, x, y, z, launches, *_ in done:
+        for seed, rows, width, way, more, _, y, z, launches, *_ in done:
             cases += 1
             if not launches:
                 return {"verdict": "NO KERNEL", "case": [rows, width, way, dtype]}

@@ -71,6 +71,29 @@ def test_a_rank_reads_only_its_slices(tmp_path, monkeypatch):
         _ = Plan(tmp_path / "plan").weights
 
 
+def mapped(file: Path) -> int:
+    """Bytes of a file's mapping in this process that are in memory."""
+    total, ours = 0, False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if "-" in line.split()[0]:
+            ours = line.endswith(str(file))
+        elif ours and line.startswith("Rss:"):
+            total += int(line.split()[1]) << 10
+    return total
+
+
+def test_what_neighbours_have_leaves_the_memory_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(seal, "PIECE", 16 << 20)
+    file, size = tmp_path / "weights", 48 << 20
+    file.write_bytes(np.random.default_rng(0).bytes(size))
+    digests = seal.digests(file.read_bytes())
+    data, ranges = seal.map_unchecked(tmp_path, "weights", size), [(20 << 20, 21 << 20), (21 << 20, 24 << 20), (0, 100)]
+    seal.check_pieces(file, data, digests, ranges)
+    assert 4 << 20 <= mapped(file) <= (4 << 20) + 4 * seal.BLOCK
+    with pytest.raises(RewriteError, match="its content is not what was built"):
+        seal.check_pieces(file, data, [digests[0], digests[2], digests[1]], ranges)
+
+
 def test_the_check_of_a_plan_sees_a_wrong_slice(tmp_path, monkeypatch):
     from rewrite.errors import CheckFailed
     from rewrite.shards import Slice
