@@ -15,6 +15,7 @@ import click
 import rewrite
 from rewrite import sandbox
 from rewrite.cli_generate import bench_generate, generate
+from rewrite.cli_size import plan_size
 from rewrite.errors import CheckFailed, RewriteError
 
 if TYPE_CHECKING:
@@ -119,8 +120,9 @@ def _load_inputs(files: tuple[str, ...], model: Model) -> list[dict[str, Any]] |
 @click.option("--exporter", type=click.Choice(["dynamo", "torchscript"]), default="dynamo", show_default=True)
 @click.option("--attention", type=click.Choice(["eager", "sdpa"]), default="eager", show_default=True, help="Attention of a Hugging Face model.")
 @click.option("--verify/--no-verify", default=True, show_default=True, help="Compare with PyTorch at several shapes and paddings.")
+@click.option("--no-weights", "hollow", is_flag=True, help="Of a directory with config.json alone: the graph, its weights a sparse file of zeros, for plan-size.")
 @json_option
-def export(source: str, output: str, opset: int, exporter: str, attention: str, verify: bool, as_json: bool) -> None:
+def export(source: str, output: str, opset: int, exporter: str, attention: str, verify: bool, hollow: bool, as_json: bool) -> None:
     """Export SOURCE to ONNX with dynamic batch and sequence.
 
     SOURCE is a local Hugging Face directory, a GGUF file (as float32), or MODULE:CALLABLE, a function without arguments that returns
@@ -136,7 +138,11 @@ def export(source: str, output: str, opset: int, exporter: str, attention: str, 
         from rewrite.export.torch_export import export as run
         from rewrite.export.torch_export import load_callable
 
-        if Path(source).is_dir():
+        if hollow:
+            from rewrite.export.hollow import load_hollow
+
+            loaded, verify = load_hollow(source, attention=attention), False
+        elif Path(source).is_dir():
             say("loading the model")
             from rewrite.export.huggingface import load_directory
 
@@ -153,7 +159,7 @@ def export(source: str, output: str, opset: int, exporter: str, attention: str, 
         click.echo(json.dumps({"path": output, "opset": opset, "exporter": exporter, "error": done.error, "shapes": done.shapes}, indent=1))
         return
     if done.error is None:
-        click.echo("NOT compared with PyTorch (--no-verify)")
+        click.echo(f"NOT compared with PyTorch ({'--no-weights' if hollow else '--no-verify'})")
     else:
         sizes = "; ".join(", ".join(f"{n} {size}" for n, size in s.items()) for s in done.shapes) or "the example's sizes"
         click.echo(f"equal to PyTorch: largest relative difference {done.error:.1e}, at {sizes}")
@@ -728,6 +734,7 @@ def print_bench(report: dict[str, Any]) -> None:
 # --- text ---------------------------------------------------------------------------------------------------------
 main.add_command(generate)
 main.add_command(bench_generate)
+main.add_command(plan_size)
 
 
 if __name__ == "__main__":

@@ -215,6 +215,12 @@ class Plan:
         mine = {n: n for n in found if not n.startswith(("rank ", "stage "))} | {n.split("/", 1)[1]: n for n in found if n.startswith(prefixes)}
         return {name: found[n] for name, n in mine.items()}
 
+    def types_of(self, rank: int) -> dict[str, ValueType]:
+        """The types of a rank's weights, by name; nothing of the file is read but its header, and nothing compared."""
+        path, (size, _) = self.directory / WEIGHTS, self.manifest.files[WEIGHTS]
+        found = weights.parse(seal.map_unchecked(self.directory, WEIGHTS, size), path)
+        return {n: ValueType(a.dtype.name, a.shape) for n, a in self._of_rank(found, rank).items()}
+
     def steps_of(self, rank: int) -> list[Step]:
         """What a rank computes."""
         stage = rank // self.manifest.ranks_of_stage

@@ -20,12 +20,15 @@ from rewrite.verify_generator import generator_of
 
 
 class RankModels:
-    """The models of all ranks of `model`: what is the same for all is worked out once, and each weight is read once."""
+    """The models of all ranks of `model`: what is the same for all is worked out once, and each weight is read once.
 
-    def __init__(self, model: Model):
+    `hollow` ones have zeros for weights: their shapes are right, and nothing is read.
+    """
+
+    def __init__(self, model: Model, hollow: bool = False):
         shards = shards_of(model.proto)
         assert shards is not None
-        self.model, self.shards = model, shards
+        self.model, self.shards, self.hollow = model, shards, hollow
         self.local = LocalNodes(model, shards)
         self.stages = local_stages(model, self.local, shards)
         self.types = {v.name: v for v in (*model.proto.graph.value_info, *model.proto.graph.input, *model.proto.graph.output)}
@@ -62,6 +65,10 @@ class RankModels:
         return Model(proto, self.model.folder, self.model.name, dict(self.model.external)), arrays
 
     def _slice(self, part: Slice, rank: int) -> Array:
+        if self.hollow:
+            tensor = self.local.elements[part.of]
+            dims = [part.size(self.shards.world) if axis == part.axis else d for axis, d in enumerate(tensor.dims)]
+            return np.broadcast_to(np.zeros((), onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)), dims)
         if part.of not in self.read:
             self.read[part.of] = tensor_array(self.local.elements[part.of], self.model.folder)
         found = part.take(self.read[part.of], rank, self.shards.world)
