@@ -319,12 +319,12 @@ class _AllRanks:
 
 
 def weights_of_rank(model: Model, shards: Shards, stage: Stage) -> dict[str, int]:
-    """Bytes of each weight that a rank of this stage has: whole ones, and slices by the name under which they are read."""
+    """Bytes of each weight that a rank of this stage has: whole ones, and slices by the name under which they are read. Integers of shapes are none."""
     elements, found = {i.name: i for i in model.proto.graph.initializer}, {}
     for name in sorted(stage.reads):
         part = shards.weights.get(name)
         tensor = elements.get(part.of if part is not None else name)
-        if tensor is not None:
+        if tensor is not None and tensor.data_type != onnx.TensorProto.INT64:
             size = math.prod(tensor.dims) * onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
             found[name] = size if part is None else size * part.size(shards.world) // tensor.dims[part.axis]
     return found

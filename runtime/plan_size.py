@@ -13,6 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import onnx
+
 from rewrite.errors import RewriteError
 from rewrite.model import Model, load
 from rewrite.registry import Library, library
@@ -106,7 +109,7 @@ def _of_model(model: Model, note: str) -> Sized:
     named = {d.dim_param for i in model.proto.graph.input for d in i.type.tensor_type.shape.dim if d.dim_param}
     if shards_of(model.proto) is None:
         read = {n for node in model.proto.graph.node for n in node.input}
-        sizes = [math.prod(i.dims) * _itemsize(i.data_type) for i in model.proto.graph.initializer if i.name in read]
+        sizes = [math.prod(i.dims) * _itemsize(i.data_type) for i in model.proto.graph.initializer if i.name in read and i.data_type != onnx.TensorProto.INT64]
         return Sized(model.name, [Part(calls_of_model(model, plugins), sum(sizes))], 1, generator, [], named, note)
     models = RankModels(model, hollow=True)
     parts, sent = [], []
@@ -133,8 +136,6 @@ def _of_plan(plan: Plan) -> Sized:
 
 
 def _itemsize(element: int) -> int:
-    import onnx
-
     return int(onnx.helper.tensor_dtype_to_np_dtype(element).itemsize)
 
 
@@ -215,8 +216,6 @@ class Cost:
 
 def _position_bytes(layer: Mapping[str, Any]) -> int:
     """Bytes of the key and the value of one token in one layer."""
-    import numpy as np
-
     return int(layer["kv_heads"] * (layer["size"] + layer["value_size"]) * np.dtype(layer["dtype"]).itemsize)
 
 
