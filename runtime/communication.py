@@ -18,6 +18,7 @@ import numpy as np
 
 from rewrite.errors import RewriteError
 from rewrite.plugins.activations import Array, wide
+from rewrite.runtime.heartbeat import Heartbeat
 
 if TYPE_CHECKING:
     from rewrite.runtime.plan import Plan
@@ -159,12 +160,13 @@ def agree(communicator: Communicator, plan: Plan) -> None:
 
 @contextlib.contextmanager
 def together(communicator: Communicator | None) -> Iterator[None]:
-    """Let no rank end alone: an error of one ends all, with one line that names the rank."""
+    """Let no rank end alone: an error of one, or one that falls silent, ends all, with one line that names the rank."""
     if communicator is None:
         yield
         return
     try:
-        yield
+        with Heartbeat(communicator):
+            yield
     except Disagreement as error:
         if communicator.rank == 0:
             click.echo(f"rewrite: {error}", err=True)

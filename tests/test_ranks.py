@@ -286,3 +286,89 @@ def test_a_killed_rank_ends_all(plans, tmp_path, which):
 def test_a_rank_killed_at_ten_random_moments(plans, tmp_path):
     plan, rng = shutil.copytree(plans[2], tmp_path / "plan"), np.random.default_rng(0)
     assert max(killed(plan, int(rng.integers(2)), float(rng.uniform(0, 8))) for _ in range(10)) < 10
+
+
+def running(plan: Path, world: int, *more: str) -> tuple[subprocess.Popen[str], dict[str, int]]:
+    """Ranks that generate without end, all of them at it; and their processes by rank."""
+    process = start(world, *generate(plan, "--tokens", "5,6", "--max-new-tokens", "500000", "--ignore-eos", "--kv-memory", "64M", *more))
+    deadline = time.monotonic() + 60
+    while len(ranks_of(plan)) < world and time.monotonic() < deadline:
+        time.sleep(0.05)
+    time.sleep(3)
+    found = ranks_of(plan)
+    assert len(found) == world, process.communicate()
+    return process, found
+
+
+def ended(process: subprocess.Popen[str], plan: Path) -> tuple[float, str]:
+    """The seconds until mpirun has ended, and what it said; nothing is left."""
+    started = time.monotonic()
+    try:
+        _, errors = process.communicate(timeout=30)
+        seconds = time.monotonic() - started
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode != 0
+    assert ranks_of(plan) == {}
+    assert "Traceback" not in errors
+    return seconds, errors
+
+
+@needs_mpi
+@pytest.mark.parametrize("which", [pytest.param(0, marks=pytest.mark.slow), 1])
+def test_a_rank_that_hangs_ends_all(plans, tmp_path, which):
+    plan = shutil.copytree(plans[2], tmp_path / "plan")
+    process, found = running(plan, 2)
+    os.kill(found[str(which)], signal.SIGSTOP)
+    seconds, errors = ended(process, plan)
+    assert seconds < 10
+    lines = [line.strip() for line in errors.splitlines() if line.strip().startswith("rewrite:")]  # mpirun indents some
+    assert len(lines) == 1, errors
+    assert f"rewrite: rank {which} (host " in lines[0]
+    assert f"process {found[str(which)]}) has not been heard of for " in lines[0]
+
+
+@needs_mpi
+def test_ctrl_c_ends_all(plans, tmp_path):
+    plan = shutil.copytree(plans[2], tmp_path / "plan")
+    process, _ = running(plan, 2)
+    os.kill(process.pid, signal.SIGINT)  # as a terminal does it, and mpirun passes on
+    seconds, errors = ended(process, plan)
+    assert seconds < 10
+    assert "rewrite:" not in errors
+
+
+NARROW = """
+import os, resource, sys
+from rewrite.cli import main
+import rewrite.runtime.generator, onnxruntime
+if os.environ["OMPI_COMM_WORLD_RANK"] == sys.argv[1]:
+    used = next(int(line.split()[1]) << 10 for line in open("/proc/self/status") if line.startswith("VmSize"))
+    resource.setrlimit(resource.RLIMIT_AS, (used + (600 << 20),) * 2)
+main(["generate", sys.argv[2], "--tokens", "5,6", "--max-new-tokens", "9", "--kv-memory", "2G"])
+"""
+
+
+@needs_mpi
+@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.slow), 1])
+def test_a_rank_without_memory_ends_all(plans, rank):
+    started = time.monotonic()
+    code, _, errors = mpirun(2, "-c", NARROW, str(rank), str(plans[2]))
+    assert code == 2
+    assert time.monotonic() - started < 60
+    assert f"rewrite: rank {rank}: {plans[2]}: there is no room for 2048 MiB of keys and values; give less with --kv-memory" in errors
+    assert "Traceback" not in errors
+
+
+def test_patience(monkeypatch):
+    from rewrite.runtime.heartbeat import PATIENCE, patience
+
+    monkeypatch.delenv("REWRITE_PATIENCE", raising=False)
+    assert patience() == PATIENCE
+    monkeypatch.setenv("REWRITE_PATIENCE", "0")
+    assert patience() == 0
+    for text in ("soon", "-1", "nan"):
+        monkeypatch.setenv("REWRITE_PATIENCE", text)
+        with pytest.raises(RewriteError, match="write seconds of silence"):
+            patience()
