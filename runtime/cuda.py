@@ -25,6 +25,7 @@ from rewrite.runtime.partition import Step, ValueType
 from rewrite.verify import resolve
 
 if TYPE_CHECKING:
+    from rewrite.runtime.cuda_ranks import DeviceRanks
     from rewrite.runtime.plan import Plan
 
 ALIGNMENT = 512  # bytes
@@ -85,8 +86,9 @@ def memory(cupy: Any, what: str, needed: int, advice: str) -> Iterator[None]:
 class CudaExecutor:
     """A plan on the GPU."""
 
-    def __init__(self, plan: Plan):
-        self.cupy, self.plan = device(), plan
+    def __init__(self, plan: Plan, rank: int = 0, ranks: DeviceRanks | None = None):
+        """`ranks` are the others of a plan for several, of which this is the `rank`-th (`cuda_ranks.open_rank`)."""
+        self.cupy, self.plan, self.ranks = device(), plan, ranks
         self.plugins = library().plugins
         self.stream = self.cupy.cuda.Stream(non_blocking=True)
         self.runtime = engine.runtime()
@@ -98,9 +100,10 @@ class CudaExecutor:
             loaded = engine.deserialize(self.runtime, plan.engine(key), f"{plan.directory}: engine {key}")
             self.engines[key] = loaded
             self.contexts[key] = engine.execution_context(loaded, self.kernels)
-        size = sum(array.nbytes for array in plan.weights.values())
+        weights = plan.weights_of(rank)
+        size = sum(array.nbytes for array in weights.values())
         with self.stream, memory(self.cupy, f"{plan.directory}: the weights", size, "end what else uses the GPU, or take a larger one"):
-            self.weights = {name: self.cupy.asarray(array) for name, array in plan.weights.items()}
+            self.weights = {name: self.cupy.asarray(array) for name, array in weights.items()}
             self.turned = self._turn_weights()
         self.frames: OrderedDict[tuple[int, ...], Frame] = OrderedDict()
         measured = plan.manifest.versions.get(TUNED_ON) == engine.gpu_model()
@@ -333,6 +336,8 @@ class Frame:
         return inputs + [None] * (len(plugin.inputs) - len(inputs)), [self.values[n] for n in step.outputs]
 
     def _plugin(self, plugin: Plugin, inputs: list[Any], outputs: list[Any], attributes: dict[str, Any]) -> Launch:
+        if self.executor.ranks is not None and plugin.name in ("AllReduce", "AllGather"):
+            return self.executor.ranks.launch(plugin.name, inputs, outputs)
         made = plugin.cuda(inputs, outputs, **attributes) if plugin.cuda is not None else None
         if made is not None:
             return made  # type: ignore[no-any-return]

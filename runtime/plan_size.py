@@ -152,8 +152,10 @@ def plan_size(path: str | os.PathLike[str], device: Device, gpus: int = 1, *, te
             raise RewriteError(f"plan-size: --{what} is {number}; give 1 or more")
     sized = open_sized(path, tensor_parallel, pipeline_parallel, gpus, host)
     limit = sized.generator["positions"] if sized.generator is not None else None
-    if tokens > context or (limit is not None and context > limit):
-        raise RewriteError(f"plan-size: {tokens} new tokens of {context} make no sense" if tokens > context else f"{sized.name}: it was made for {limit} positions, and --context is {context}; give less")
+    if tokens > context:
+        raise RewriteError(f"plan-size: {tokens} new tokens of {context} make no sense; give less --tokens, or more --context")
+    if limit is not None and context > limit:
+        raise RewriteError(f"{sized.name}: it was made for {limit} positions, and --context is {context}; give less")
     sizes = _sizes(sized, batch, context, tokens)
     stages = [_stage(sized, index, device, sizes, batch, context, tokens, host) for index in range(len(sized.parts))]
     step = sum(s["us"] + s["send_us"] for s in stages)
@@ -162,7 +164,8 @@ def plan_size(path: str | os.PathLike[str], device: Device, gpus: int = 1, *, te
     return {
         "model": sized.name, "note": sized.note, "device": {"name": device.name, "memory": device.memory, "gb_per_s": device.bandwidth, "tflops_16bit": device.rate16, "source": device.source},
         "gpus": gpus, "tensor_parallel": sized.world, "pipeline_parallel": len(sized.parts), "gpus_per_host": host, "batch": batch, "context": context, "new_tokens": made,
-        "stages": stages, "fits": all(s["memory"]["total"] <= device.memory for s in stages), "step_us": step, "tokens_per_second": made / step * 1e6, "share_of_bandwidth": least / step, "share_of_rate": sum(s["operations"] for s in stages) / device.rate16 / 1e6 / step,
+        "stages": stages, "fits": all(s["memory"]["total"] <= device.memory for s in stages), "step_us": step, "tokens_per_second": made / step * 1e6, "share_of_bandwidth": least / step,
+        "share_of_rate": sum(s["operations"] for s in stages) / device.rate16 / 1e6 / step,
     }  # fmt: skip
 
 

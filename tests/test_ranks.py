@@ -107,9 +107,10 @@ def test_the_check_of_a_plan_sees_a_wrong_slice(tmp_path, monkeypatch):
 
 
 def test_what_is_not_there_yet_is_refused(plans, tmp_path):
-    model = rewrite.optimize(decoder(), generate=True, tensor_parallel=2).model
-    with pytest.raises(RewriteError, match="for 2 ranks, which run on the CPU yet; build it with --no-engines"):
-        rewrite.build(model, tmp_path / "plan")
+    for stages, options, message in ((2, {}, "it is for 2 ranks, in stages, which run on the CPU yet; build it with --no-engines"), (1, {"tune": True}, "GPU|whose kernels are not timed yet")):
+        model = rewrite.optimize(decoder(), generate=True, tensor_parallel=3 - stages, pipeline_parallel=stages).model
+        with pytest.raises(RewriteError, match=message):
+            rewrite.build(model, tmp_path / "plan", **options)
     for command in ("bench", "bench-generate"):
         done = CliRunner().invoke(main, [command, str(plans[2])])
         assert done.exit_code == 2
