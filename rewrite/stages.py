@@ -56,7 +56,8 @@ def ends(node: onnx.NodeProto) -> tuple[int, int]:
 def stages_of(nodes: Sequence[onnx.NodeProto], outputs: Iterable[str], count: int) -> list[Stage]:
     """The stages of a model with these nodes, in order, and outputs. Raises ValueError if its Send and Recv nodes are not those of so many."""
     sends = {n.output[0]: n for n in nodes if kind(n) == "Send"}
-    messages, made = [], {}  # of each value the latest stage that has part in it
+    messages: list[Message] = []
+    made: dict[str, int] = {}  # of each value the latest stage that has part in it
     for node in nodes:
         stage = max((made.get(name, 0) for name in node.input), default=0)
         if kind(node) == "Recv":

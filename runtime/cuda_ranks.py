@@ -47,7 +47,8 @@ class DeviceRanks:
     def launch(self, kind: str, inputs: list[Any], outputs: list[Any]) -> Launch:
         """One sum ("AllReduce": x, bias, residual) or join ("AllGather": x), whose arrays stay where they are."""
         if kind == "AllReduce":
-            return self._sum(*inputs, outputs[0])
+            x, bias, residual = inputs
+            return self._sum(x, bias, residual, outputs[0])
         if kind == "AllGather":
             return self._join(inputs[0], outputs[0])
         raise RewriteError(f"{kind}: stages follow one another on the CPU yet; use a plan without --pipeline-parallel on GPUs")

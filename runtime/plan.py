@@ -121,7 +121,7 @@ class Manifest:
 
     def _check_message(self, index: int, step: Step) -> None:
         """Raises ValueError unless a Send is of the stage that it goes from, and a Recv of that which it goes to, a later one."""
-        ends = step.attributes.get("source"), step.attributes.get("target")
+        ends: tuple[Any, Any] = step.attributes.get("source"), step.attributes.get("target")
         if any(type(end) is not int for end in ends) or not 0 <= ends[0] < ends[1] < self.stages or step.stage != ends[step.name == "Recv"]:
             raise ValueError(f"steps[{index}]: {step.name} from stage {ends[0]} to {ends[1]}, in stage {step.stage} of {self.stages}")
         if len(step.inputs) != (step.name == "Send") or len(step.outputs) != (step.name == "Recv"):
