@@ -45,9 +45,15 @@ __device__ __forceinline__ uint2 get(const uint4* from, u32 epoch) {
     }
 }
 __device__ __forceinline__ void release(u32* flag, u32 epoch) { asm volatile("st.release.sys.global.u32 [%0], %1;" :: "l"(flag), "r"(epoch) : "memory"); }
+// Until a flag has come to this epoch: the other rank may have gone on to the next one.
 __device__ __forceinline__ void await(const u32* flag, u32 epoch) {
     Patience patience;
-    for (u32 found = ~epoch; found != epoch; patience.check()) asm volatile("ld.acquire.sys.global.u32 %0, [%1];" : "=r"(found) : "l"(flag) : "memory");
+    while (true) {
+        u32 found;
+        asm volatile("ld.acquire.sys.global.u32 %0, [%1];" : "=r"(found) : "l"(flag) : "memory");
+        if ((int)(found - epoch) >= 0) return;
+        patience.check();
+    }
 }
 
 __device__ __forceinline__ u32 begin(const Peers& peers) { return *(volatile u32*)peers.mine + 1; }
