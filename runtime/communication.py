@@ -1,4 +1,4 @@
-"""What ranks tell one another: sums, joins and what the first rank decides. One small interface; so far over MPI, for the CPU.
+"""What ranks tell one another: sums, joins, messages and what the first rank decides. One small interface, over MPI; for GPUs see `nccl.py`.
 
 Only buffers are sent (mpi4py's upper-case calls): nothing is pickled. Sums are made in the order of the ranks, each element
 by one rank or by all alike, so that all ranks have the same bits, and the same as `all_ranks.AllRanks` has.
@@ -133,8 +133,9 @@ class Mpi:
 
 
 def connect() -> Communicator | None:
-    """The other ranks, if mpirun started this process with any; None if it is alone. Raises RewriteError as `Mpi` does."""
-    started = max([int(os.environ[n]) for n in LAUNCHERS if os.environ.get(n, "").isdecimal()], default=1)
+    """The other ranks, if mpirun or srun started this process with any; None if it is alone. Raises RewriteError as `Mpi` does."""
+    names = [*LAUNCHERS, *(("SLURM_STEP_NUM_TASKS",) if "PMIX_RANK" in os.environ else ())]  # of `srun --mpi=pmix`; without PMIx each process is alone
+    started = max([int(os.environ[n]) for n in names if os.environ.get(n, "").isdecimal()], default=1)
     if started == 1:
         return None
     made = Mpi()

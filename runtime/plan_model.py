@@ -18,7 +18,7 @@ from rewrite.runtime.plan import Plan
 
 Array = np.ndarray[Any, Any]
 STOP, STEP, COPY = range(3)  # what rank 0 tells the others to do
-PART = 64  # tokens from which it pays that a stage computes one part of a batch while the next one computes the part before
+PART = 128  # tokens of a part from which it pays that a stage computes one while the next one computes the part before: with 64 it took as long
 SHARE = 0.25  # of the free memory, for keys and values, unless the caller says how much
 
 

@@ -10,6 +10,7 @@ import sys
 import time
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import exported
 import numpy as np
@@ -360,6 +361,34 @@ def test_a_rank_without_memory_ends_all(plans, rank):
     assert time.monotonic() - started < 60
     assert f"rewrite: rank {rank}: {plans[2]}: there is no room for 2048 MiB of keys and values; give less with --kv-memory" in errors
     assert "Traceback" not in errors
+
+
+LAUNCHED = {
+    "alone": ({}, None),
+    "mpirun": ({"OMPI_COMM_WORLD_SIZE": "3"}, 3),
+    "srun": ({"PMIX_RANK": "0", "SLURM_STEP_NUM_TASKS": "16"}, 16),
+    "in a batch job, without srun": ({"SLURM_NTASKS": "16", "SLURM_STEP_NUM_TASKS": "16"}, None),
+    "one process of mpirun": ({"OMPI_COMM_WORLD_SIZE": "1", "PMIX_RANK": "0"}, None),
+}
+
+
+@pytest.mark.parametrize("name", LAUNCHED)
+def test_who_was_started_with_others(name, monkeypatch):
+    from rewrite.runtime import communication
+
+    variables, size = LAUNCHED[name]
+    for variable in (*communication.LAUNCHERS, "PMIX_RANK", "SLURM_STEP_NUM_TASKS"):
+        monkeypatch.delenv(variable, raising=False)
+    for variable, value in variables.items():
+        monkeypatch.setenv(variable, value)
+    seen = size
+    monkeypatch.setattr(communication, "Mpi", lambda: SimpleNamespace(size=seen))
+    found = communication.connect()
+    assert (found.size if found is not None else None) == size
+    if size is not None:
+        seen = 1  # MPI of another library than the launcher's
+        with pytest.raises(RewriteError, match=f"a launcher started {size} processes, but MPI sees 1"):
+            communication.connect()
 
 
 def test_patience(monkeypatch):

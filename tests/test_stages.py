@@ -153,7 +153,7 @@ def test_parts_of_a_batch(seed):
     assert done == len(batch.tokens)
 
 
-@pytest.mark.parametrize("part", [64, 2])
+@pytest.mark.parametrize("part", [128, 2])
 @pytest.mark.parametrize("kind", [(1, 2), (2, 2), (1, 3)])
 def test_all_stages_in_one_process(plans, kind, part, monkeypatch):
     monkeypatch.setattr(plan_model, "PART", part)
@@ -267,8 +267,9 @@ def test_messages_and_groups():
 @needs_mpi
 @pytest.mark.parametrize("kind", [(1, 2), (2, 2)])
 def test_generate_under_mpirun(plans, kind):
-    long = ",".join(str(i % 50) for i in range(70))  # read in parts: more than PART tokens a stage
-    arguments = [a for p in (*(",".join(map(str, p)) for p in PROMPTS), long, long) for a in ("--tokens", p)] + ["--max-new-tokens", "8"]
+    long = ",".join(str(i % 50) for i in range(70))  # read in parts: a step of 256 tokens, PART for each stage
+    assert plan_model.PART * kind[1] <= 256
+    arguments = [a for p in (*(",".join(map(str, p)) for p in PROMPTS), *[long] * 4) for a in ("--tokens", p)] + ["--max-new-tokens", "8"]
     expected = CliRunner().invoke(main, ["generate", str(plans[1, 1]), "--kv-memory", "1M", *arguments])
     assert expected.exit_code == 0, expected.output
     code, output, errors = mpirun(kind[0] * kind[1], *generate(plans[kind], *arguments))
