@@ -157,7 +157,10 @@ def plan_size(path: str | os.PathLike[str], device: Device, gpus: int = 1, *, te
     if limit is not None and context > limit:
         raise RewriteError(f"{sized.name}: it was made for {limit} positions, and --context is {context}; give less")
     sizes = _sizes(sized, batch, context, tokens)
-    stages = [_stage(sized, index, device, sizes, batch, context, tokens, host) for index in range(len(sized.parts))]
+    try:
+        stages = [_stage(sized, index, device, sizes, batch, context, tokens, host) for index in range(len(sized.parts))]
+    except KeyError as error:
+        raise RewriteError(f"{sized.name}: the size of '{error.args[0]}' does not follow from the sizes of its inputs; plan-size needs a graph whose shapes do") from error
     step = sum(s["us"] + s["send_us"] for s in stages)
     made = batch * (tokens if sized.generator is not None else context)
     least = sum((s["read"]["weights"] + s["read"]["kv"]) / device.bandwidth / 1e3 for s in stages)

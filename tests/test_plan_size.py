@@ -149,6 +149,17 @@ def test_a_split_model_on_other_gpus_is_refused(model, tmp_path):
         plan_size(tmp_path / "two.onnx", GPU, 4)
 
 
+def test_sizes_that_do_not_follow_are_refused(tmp_path):
+    text = """(float[batch, 8] x) => (float[many, 8] y) {
+        zero = Constant<value = float {0.0}>() seen = Greater(x, zero) found = NonZero(seen) first = Constant<value = int64 {0}>() rows = Gather(found, first)
+        picked = Gather(x, rows) h = MatMul(picked, w) y = Relu(h) }"""
+    onnx.save(parse(text, 20, w=np.ones((8, 8), np.float32)), tmp_path / "m.onnx")
+    done = CliRunner().invoke(main, ["plan-size", str(tmp_path / "m.onnx")])
+    assert done.exit_code == 2
+    assert "does not follow from the sizes of its inputs" in done.output
+    assert done.output.count("\n") == 1
+
+
 def test_positions_are_a_limit(tmp_path):
     onnx.save(decoder(positions=d.BY_SLICE), tmp_path / "m.onnx")
     with pytest.raises(RewriteError, match="it was made for 80 positions, and --context is 81; give less"):
