@@ -70,6 +70,8 @@ def export(
     if not MIN_OPSET <= opset <= onnx.defs.onnx_opset_version():
         raise RewriteError(f"opset {opset} is not supported ({MIN_OPSET} to {onnx.defs.onnx_opset_version()} are); use {OPSET}")
     check_target(target)
+    if source.hollow and (verify or exporter != "dynamo"):
+        raise RewriteError("a model without weights is exported by the dynamo exporter, and there is nothing to compare; leave verification out")
     training = [m for m in source.module.modules() if m.training]
     source.module.eval()
     try:
@@ -145,7 +147,7 @@ def _export(source: Source, file: Path, data: str, opset: int, exporter: str) ->
             if exporter == "torchscript":
                 _with_torchscript(source, file, opset)
             else:
-                _with_dynamo(source, file, data if size > LARGE else None, opset)
+                _with_dynamo(source, file, data if size > LARGE or source.hollow else None, opset)
     except RewriteError:
         raise
     except Exception as error:
@@ -171,6 +173,12 @@ def _with_dynamo(source: Source, file: Path, data: str | None, opset: int) -> No
     made = torch.onnx.export(program, dynamo=True, opset_version=opset, input_names=names, output_names=source.outputs, dynamic_shapes=shapes, optimize=False, verbose=False)
     assert made is not None
     _simplify(made)
+    if source.hollow:
+        from rewrite.export.hollow import place_weights
+
+        assert data is not None
+        place_weights(made.model, file.parent / data)
+        data = None
     onnx_ir.save(made.model, file, external_data=data)
 
 
