@@ -14,7 +14,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import onnx_graphsurgeon as gs
@@ -55,7 +55,7 @@ class _Failed:
     """What a goal leads to that nothing meets."""
 
 
-FAILED: Any = _Failed()
+FAILED = cast(Goals, _Failed())
 
 
 class Matcher:
