@@ -78,6 +78,30 @@ def prefills(data: dict[str, Any]) -> list[str]:
     return lines
 
 
+def decoding(products: dict[str, Any], chains: dict[str, Any], divisions: dict[str, Any], sampling: dict[str, Any]) -> list[str]:
+    """The kernels of a step that decodes, one by one."""
+    lines = ["## Decoding, kernel by kernel", "", source("decoding", products), ""]
+    lines += ["bfloat16, weights from memory each time; cuBLASLt does queries, keys and values, and gate and up, in calls of their own.", ""]
+    lines += ["| product | tokens | cuBLASLt, µs | ours, µs | layout | GB/s |", "| --- | ---: | ---: | ---: | --- | ---: |"]
+    for r in products["results"]["decoding"]:
+        lines.append(f"| {r['model']} {r['what']}, {r['features']} x {r['inner']} | {r['tokens']} | {r['library_us']:.1f} | {r['best_us']:.1f} | {r['best']} | {r['gbs']:.0f} |")
+    lines += ["", source("chains", chains), "", "All products and norms of the layers: a launch each, one launch a layer, one launch in all.", ""]
+    lines += ["| model | layers | tokens | each, µs | a layer, µs | all, µs | GB/s |", "| --- | ---: | ---: | ---: | ---: | ---: | --- |"]
+    for r in chains["results"]["chains"]:
+        lines.append(f"| {r['model']} | {r['layers']} | {r['tokens']} | {r['single_us']} | {r['layer_us']} | {r['all_us']} | {r['single_gbs']}, {r['layer_gbs']}, {r['all_gbs']} |")
+    lines += ["", source("paged_divisions", divisions), ""]
+    lines += ["Attention of one new token a text over the paged cache, rotary embedding and store included; the best of the divisions tried,"]
+    lines += ["and the same where positions read earlier may be fetched before the preceding kernel ends. Keys and values alone in GB/s.", ""]
+    lines += ["| texts x positions | key heads x size | µs | fetched early, µs | GB/s | division |", "| --- | --- | ---: | ---: | ---: | --- |"]
+    shapes = {tuple(r["shape"]): [q for q in divisions["results"]["variants"] if q["shape"] == r["shape"]] for r in divisions["results"]["variants"]}
+    for (texts, positions, heads, size), tried in shapes.items():
+        best = min(tried, key=lambda r: r["us"])
+        lines.append(f"| {texts} x {positions} | {heads} x {size} | {best['us']:.1f} | {best['early_us']:.1f} | {4 * texts * positions * heads * size / best['us'] / 1e3:.0f} | {best['division']} |")
+    lines += ["", source("sampling_speed", sampling), "", "Sampling from 128,256 logits in float32.", "", "| rows | how | µs |", "| ---: | --- | ---: |"]
+    lines += [f"| {r['batch']} | {r['kind']} | {r['us']:.1f} |" for r in sampling["results"]]
+    return [*lines, ""]
+
+
 def plot(data: dict[str, Any]) -> bool:
     """How much faster ours is, over the tokens of a batch; False if matplotlib is not installed."""
     try:
@@ -127,6 +151,7 @@ def main() -> None:
         "## New tokens over a paged cache", "", source("prefill_speed", prefill), "",
         "Causal, bfloat16, blocks of 16 positions in random order; a cut is queries by heads x keys of a step. cuDNN has the same numbers in contiguous arrays,",
         "the 32 texts (32 to 1023 tokens) padded to the longest; the work counted is what is seen, not the padding. The last row is one chunk among single tokens.", "", *prefills(prefill), "",
+        *decoding(*(read(name) for name in ("decoding", "chains", "paged_divisions", "sampling_speed"))),
         *generation(),
     ]  # fmt: skip
     target = HERE.parent / "docs" / "benchmarks.md"

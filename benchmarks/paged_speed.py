@@ -25,7 +25,7 @@ from kernel_speed import median_us
 
 from rewrite.plugins import cuda_paged, cuda_rotary
 from rewrite.plugins.cuda_launch import compiled
-from rewrite.plugins.cuda_paged import Cut, Turn, cut, variant
+from rewrite.plugins.cuda_paged import Cut, Shape, Turn, cut, variant
 from rewrite.plugins.rotary import Rotary
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
@@ -55,12 +55,12 @@ def divisions(case: Case) -> list[Cut]:
 
 def wanted_by(case: Case) -> list[tuple[Any, ...]]:
     """The variants that the check of a case may ask for."""
-    shape = (case.dtype, case.heads, case.kv_heads, case.size, case.value_size or case.size, case.block, bool(case.window), bool(case.softcap))
+    shape = Shape(case.dtype, case.heads, case.kv_heads, case.size, case.value_size or case.size, case.block, bool(case.window), bool(case.softcap))
     count = (case.turned or case.size) // (1 if case.full else 2)
     norm = 0 if not case.norm else 2 if case.norm == "float32" else 1
     turn = Turn(case.turn, case.turned or case.size, count, norm) if case.turn else Turn(norm=norm)
     few = sum(case.counts) + case.padding <= len(case.counts) + case.empty and case.dtype != "float32"
-    return [variant(*shape, t, few, made) for t in ({turn} if few else {turn, Turn()}) for made in divisions(case)]
+    return [variant(shape, t, few, made) for t in ({turn} if few else {turn, Turn()}) for made in divisions(case)]
 
 
 def run_case(case: Case, made: Cut, repeats: int) -> str:
@@ -167,7 +167,7 @@ def timed(step: Step, **options: Any) -> dict[str, Any]:
 
 
 def time() -> list[dict[str, Any]]:
-    compile_all(variant("bfloat16", HEADS, g, d, d, 16, False, False, Turn(), True, cuda_paged.choose(d, d, HEADS // g, batch * g), early) for batch, _, (g, d) in SHAPES for early in (False, True))
+    compile_all(variant(Shape("bfloat16", HEADS, g, d, d, 16), Turn(), True, cuda_paged.choose(d, d, HEADS // g, batch * g), early) for batch, _, (g, d) in SHAPES for early in (False, True))
     rows = []
     print(f"{'batch x context x heads x size':32} {'us':>8} {'GB/s':>6} {'of copy':>8}   reading early")
     for batch, context, (kv_heads, size) in SHAPES:
@@ -191,7 +191,7 @@ def variants() -> list[dict[str, Any]]:
         made += [cut(*sizes, cluster=n, warps=warps, blocks=2) for n, warps in ((16, 4), (8, 4), (8, 8), (4, 4), (4, 8), (2, 4)) if batch * kv_heads * n <= 1024]
         return list(dict.fromkeys(made))
 
-    compile_all(variant("bfloat16", HEADS, g, d, d, 16, False, False, Turn(), True, c, early) for b, _, g, d in shapes for c in choices(b, g, d) for early in (False, True))
+    compile_all(variant(Shape("bfloat16", HEADS, g, d, d, 16), Turn(), True, c, early) for b, _, g, d in shapes for c in choices(b, g, d) for early in (False, True))
     rows = []
     for shape in shapes:
         line, step = [], Step(*shape)

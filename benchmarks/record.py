@@ -1,4 +1,4 @@
-"""What every result in `results/` carries: date, device, versions and the command that made it."""
+"""What every result in `results/` carries: date, commit, device, versions and the command that made it."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import datetime
 import json
 import os
 import platform
+import subprocess
 import sys
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
@@ -34,11 +35,17 @@ def versions(*packages: str) -> dict[str, str]:
     return found
 
 
+def commit() -> str:
+    """The commit that was measured, with `-dirty` if files differ from it; "" outside a checkout."""
+    found = subprocess.run(["git", "describe", "--always", "--dirty", "--exclude", "*"], cwd=RESULTS.parent, capture_output=True, text=True, check=False)
+    return found.stdout.strip()
+
+
 def write(name: str, device: str, packages: Mapping[str, str], data: Any) -> Path:
     """Write `results/NAME.json`; returns its path."""
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     command = " ".join(["python", *(os.path.relpath(a, Path(__file__).parent.parent) if os.path.exists(a) else a for a in sys.argv)])
-    path.write_text(json.dumps({"date": now, "device": device, "versions": dict(packages), "command": command, "results": data}, indent=1) + "\n")
+    path.write_text(json.dumps({"date": now, "commit": commit(), "device": device, "versions": dict(packages), "command": command, "results": data}, indent=1) + "\n")
     return path

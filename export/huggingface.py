@@ -74,7 +74,7 @@ def load_directory(path: str | os.PathLike[str], *, attention: str = "eager") ->
     if missing:  # transformers would give them random values
         raise RewriteError(f"{directory}: the weights lack {len(missing)} of {type(model).__name__}'s tensors, first {missing[0]}; correct 'architectures' in config.json")
     source = as_flat(model)
-    _describe_text(source, model)
+    describe_text(source, model)
     if (directory / "tokenizer_config.json").is_file():
         source.metadata["rewrite.tokenizer"] = str(directory.resolve())
     return source
@@ -102,12 +102,12 @@ def load_gguf(path: str | os.PathLike[str], *, attention: str = "eager") -> Sour
     except Exception as error:
         raise RewriteError(f"{file}: cannot be loaded: {first_line(error)}") from error
     source = as_flat(model)
-    _describe_text(source, model)
+    describe_text(source, model)
     source.tokenizer = tokenizer
     return source
 
 
-def _describe_text(source: Source, model: Any) -> None:
+def describe_text(source: Source, model: Any) -> None:
     """What a text generator wants to know: the tokens that end a text, and how many positions the model was made for."""
     if not isinstance(source.module, FlatDecoder):
         return

@@ -25,7 +25,7 @@ class Source:
 
     `dynamic` gives, for each input, names of dynamic axes: `{"input_ids": {0: "batch", 1: "sequence"}}`. `limits` gives
     the number of values an integer input may take (the vocabulary). `outputs` names the outputs, in order. `metadata` is
-    written into the model file; `tokenizer`, of transformers, is saved beside it.
+    written into the model file; `tokenizer`, of transformers, is saved beside it. Of a `hollow` one all parameters are zero, and are not written.
     """
 
     module: torch.nn.Module
@@ -35,6 +35,7 @@ class Source:
     limits: dict[str, int] = field(default_factory=dict)
     metadata: dict[str, str] = field(default_factory=dict)
     tokenizer: Any = None
+    hollow: bool = False
 
     def run(self, inputs: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
         """The module's outputs, flat. Raises RewriteError if it fails or returns no tensors."""

@@ -268,6 +268,10 @@ class _Writer:
             self.shards.heads[output] = [self._width(self.found.places[t.name]) for t in node.inputs[:2]]
         elif operator in PRODUCTS and output in self.found.columns | self.found.rows:
             self._product(node)
+        elif operator == "Rotary" and cut is not None and node.attrs.get("interleaved"):  # its body has the number of heads in it
+            made = self.nodes[output]
+            attributes = {a.name: decode(onnx.helper.get_attribute_value(a)) for a in made.attribute}
+            made.op_type = self.table.add(shards_onnx.rotary(attributes, node.inputs[0].shape, node.inputs[1].shape, self.model.opset))
         elif operator == "Reshape" and cut is not None:
             values = self.spread.constant(node.inputs[1])
             local = list(values)

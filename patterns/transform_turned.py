@@ -106,11 +106,11 @@ def _norm(graph: Graph, tensor: gs.Tensor, turned: gs.Tensor) -> tuple[gs.Tensor
     norm = next(n for n in nodes if canonical(n) == "RMSNormalization")
     scale, epsilon = norm.inputs[1], graph.attribute(norm, "epsilon")
     last = graph.attribute(norm, "axis") in (None, -1, 3)
-    if not last or not graph.is_constant(scale) or scale.shape is None or list(scale.shape) != [turned.shape[-1]] or epsilon is None:
+    if not last or not graph.is_constant(scale) or scale.shape is None or list(scale.shape) != [turned.shape[-1]] or not isinstance(epsilon, float):
         return None
     if tensor.dtype is None or dtype_name(tensor.dtype) != dtype_name(turned.dtype) or list(tensor.shape or ()) == [] or dtype_name(scale.dtype) not in (dtype_name(turned.dtype), "float32"):
         return None
-    return tensor, scale, float(epsilon), nodes
+    return tensor, scale, epsilon, nodes
 
 
 def norms_by_heads(model: Model) -> Model:

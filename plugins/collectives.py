@@ -1,4 +1,4 @@
-"""What the ranks of a model in shards tell one another: sums and joins. An executor with several ranks does them by its communicator."""
+"""What the ranks of a model in shards or stages tell one another: sums, joins, messages. An executor with several ranks does them by its communicator."""
 
 from __future__ import annotations
 
@@ -37,4 +37,28 @@ class AllGather:
     tolerance = TOLERANCE
 
     def reference(x: Array) -> Array:
+        return x
+
+
+@plugin
+class Send:
+    """y = x, on its way from the ranks of stage `source` to those of stage `target`, each to the one in its place there."""
+
+    inputs = ("x",)
+    attributes = {"source": 0, "target": 1}
+    tolerance = TOLERANCE
+
+    def reference(x: Array, *, source: int, target: int) -> Array:
+        return x
+
+
+@plugin
+class Recv:
+    """y = x, as it came from stage `source`."""
+
+    inputs = ("x",)
+    attributes = {"source": 0, "target": 1}
+    tolerance = TOLERANCE
+
+    def reference(x: Array, *, source: int, target: int) -> Array:
         return x

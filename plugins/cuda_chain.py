@@ -196,7 +196,7 @@ def chain(links: Sequence[Link], memory: Any = None) -> Launch:
             into.epsilon, into.normed_tiles = before.epsilon, links[index - 1].tiles
         into.jobs, into.inner, into.tiles, into.gated, into.activated = len(link.outputs), link.x.shape[1], link.tiles, link.gated, link.activation != "none"
         into.grain = best_grain(link.tiles, link.steps, blocks)
-    table = cupy.asarray(np.frombuffer(described, np.uint8))
+    table = cupy.asarray(np.frombuffer(bytes(described), np.uint8))
     base = int(memory.data.ptr)
     call = _Chain(link=int(table.data.ptr), count=len(links), tokens=tokens, stages=stages, size=(memory.nbytes - 512) // 2, state=base, memory=base + 512)
     activation = next((link.activation for link in links if link.activation != "none"), "none")
@@ -228,7 +228,8 @@ def _blocks() -> int:
 def _layout(links: Sequence[Link], blocks: int) -> tuple[list[dict[str, int]], int]:
     """Where each link finds and leaves what it shares with others, in bytes; -1: nowhere. And the bytes in all."""
     tokens = links[0].x.shape[0]
-    size, found = 0, []
+    size = 0
+    found: list[dict[str, int]] = []
 
     def room(count: int) -> int:
         nonlocal size

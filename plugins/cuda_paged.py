@@ -8,15 +8,20 @@ Grids depend on shapes alone and lengths are read on the device, so a captured l
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+from collections.abc import Iterator
+from contextvars import ContextVar
 from functools import cache
 from typing import Any, NamedTuple
 
 from rewrite.plugins.cuda_launch import Launch, capability, launcher, module
 from rewrite.plugins.cuda_paged_prefill import prefill
 
+FEW = 1024  # positions that a block of a cluster reads quickly enough
 SM_SHARED = 228 << 10  # bytes of shared memory of an SM, of which each block takes 1 KB more than it asks for
-_scratch: dict[tuple[int, int], tuple[Any, Any]] = {}
+_early: ContextVar[bool] = ContextVar("early", default=False)
+_scratch: dict[tuple[int, int, str, str], Any] = {}
 
 
 class _Call(ctypes.Structure):
@@ -25,6 +30,19 @@ class _Call(ctypes.Structure):
         *((n, ctypes.c_longlong * 2) for n in ("qs", "ks", "vs", "ys", "ts")), ("angles", ctypes.c_longlong),
         *((n, ctypes.c_int) for n in ("tokens", "sequences", "width", "blocks", "window")), *((n, ctypes.c_float) for n in ("scale", "cap", "epsilon")),
     ]  # fmt: skip
+
+
+class Shape(NamedTuple):
+    """What the kernels are compiled for: the type of floats, heads, key heads, elements of a key and of a value, positions of a block."""
+
+    dtype: str
+    heads: int
+    kv_heads: int
+    size: int
+    value_size: int
+    block_size: int
+    window: bool = False
+    softcap: bool = False
 
 
 class Turn(NamedTuple):
@@ -50,7 +68,7 @@ class Cut(NamedTuple):
     warps: int
     stages: int
     blocks: int
-    least: int = 4
+    least: int = 8
     cluster: int = 0
 
     def __str__(self) -> str:
@@ -63,7 +81,7 @@ class Cut(NamedTuple):
         return 32 * key + self.warps * self.stages * 32 * (key + value) + self.warps * 128 + kept
 
 
-def cut(size: int, value_size: int, repeats: int, *, warps: int = 4, blocks: int = 2, least: int = 4, cluster: int = 0) -> Cut:
+def cut(size: int, value_size: int, repeats: int, *, warps: int = 4, blocks: int = 2, least: int = 8, cluster: int = 0) -> Cut:
     """As many tiles under way, up to 6, as there is room for with so many blocks an SM; with fewer blocks, or warps, if that leaves less than two."""
     for fewer in range(blocks, 0, -1):
         for stages in range(6, 1, -1):
@@ -73,10 +91,15 @@ def cut(size: int, value_size: int, repeats: int, *, warps: int = 4, blocks: int
     return cut(size, value_size, repeats, warps=warps // 2, blocks=blocks, least=least, cluster=cluster)
 
 
-def choose(size: int, value_size: int, repeats: int, pairs: int) -> Cut:
-    """The cut for so many heads of tokens: clusters where all of them are on the GPU at once, equal parts for more."""
-    cluster = next((n for n in (16, 8) if capability() >= 90 and pairs * n <= 2 * processors()), 0)
-    return cut(size, value_size, repeats, cluster=cluster)
+def choose(size: int, value_size: int, repeats: int, pairs: int, positions: int) -> Cut:
+    """The cut for `pairs` heads of tokens and up to so many positions, by what was measured.
+
+    Clusters where half of the SMs are enough for all of them, unless a few blocks would read very long texts; equal parts for more.
+    """
+    cluster = next((n for n in (8, 4) if pairs * n <= processors() // 2), 0) if capability() >= 90 else 0
+    if cluster and (pairs >= 8 or positions <= FEW * cluster):
+        return cut(size, value_size, repeats, warps=8, blocks=1, cluster=cluster)
+    return cut(size, value_size, repeats)
 
 
 def grid(tokens: int, groups: int, width: int, block_size: int, made: Cut) -> tuple[int, int]:
@@ -87,6 +110,19 @@ def grid(tokens: int, groups: int, width: int, block_size: int, made: Cut) -> tu
     return max(1, min(processors() * made.blocks, -(-tiles // made.least))), 1
 
 
+@contextlib.contextmanager
+def reading_early() -> Iterator[None]:
+    """Launches made meanwhile read tables, lengths, and the keys and values of earlier steps before the kernels that precede them end.
+
+    Right if none of these writes any of that: in a graph in which tables and lengths come from outside, or change at its very end.
+    """
+    token = _early.set(True)
+    try:
+        yield
+    finally:
+        _early.reset(token)
+
+
 @cache
 def processors() -> int:
     """Multiprocessors of the current GPU."""
@@ -95,16 +131,14 @@ def processors() -> int:
     return int(cupy.cuda.Device().attributes["MultiProcessorCount"])
 
 
-def scratch(parts: int, counters: int) -> tuple[Any, Any]:
-    """float32 [parts] and int32 [counters], zeros that launches leave zero: one pair for all launches of a stream, which follow one another."""
+def scratch(what: str, count: int, dtype: Any) -> Any:
+    """An array [count or more], zeros at first: one of each kind for all launches of a stream, which follow one another."""
     import cupy
 
-    key = (cupy.cuda.Device().id, cupy.cuda.get_current_stream().ptr)
-    known = _scratch.get(key)
-    if known is None or known[0].size < parts or known[1].size < counters:
-        sizes = (0, 0) if known is None else (known[0].size, known[1].size)
-        known = _scratch[key] = (cupy.empty(max(parts, sizes[0]), cupy.float32), cupy.zeros(max(counters, sizes[1]), cupy.int32))
-    return known
+    key = (cupy.cuda.Device().id, cupy.cuda.get_current_stream().ptr, what, str(dtype))
+    if key not in _scratch or _scratch[key].size < count:
+        _scratch[key] = cupy.zeros(count, dtype)
+    return _scratch[key]
 
 
 def rows_of(turn: Any, tokens: int) -> Any:
@@ -143,9 +177,9 @@ def takes(q: Any, k: Any, v: Any, key_cache: Any, value_cache: Any, y: Any, inte
     return all(a.strides[-1] == size and a.data.ptr % 16 == 0 and all(n % 16 == 0 for n in a.strides[1:-1]) for a in (q, k, v, y)) and all(a.data.ptr % 16 == 0 for a in (key_cache, value_cache))
 
 
-def variant(dtype: str, heads: int, kv_heads: int, size: int, value_size: int, block_size: int, window: bool, cap: bool, turn: Turn, fresh: bool,
-            made: Cut | None = None, early: bool = False) -> tuple[str, str, tuple[str, ...]]:  # fmt: skip
+def variant(shape: Shape, turn: Turn, fresh: bool, made: Cut | None = None, early: bool = False) -> tuple[str, str, tuple[str, ...]]:
     """What `cuda_launch.module` needs."""
+    dtype, heads, kv_heads, size, value_size, block_size, window, cap = shape
     values = {"D": size, "E": value_size, "S": block_size, "REPEATS": heads // kv_heads, "KVHEADS": kv_heads, "CAP": int(cap), "WINDOW": int(window), "FLOAT32": int(dtype == "float32")}
     if dtype != "float32":
         made = made or cut(size, value_size, heads // kv_heads)
@@ -155,11 +189,10 @@ def variant(dtype: str, heads: int, kv_heads: int, size: int, value_size: int, b
 
 def paged_attention(
     inputs: list[Any], outputs: list[Any], *, heads: int, kv_heads: int, size: int, scale: float, window: int, softcap: float, layer: int,
-    interleaved: int = 0, turned: int = 0, epsilon: float = 1e-6, made: Cut | None = None, early: bool = False,
+    interleaved: int = 0, turned: int = 0, epsilon: float = 1e-6, made: Cut | None = None, early: bool | None = None,
 ) -> Launch | None:  # fmt: skip
     """The launch, or None where there is no kernel for these arrays. Outputs `keys` and `values` are best the caches themselves: else
-    they are copied first. `made`: how the work is divided, else what `choose` says.
-    `early`: the tables, lengths and older keys are not written by the kernels just before, so they are read before those end.
+    they are copied first. `made`: how the work is divided, else what `choose` says; `early`: see `reading_early`, which is asked if it is None.
     """
     q, k, v, key_cache, value_cache, slots, tables, starts, lengths, cos, sin, q_scale, k_scale = inputs
     y, keys, values = outputs
@@ -179,18 +212,16 @@ def paged_attention(
         *((ctypes.c_longlong * 2)(*(n // a.itemsize for n in a.strides[1:3])) for a in (q, k, v, y)), (ctypes.c_longlong * 2)(), 0 if not angles or angles[0].shape[0] == 1 else angles[0].shape[1],
         tokens, lengths.size, tables.shape[1], keys.shape[0], window, scale, softcap, epsilon,
     )  # fmt: skip
-    shape = (dtype, heads, kv_heads, size, value_size, block_size, bool(window), bool(softcap))
+    shape = Shape(dtype, heads, kv_heads, size, value_size, block_size, bool(window), bool(softcap))
     keep = (*inputs, *outputs)
     if few:
-        return _after(copies, [_decode(call, shape, turn, True, made, early, keep)])
+        return _after(copies, [_decode(call, shape, turn, True, made, _early.get() if early is None else early, keep)])
     launches, queries = [], q
     if turn.kind or turn.norm:
-        import cupy
-
-        queries = cupy.empty((1, tokens, heads, size), q.dtype).transpose(0, 2, 1, 3)
+        queries = scratch("queries", tokens * heads * size, q.dtype)[: tokens * heads * size].reshape(1, tokens, heads, size).transpose(0, 2, 1, 3)
         call.turned, call.ts = int(queries.data.ptr), (ctypes.c_longlong * 2)(size, heads * size)
     rows = (heads if queries is not q else 0) + 2 * kv_heads
-    launches.append(launcher(module(*variant(*shape, turn, False)).get_function("store"), (tokens, -(-rows // 4)), 128, [call], keep=(keep, queries)))
+    launches.append(launcher(module(*variant(shape, turn, False)).get_function("store"), (tokens, -(-rows // 4)), 128, [call], keep=(keep, queries)))
     from_caches = _Call.from_buffer_copy(call)
     if queries is not q:
         from_caches.q, from_caches.qs = call.turned, call.ts
@@ -198,20 +229,21 @@ def paged_attention(
     if found is None and q.dtype.itemsize == 2:
         found = _decode(from_caches, shape, Turn(), False, made, False, (keep, queries))
     if found is None:
-        found = launcher(module(*variant(*shape, Turn(), False)).get_function("plain"), (tokens, heads), 128, [from_caches], keep=(keep, queries))
+        found = launcher(module(*variant(shape, Turn(), False)).get_function("plain"), (tokens, heads), 128, [from_caches], keep=(keep, queries))
     return _after(copies, [*launches, found])
 
 
-def _decode(call: _Call, shape: tuple[Any, ...], turn: Turn, fresh: bool, made: Cut | None, early: bool, keep: Any) -> Launch:
-    _, heads, kv_heads, size, value_size, block_size, *_ = shape
+def _decode(call: _Call, shape: Shape, turn: Turn, fresh: bool, made: Cut | None, early: bool, keep: Any) -> Launch:
+    _, heads, kv_heads, size, value_size, block_size, _, _ = shape
     repeats = heads // kv_heads
     groups = kv_heads * -(-repeats // 16)
-    made = made or choose(size, value_size, repeats, call.tokens * groups)
+    made = made or choose(size, value_size, repeats, call.tokens * groups, call.width * block_size)
     blocks = grid(call.tokens, groups, call.width, block_size, made)
     if not made.cluster:
-        parts, arrived = scratch(blocks[0] * 2 * min(repeats, 16) * (value_size + 4), call.tokens * groups)
+        parts = scratch("parts", blocks[0] * 2 * min(repeats, 16) * (value_size + 4), "float32")
+        arrived = scratch("arrived", call.tokens * groups, "int32")  # launches leave zeros
         call.parts, call.arrived, keep = int(parts.data.ptr), int(arrived.data.ptr), (keep, parts, arrived)
-    function = module(*variant(*shape, turn, fresh, made, early)).get_function("decode")
+    function = module(*variant(shape, turn, fresh, made, early)).get_function("decode")
     return launcher(function, blocks, 32 * made.warps, [call], shared=made.shared(size, value_size, repeats), cluster=max(1, made.cluster), keep=keep)
 
 

@@ -72,6 +72,38 @@ def all_gather(world: int, opset: int) -> onnx.FunctionProto:
     return _function("AllGather", ["x"], f"y = Concat <axis = -1> ({', '.join(['x'] * world)})", [], opset)
 
 
+def rotary(attributes: Mapping[str, Any], shape: Sequence[Any], angles: Sequence[Any], opset: int) -> onnx.FunctionProto:
+    """Rotary in pairs, of x of this shape (its last size known) and cos and sin of that, for any number of heads."""
+    rank, whole, each = len(shape), int(shape[-1]), int(angles[-1])
+    size = int(attributes.get("size", 0)) or whole
+
+    def numbers(name: str, *values: int) -> str:
+        return f"{name} = Constant <value = int64[{len(values)}] {{{', '.join(map(str, values))}}}> ()\n"
+
+    text = numbers("zero", 0) + numbers("one", 1) + numbers("two", 2) + numbers("last", -1) + numbers("end", size) + numbers("whole", whole) + numbers("flat", *[0] * (rank - 1), size)
+    text += "part = Slice (x, zero, end, last)\n" if size < whole else "part = Identity (x)\n"
+    for name in ("cos", "sin"):
+        now = name
+        if rank == 4 and len(angles) == 3:
+            text += f"{name}_h = Unsqueeze ({now}, one)\n"
+            now = f"{name}_h"
+        if 2 * each == size:
+            text += numbers(f"{name}_flat", *[0] * (max(len(angles), rank if now.endswith("_h") else 0) - 1), size)
+            text += f"{name}_u = Unsqueeze ({now}, last) {name}_t = Concat <axis = -1> ({name}_u, {name}_u) {name}_r = Reshape ({name}_t, {name}_flat)\n"
+            now = f"{name}_r"
+        text += f"{name}_turn = Identity ({now})\n"
+    text += """even = Slice (part, zero, end, last, two) odd = Slice (part, one, end, last, two) back = Neg (odd)
+        first = Unsqueeze (back, last) second = Unsqueeze (even, last) pairs = Concat <axis = -1> (first, second) turned = Reshape (pairs, flat)
+        a = Mul (part, cos_turn) b = Mul (turned, sin_turn)\n"""
+    text += "c = Add (a, b) kept = Slice (x, end, whole, last) y = Concat <axis = -1> (c, kept)" if size < whole else "y = Add (a, b)"
+    return _function("Rotary", ["x", "cos", "sin"], text, list(attributes), opset)
+
+
+def message(kind: str, opset: int) -> onnx.FunctionProto:
+    """Send and Recv: the value itself."""
+    return _function(kind, ["x"], "y = Identity (x)", ["source", "target"], opset)
+
+
 def attention(heads: int, kv_heads: int, mask: str, attributes: Mapping[str, Any], opset: int) -> onnx.FunctionProto:
     """FusedAttention of so many heads. `mask` is "", "bool" or "float"."""
     a = {"scale": 1.0, "softcap": 0.0, "fill": 0.0, "drop": 0, "zero_masked": 0, "causal": 0, **attributes}

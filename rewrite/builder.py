@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
+import difflib
+from collections.abc import Callable, Iterable
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
+import onnx
 import onnx_graphsurgeon as gs
 
 from rewrite.errors import RewriteError
@@ -65,15 +67,32 @@ class GraphBuilder:
         plugin = None if domain else self._plugins.get(name)
         if plugin is not None and (plugin.since is None or graph.opset < plugin.since):
             domain = DOMAIN
+        if domain is None and not _in_onnx(name, graph.opset):
+            raise RewriteError(f"its replacement asks for operator '{name}', which {_instead(name, graph.opset, self._plugins)}")
         operands = [x.tensor if type(x) is BoundValue else self._tensor(x) for x in inputs]
         while operands and not operands[-1].name:
             operands.pop()
         stem = anchor.outputs[0].name
         results = [Variable(graph.fresh(f"{stem}_{name}")) for _ in range(outputs)]
-        given = {k: v for k, v in attributes.items() if v is not None}
+        given = {k: v for k, v in attributes.items() if v is not None} if attributes else {}
         node = Node(name, graph.fresh(f"{anchor.name or stem}_{name}"), given, operands, results, domain)
         graph.add(node, anchor)
         self._made.append(node)
         if domain is None:
             infer(node, graph)
         return BoundValue(graph, results[0]) if outputs == 1 else tuple([BoundValue(graph, r) for r in results])
+
+
+@cache
+def _in_onnx(name: str, opset: int) -> bool:
+    return bool(onnx.defs.has(name, opset))
+
+
+def _instead(name: str, opset: int, plugins: Iterable[str]) -> str:
+    """Why there is no such operator, and what the author of a replacement can do about it."""
+    if onnx.defs.has(name):
+        first = min(s.since_version for s in onnx.defs.get_all_schemas_with_history() if s.name == name and s.domain == "")
+        return f"ONNX has from opset {first} on, and the model is of opset {opset}; build it of older operators, or ask for op.opset first"
+    close = difflib.get_close_matches(name, [*plugins, *(s.name for s in onnx.defs.get_all_schemas() if s.domain == "")], 1)
+    hint = f"did you mean '{close[0]}'?" if close else f"declare a plugin of this name, or write op.domain('its domain').{name}(...)"
+    return f"neither ONNX nor a plugin is; {hint}"

@@ -15,6 +15,8 @@ import click
 import rewrite
 from rewrite import sandbox
 from rewrite.cli_generate import bench_generate, generate
+from rewrite.cli_options import key_option, rules_option
+from rewrite.cli_size import plan_size
 from rewrite.errors import CheckFailed, RewriteError
 
 if TYPE_CHECKING:
@@ -74,10 +76,8 @@ def main() -> None:
     """Rewrite ONNX models for TensorRT: fuse by pattern, prove each fusion, compile, run."""
 
 
-rules_option = click.option("--rules", "files", multiple=True, metavar="FILE", help="Python file of further rules and plugins (repeatable).")
 only_option = click.option("--only", multiple=True, metavar="RULE", help="Use only this rule (repeatable).")
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON for programs.")
-key_option = click.option("--key", metavar="FILE", help="Of a plan: refuse it unless it is signed with this key (else that of $REWRITE_PLAN_KEY).")
 
 
 def table(title: str, columns: list[str], rows: list[list[str]]) -> None:
@@ -119,8 +119,9 @@ def _load_inputs(files: tuple[str, ...], model: Model) -> list[dict[str, Any]] |
 @click.option("--exporter", type=click.Choice(["dynamo", "torchscript"]), default="dynamo", show_default=True)
 @click.option("--attention", type=click.Choice(["eager", "sdpa"]), default="eager", show_default=True, help="Attention of a Hugging Face model.")
 @click.option("--verify/--no-verify", default=True, show_default=True, help="Compare with PyTorch at several shapes and paddings.")
+@click.option("--no-weights", "hollow", is_flag=True, help="Of a directory with config.json alone: the graph, its weights a sparse file of zeros, for plan-size.")
 @json_option
-def export(source: str, output: str, opset: int, exporter: str, attention: str, verify: bool, as_json: bool) -> None:
+def export(source: str, output: str, opset: int, exporter: str, attention: str, verify: bool, hollow: bool, as_json: bool) -> None:
     """Export SOURCE to ONNX with dynamic batch and sequence.
 
     SOURCE is a local Hugging Face directory, a GGUF file (as float32), or MODULE:CALLABLE, a function without arguments that returns
@@ -136,7 +137,11 @@ def export(source: str, output: str, opset: int, exporter: str, attention: str, 
         from rewrite.export.torch_export import export as run
         from rewrite.export.torch_export import load_callable
 
-        if Path(source).is_dir():
+        if hollow:
+            from rewrite.export.hollow import load_hollow
+
+            loaded, verify = load_hollow(source, attention=attention), False
+        elif Path(source).is_dir():
             say("loading the model")
             from rewrite.export.huggingface import load_directory
 
@@ -153,7 +158,7 @@ def export(source: str, output: str, opset: int, exporter: str, attention: str, 
         click.echo(json.dumps({"path": output, "opset": opset, "exporter": exporter, "error": done.error, "shapes": done.shapes}, indent=1))
         return
     if done.error is None:
-        click.echo("NOT compared with PyTorch (--no-verify)")
+        click.echo(f"NOT compared with PyTorch ({'--no-weights' if hollow else '--no-verify'})")
     else:
         sizes = "; ".join(", ".join(f"{n} {size}" for n, size in s.items()) for s in done.shapes) or "the example's sizes"
         click.echo(f"equal to PyTorch: largest relative difference {done.error:.1e}, at {sizes}")
@@ -216,11 +221,12 @@ def check_expectations(expectations: list[tuple[str, str, int]], report: Report,
 @click.option("--generate", "generator", is_flag=True, help="Make a generator of a decoder exported without a cache: paged caches, packed tokens, logits where they are wanted.")
 @click.option("--block-size", default=16, show_default=True, help="Positions of a block of a generator's caches.")
 @click.option("--tensor-parallel", default=1, metavar="N", help="Split the model over N ranks (docs/parallel.md); the file stays the whole model.")
+@click.option("--pipeline-parallel", default=1, metavar="M", help="Cut the model into M stages, each on ranks of its own; with --tensor-parallel N, N for each.")
 @click.option("--embed", is_flag=True, help="Put external weights into the file (models up to 2 GiB).")
 @click.option("--report", "report_file", metavar="FILE", help="Write a JSON report: rules, matches, refusals, sites, times.")
 @json_option
 def optimize(model: str, output: str | None, files: tuple[str, ...], only: tuple[str, ...], expect: tuple[str, ...], verify: bool,
-             inputs: tuple[str, ...], tolerance: float, bitwise: bool, generator: bool, block_size: int, tensor_parallel: int, embed: bool,
+             inputs: tuple[str, ...], tolerance: float, bitwise: bool, generator: bool, block_size: int, tensor_parallel: int, pipeline_parallel: int, embed: bool,
              report_file: str | None, as_json: bool) -> None:  # fmt: skip
     """Rewrite MODEL with all rules, verify it, and write it to --output (which may be MODEL itself)."""
     sandbox.start()
@@ -238,9 +244,9 @@ def optimize(model: str, output: str | None, files: tuple[str, ...], only: tuple
     feeds = _load_inputs(inputs, source)
     result = run(
         source, rules=list(files), only=list(only) or None, verify=verify, inputs=feeds, tolerance=tolerance, explain=bool(expect), bitwise=bitwise,
-        generate=generator, block_size=block_size, tensor_parallel=tensor_parallel,
+        generate=generator, block_size=block_size, tensor_parallel=tensor_parallel, pipeline_parallel=pipeline_parallel,
     )  # fmt: skip
-    if not result.report.sites and not expect and not generator and tensor_parallel == 1:  # the user will want to know why
+    if not result.report.sites and not expect and not generator and tensor_parallel * pipeline_parallel == 1:  # the user will want to know why
         result = run(source, rules=list(files), only=list(only) or None, verify=verify, explain=True, bitwise=bitwise)
     report = result.report
     failures = check_expectations(expectations, report, set(known.plugins))
@@ -369,7 +375,7 @@ def explain(model: str, rule_name: str | None, node: str | None, files: tuple[st
         raise RewriteError(unknown_rule(rule_name, report.rules))
     left, misses = unfused(result.model.proto, report), best_near_misses(report)
     if rule_name is not None or node is not None:
-        left, misses = [], [m for m in report.near_misses if rule_name in (None, m.rule) and (node is None or m.at.endswith(f"'{node}'"))]
+        left, misses = [], [m for m in (*report.near_misses, *report.outrun) if rule_name in (None, m.rule) and (node is None or m.at.endswith(f"'{node}'"))]
     else:
         told = {(u.rule, u.reason) for u in left}
         misses = [m for m in misses if (m.rule, m.why()) not in told]
@@ -727,6 +733,7 @@ def print_bench(report: dict[str, Any]) -> None:
 # --- text ---------------------------------------------------------------------------------------------------------
 main.add_command(generate)
 main.add_command(bench_generate)
+main.add_command(plan_size)
 
 
 if __name__ == "__main__":

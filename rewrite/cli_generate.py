@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from rewrite.cli_options import key_option, rules_option
 from rewrite.errors import RewriteError
 
 if TYPE_CHECKING:
@@ -55,22 +56,26 @@ def parse_memory(text: str | None) -> int | None:
 @memory_option
 @budget_option
 @click.option("--stats", is_flag=True, help="Print tokens a second, latencies and the use of the cache, on standard error.")
+@key_option
+@rules_option
 @click.option("--json", "as_json", is_flag=True, help="Print JSON for programs.")
 def generate(plan: str, prompts: tuple[str, ...], file: str | None, tokens: tuple[str, ...], chat: bool | None, system: str | None, device: str, kv_memory: str | None,
-             token_budget: int | None, stats: bool, as_json: bool, ignore_eos: bool, world: int | None, **options: Any) -> None:  # fmt: skip
+             token_budget: int | None, stats: bool, as_json: bool, ignore_eos: bool, world: int | None, key: str | None, files: tuple[str, ...], **options: Any) -> None:  # fmt: skip
     """Generate text with PLAN, made of a decoder by `rewrite optimize --generate` and `rewrite build`.
 
     A single prompt's text is printed as it comes. A plan for several ranks is started by `mpirun -n N rewrite generate PLAN ...`.
     """
+    from rewrite.registry import library
     from rewrite.runtime.communication import agree, connect, together
     from rewrite.runtime.generator import Generator
     from rewrite.runtime.plan import Plan
     from rewrite.runtime.plan_model import PlanModel
 
     options["stop"] = list(options["stop"])
+    library(list(files))
     communicator = None if world == 1 else connect()
     with together(communicator):
-        loaded, memory = Plan(plan, device=device), parse_memory(kv_memory)
+        loaded, memory = Plan(plan, device=device, key=key), parse_memory(kv_memory)
         if communicator is not None:
             agree(communicator, loaded)
         elif loaded.manifest.world > 1 and world is None:

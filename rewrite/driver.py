@@ -76,18 +76,22 @@ class Driver:
     def _try(self, graph: Graph, rule: Rule, node: Node) -> list[Node] | None:
         started = time.perf_counter()
         stats = self.report.rules[rule.name]
-        touched, covered, bound = None, list[Node](), dict[str, Any]()
+        touched: list[Node] | None = None
+        covered: list[Node] = []
+        bound: dict[str, Any] = {}
         self._blocked = self._rejected = False
-        matches, refusal = self._matches(graph, rule, node)
+        matches, refusal = (Matcher(graph, rule.pattern).at(node), "") if rule.find is None else self._found(graph, rule, node)
         for match in matches:
             bound = _bound(match)
             reason = self._refusal(rule, match, bound)
             covered = match.nodes
             if not reason:
                 stats.matches += 1
+                outrun = self._outrun(graph, rule, match) if self.explain else []
                 outcome = self._apply(graph, rule, match, bound, node)
                 if isinstance(outcome, list):
                     touched = outcome
+                    self.report.outrun += outrun
                     break
                 refusal = outcome
             elif not self._rejected:
@@ -104,10 +108,25 @@ class Driver:
         stats.seconds += time.perf_counter() - started
         return touched
 
-    def _matches(self, graph: Graph, rule: Rule, node: Node) -> tuple[Iterable[Match], str]:
-        """The ways in which the rule fits at a node, or none and the reason that the rule itself gives."""
-        if rule.find is None:
-            return Matcher(graph, rule.pattern).at(node), ""
+    def _outrun(self, graph: Graph, rule: Rule, match: Match) -> list[NearMiss]:
+        """The rules that fit at a node of this match as well, but come after the rule that now takes it."""
+        found, blocked = [], self._blocked
+        for node in match.nodes:
+            for other in self.library.rules:
+                if other is rule or other.tier != rule.tier or other.find is not None or node.canonical not in other.roots:
+                    continue
+                for fit in Matcher(graph, other.pattern).at(node):
+                    if not self._refusal(other, fit, bound := _bound(fit)):
+                        why = f"priority {rule.priority} against {other.priority}" if rule.priority != other.priority else "it was declared first, or its place in the graph comes first"
+                        reason = f"rule '{rule.name}' took it before ({why}); --only {other.name} leaves it to this rule"
+                        found.append(NearMiss(other.name, describe(node), "outrun", "", reason, _told(bound), covered=list(map(describe, fit.nodes))))
+                        break
+        self._blocked = blocked
+        return found
+
+    def _found(self, graph: Graph, rule: Rule, node: Node) -> tuple[Iterable[Match], str]:
+        """Where a rule that finds its matches itself fits at a node; else nothing, and the reason that it gives."""
+        assert rule.find is not None
         try:
             found = rule.find(graph, node)
         except Exception as error:
@@ -115,7 +134,7 @@ class Driver:
         return ([found], "") if isinstance(found, Match) else ([], found or "")
 
     def _refusal(self, rule: Rule, match: Match, bound: dict[str, Any]) -> str:
-        reason = interior_use(match) or _runs_back(match)
+        reason = interior_use(match) or (_runs_back(match) if len(match.outputs) > 1 else None)
         self._blocked = self._blocked or reason is not None
         if reason is None and rule.check is not None:
             try:
@@ -138,10 +157,10 @@ class Driver:
             graph.discard(op._made)
             raise RewriteError(f"rule '{rule.name}' ({rule.source}): its replacement fails at {describe(anchor)}: {blame(error)}") from error
         made, returned = op._made, result if isinstance(result, tuple) else (result,)
-        if not all(isinstance(r, BoundValue) for r in returned):
+        results = [r.tensor for r in returned if isinstance(r, BoundValue)]
+        if len(results) < len(returned):
             graph.discard(made)
             raise RewriteError(f"rule '{rule.name}' ({rule.source}): its replacement returned {result!r} at {describe(anchor)}; return the value of op.Name(...), or a tuple of such values")
-        results = [r.tensor for r in returned]
         try:
             site = self._site(graph, rule, match, made, results)
         except CaptureError as error:
@@ -213,11 +232,10 @@ class Driver:
             raise RewriteError(f"rule '{rule.name}': plugin {plugin.name} takes {list(plugin.inputs)} and attributes {list(plugin.attributes)}, not {unknown or len(node.inputs)}")
         # Inputs keep their places: one that this body does not read is still a parameter of the function.
         names = plugin.parameters[: len(node.inputs)]
-        first: dict[int, str] = {}
-        inputs: dict[str, gs.Tensor] = {}
-        for name, tensor in zip(names, node.inputs, strict=True):
-            if tensor.name and first.setdefault(id(tensor), name) == name:  # keys that are the values, too, are one tensor
-                inputs[name] = tensor
+        inputs = dict(zip(names, node.inputs, strict=True))
+        first = {id(tensor): name for name, tensor in reversed(inputs.items()) if tensor.name}
+        if len(first) < len(inputs):  # keys that are the values, too, are one tensor; an absent input is none
+            inputs = {name: tensor for name, tensor in inputs.items() if first.get(id(tensor)) == name}
         outputs = dict(zip(plugin.outputs, match.outputs, strict=False))
         body = capture(graph, match.nodes, inputs, outputs, plugin.name, sorted(node.attrs), match.dims, names)
         site.attributes, site.note = dict(node.attrs), match.note
@@ -277,16 +295,19 @@ class Driver:
         for node in made:
             node.scope, node.metadata = scope, {"rewrite.rule": rule.name, "rewrite.from": origin}
         self.made += made
-        before = [graph.producer(t) for t in match.outputs]
-        for old, new, producer in zip(match.outputs, results, before, strict=True):
-            touched.update(dict.fromkeys(graph.consumers(old)))
-            maker = graph.producer(new)
+        inside = match.nodes
+        for old, new in zip(match.outputs, results, strict=True):
+            for reader in graph.consumers(old):
+                touched[reader] = None
+            producer, maker = graph.producer(old), graph.producer(new)
+            if producer is not None and producer not in inside:
+                inside = [*inside, producer]
             if maker in made and producer is not None:
                 graph.hand_over(old, producer, maker, new)
             else:
                 self._alias(graph, old, new, rule, touched)
         graph.shuffled = graph.shuffled or len(match.outputs) > 1
-        graph.remove_dead([*match.nodes, *filter(None, before)])
+        graph.remove_dead(inside)
         return list(touched)
 
     def _alias(self, graph: Graph, old: gs.Tensor, new: gs.Tensor, rule: Rule, touched: dict[Node, None]) -> None:
@@ -331,8 +352,6 @@ def _identity(graph: Graph, value: Any) -> Any:
 
 def _runs_back(match: Match) -> str | None:
     """Why a match of several outputs may not become one node: one of its inputs is computed from an output."""
-    if len(match.outputs) < 2:
-        return None
     graph, inside = match.graph, set(match.nodes)
     leaves = [t for v in match.bindings.values() for t in (v if isinstance(v, list) else [v]) if isinstance(t, gs.Tensor)]
     outputs = {id(t) for t in match.outputs}

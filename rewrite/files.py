@@ -46,7 +46,7 @@ def write_atomically(path: str | os.PathLike[str], write: Callable[[BinaryIO], o
         os.chmod(temporary, 0o666 & ~mask)
         os.replace(temporary, path)
         temporary = None
-        _flush(path.parent)
+        _settle(path)
     except OSError as error:
         raise RewriteError(f"{path}: cannot be written: {error.strerror or error}; nothing was changed") from error
     finally:
@@ -58,7 +58,8 @@ def write_atomically(path: str | os.PathLike[str], write: Callable[[BinaryIO], o
 def move_into_place(files: list[Path], folder: Path) -> None:
     """Flush files to the disk and rename them into `folder`, in order; the last one is what makes the others count.
 
-    Raises OSError if one cannot be written; those that are new in `folder` are gone then.
+    Raises OSError if one cannot be written; those that are new in `folder` are gone then. Raises RewriteError if all stand in
+    their places, but perhaps not on the disk yet.
     """
     for file in files:
         _flush(file)
@@ -70,14 +71,15 @@ def move_into_place(files: list[Path], folder: Path) -> None:
         for path in new:
             path.unlink(missing_ok=True)
         raise
-    _flush(folder)
+    _settle(folder / files[-1].name)
 
 
 def swap_directory(new: Path, target: Path) -> None:
     """Flush the folder `new` to the disk and put it in the place of `target`, which is then `new`, if it existed.
 
     On Linux the two change places in one step, so that there is a whole folder at every moment; where the file system
-    cannot do that, the old one is moved away first. Raises OSError.
+    cannot do that, the old one is moved away first. Raises OSError if nothing was changed, RewriteError if the new folder is
+    there, but perhaps not on the disk yet.
     """
     for path in sorted(new.rglob("*")):
         _flush(path)
@@ -93,7 +95,7 @@ def swap_directory(new: Path, target: Path) -> None:
             os.rename(aside, target)
             raise
         os.rename(aside, new)
-    _flush(target.parent)
+    _settle(target)
 
 
 def _exchange(one: Path, other: Path) -> bool:
@@ -108,6 +110,15 @@ def _exchange(one: Path, other: Path) -> bool:
     if code in (errno.EINVAL, errno.ENOSYS):
         return False
     raise OSError(code, os.strerror(code))
+
+
+def _settle(path: Path) -> None:
+    """Flush the folder in which something new stands as `path`. Raises RewriteError if that fails: the new is there all the same."""
+    try:
+        _flush(path.parent)
+    except OSError as error:
+        reason = f"its folder cannot be flushed to the disk ({error.strerror or error}), so it may be lost with the power"
+        raise RewriteError(f"{path}: it is written, but {reason}; check the disk and write it again") from error
 
 
 def _flush(path: Path) -> None:

@@ -26,8 +26,9 @@ REDERIVED = {
 TABLE = 2**22  # elements: the largest constant (a causal mask for 2048 positions) that becomes part of a body
 
 
-# A node of a body: the number of its kind, inputs and outputs, which together are its key; operator, domain and attributes, which the kind stands for.
-Step = tuple[tuple[int, tuple[str, ...], tuple[str, ...]], str, str, Mapping[str, Any]]
+Kind = int | str  # what a node computes: the same for nodes of equal operators and attributes
+# A node of a body: its kind, inputs and outputs, which together are its key; operator, domain and attributes, which the kind stands for.
+Step = tuple[tuple[Kind, tuple[str, ...], tuple[str, ...]], str, str, Mapping[str, Any]]
 
 
 class CaptureError(Exception):
@@ -73,31 +74,33 @@ def capture(
     return body
 
 
-def _wiring(graph: Graph, nodes: list[Node], inputs: dict[str, gs.Tensor], outputs: dict[str, gs.Tensor]) -> list[int] | None:
+def _wiring(graph: Graph, nodes: list[Node], inputs: dict[str, gs.Tensor], outputs: dict[str, gs.Tensor]) -> list[Kind | None] | None:
     """Equal for nodes of equal kinds, wired alike; None if they read or have what is rare, or what none of them computes."""
-    known = graph.known
-    places = {id(t): n for n, t in enumerate(inputs.values())}
-    for node in nodes:
-        for tensor in node.outputs:
-            if id(tensor) in known or not tensor.name:
-                return None
-            places.setdefault(id(tensor), len(places))
-    found: list[int] = []
+    places: dict[int, int] = {}
+    for tensor in inputs.values():
+        places[id(tensor)] = len(places)
+    found: list[Kind | None] = []
     for node in nodes:
         if node.kind is None:
             if node.holds_graphs:
                 return None
-            node.kind = _kind(graph, node.op, node.domain or "", node.attrs)
+            node.kind = _kind(graph, node.op, node.domain or "", node.attrs) if node.attrs or node.domain else node.op
         found += (node.kind, len(node.inputs), len(node.outputs))
-        for tensor in node.inputs:
-            place = places.get(id(tensor))
-            if place is None:
-                if type(tensor) is not Constant or tensor.kind is None:
-                    return None
-                place = len(places) + tensor.kind
-            found.append(place)
-    found += [places.get(id(t), -1) for t in outputs.values()]
-    return None if -1 in found else found
+        for tensor in node.outputs:
+            if not tensor.name or id(tensor) in graph.known:
+                return None
+            if id(tensor) not in places:
+                places[id(tensor)] = len(places)
+    first, values = len(found), [t for n in nodes for t in n.inputs]
+    found += map(places.get, map(id, values))
+    found += map(places.get, map(id, outputs.values()))
+    while None in found:
+        at = found.index(None)
+        constant = values[at - first] if at - first < len(values) else None
+        if type(constant) is not Constant or constant.kind is None:
+            return None
+        found[at] = len(places) + constant.kind
+    return found
 
 
 def _capture(
@@ -169,7 +172,7 @@ class _Capture:
     def step(self, op: str, operands: list[str], key: int | str, **attributes: Any) -> str:
         return self._enter(_kind(self.graph, op, "", attributes), op, tuple(operands), key, attributes)
 
-    def _enter(self, kind: int, op: str, operands: tuple[str, ...], key: int | str, attributes: Mapping[str, Any]) -> str:
+    def _enter(self, kind: Kind, op: str, operands: tuple[str, ...], key: int | str, attributes: Mapping[str, Any]) -> str:
         target = self.fresh(key)
         self.steps.append(((kind, operands, (target,)), op, "", attributes))
         return target
@@ -205,10 +208,11 @@ class _Capture:
         return self.step(operation, operands, f"size {text}")
 
 
-def _kind(graph: Graph, op: str, domain: str, attributes: Mapping[str, Any]) -> int:
-    """A number for what nodes of this operator with these attributes compute."""
-    key = (op, domain, *[(k, _frozen(v)) for k, v in attributes.items()]) if attributes else (op, domain)
-    return graph.kinds.setdefault(key, len(graph.kinds))
+def _kind(graph: Graph, op: str, domain: str, attributes: Mapping[str, Any]) -> Kind:
+    """What nodes of this operator with these attributes compute: a number, or the name of an operator of ONNX without attributes."""
+    if not attributes and not domain:
+        return op
+    return graph.kinds.setdefault((op, domain, *[(k, _frozen(v)) for k, v in attributes.items()]), len(graph.kinds))
 
 
 def _frozen(value: Any) -> Any:

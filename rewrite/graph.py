@@ -123,15 +123,10 @@ class Graph:
 
     def is_read_beside(self, tensor: gs.Tensor, nodes: Container[Node]) -> bool:
         """Whether anything but `nodes` reads `tensor`."""
-        if id(tensor) in self.outputs or id(tensor) in self.captured:
-            return True
-        return self._other_reader(tensor, nodes) is not None
-
-    def _other_reader(self, tensor: gs.Tensor, nodes: Container[Node]) -> Node | None:
         for user in reversed(tensor.outputs):  # the newest first: of a value that thousands of replaced nodes read, these are alive
             if user.graph is self and user not in nodes:
-                return user  # type: ignore[no-any-return]
-        return None
+                return True
+        return id(tensor) in self.outputs or id(tensor) in self.captured
 
     def is_used_outside(self, tensor: gs.Tensor, nodes: Container[Node]) -> str | None:
         """Who else reads `tensor`: a description of the first user not in `nodes`, or None."""
@@ -139,7 +134,7 @@ class Graph:
             return "it is an output of the graph"
         if id(tensor) in self.captured:
             return "an inner graph (If, Loop or Scan) reads it"
-        user = self._other_reader(tensor, nodes)
+        user = next((u for u in reversed(tensor.outputs) if u.graph is self and u not in nodes), None)
         return None if user is None else f"{describe(user)} reads it too"
 
     def attribute(self, node: gs.Node, name: str) -> object:
@@ -207,9 +202,9 @@ class Graph:
                 _drop(tensor.outputs, node)
             node.inputs.clear()
 
-    def remove_dead(self, candidates: Iterable[Node]) -> None:
+    def remove_dead(self, candidates: list[Node]) -> None:
         """Remove those of `candidates`, and what only they used, that no longer reach an output."""
-        stack = [*candidates][::-1]  # of a match the first reads the others: once it is gone, they go at the first look
+        stack = candidates[::-1]  # of a match the first reads the others: once it is gone, they go at the first look
         while stack:
             node = stack.pop()
             if node.graph is not self:
@@ -219,7 +214,9 @@ class Graph:
                     break
             else:
                 self.remove(node)
-                stack += [p for t in node.inputs for p in t.inputs if p.graph is self]
+                for tensor in node.inputs:
+                    if not (tensor.outputs and tensor.outputs[-1].graph is self):  # else it has a reader still, the newest
+                        stack += [p for p in tensor.inputs if p.graph is self]
 
     def replace_uses(self, old: gs.Tensor, new: gs.Tensor) -> list[Node]:
         """Let every reader of `old` read `new`; returns the readers."""
@@ -235,7 +232,7 @@ class Graph:
 
     def hand_over(self, tensor: gs.Tensor, old: Node, new: Node, result: gs.Tensor) -> None:
         """`new`, not `old`, computes `tensor` from now on: as its output `result`, which is no value of the graph any more."""
-        slot = _place(old.outputs, tensor)
+        slot = _place(old.outputs, tensor) if len(old.outputs) > 1 else 0
         spare = Variable(self.fresh(f"{tensor.name}_replaced"), tensor.dtype, tensor.shape) if len(old.outputs) > 1 else NOTHING
         _drop(tensor.inputs, old)
         old.outputs[slot], old.rewired = spare, True
@@ -257,7 +254,7 @@ class Graph:
         for place, node in enumerate(order):
             node.position = float(place)
         for node in order:
-            for tensor in reads(node):
+            for tensor in reads(node) if node.holds_graphs else node.inputs:
                 for producer in tensor.inputs:
                     if producer.position >= node.position and producer.graph is self:
                         return False

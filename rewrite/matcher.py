@@ -14,7 +14,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import onnx_graphsurgeon as gs
@@ -26,7 +26,7 @@ from rewrite.match import BoundValue as BoundValue
 from rewrite.match import Match as Match
 from rewrite.nodes import Node, Variable
 from rewrite.noops import look_through
-from rewrite.outlook import may_be, viable
+from rewrite.outlook import possible, viable
 from rewrite.trace import Trace
 
 Operand = tuple[gs.Tensor, str]  # how is "Div" or "Sub" for a constant that the graph divides by or subtracts
@@ -51,11 +51,11 @@ class _Refusal:
     reason: str
 
 
-class _Never:
-    """A goal that is failed already."""
+class _Failed:
+    """What a goal leads to that nothing meets."""
 
 
-FAILED: Goals = (_Never(), None, None)
+FAILED = cast(Goals, _Failed())
 
 
 class Matcher:
@@ -68,14 +68,19 @@ class Matcher:
         self.nodes: list[Node] = []  # every node covered, no-ops looked through included
         self._trail: list[str | int] = []  # what was bound (names) and matched (ids), in this order
 
-    def at(self, node: Node) -> Iterator[Match]:
+    def at(self, node: Node) -> Iterable[Match]:
         """All ways in which the pattern matches with its first output computed by `node`."""
         first = self.pattern[0]
         index = first.index if isinstance(first, P.Output) else 0
-        step = self._advance((first, node.outputs[index], None)) if index < len(node.outputs) else FAILED
+        if index >= len(node.outputs):
+            return ()
+        output = node.outputs[index]
+        step = self._advance((first, output, None))
         if step is FAILED:
-            return iter(())
-        return self._others(1, [node.outputs[index]], step)
+            return ()
+        if step is None and len(self.pattern) == 1:  # no choice on the way: the only match
+            return (self._match([output]),)
+        return self._others(1, [output], step)
 
     def _match(self, outputs: list[gs.Tensor]) -> Match:
         return Match(self.graph, outputs, dict(self.bindings), list(dict.fromkeys(self.nodes)))
@@ -146,13 +151,11 @@ class Matcher:
     # --- goals -------------------------------------------------------------------------------------------------
     def _advance(self, goals: Goals | None) -> Step:
         """Meet goals up to a choice: returns it, None if none is left, or FAILED. What was bound is left for the caller to undo."""
-        while goals is not None:
-            value, tensor, rest = goals
+        step: Step = goals
+        while type(step) is tuple:
+            value, tensor, rest = step
             step = MEETS[type(value)](self, value, tensor, rest)
-            if step is FAILED or not (step is None or type(step) is tuple):
-                return step
-            goals = step
-        return None
+        return step
 
     def _ways(self, step: Step) -> Iterator[None]:
         """Once for each way in which a step leads to the end of its goals, with what that way binds."""
@@ -188,7 +191,8 @@ class Matcher:
     def _variable(self, value: P.Var, tensor: gs.Tensor, rest: Goals | None) -> Goals | None:
         name = value.name
         if name not in self.bindings:
-            self._bind(name, tensor)
+            self.bindings[name] = tensor
+            self._trail.append(name)
             return rest
         return rest if self.bindings[name] is tensor else self._differs(name, tensor)
 
@@ -238,9 +242,6 @@ class Matcher:
         fit.met = True
         yield rest
         fit.noted = self.trace.copy()
-
-    def _never(self, value: _Never, tensor: None, rest: None) -> Step:
-        return FAILED
 
     def _refused(self, refusal: _Refusal, _: None, rest: Goals | None) -> Step:
         return self._stop(refusal.op.name, refusal.node, refusal.reason)
@@ -358,15 +359,14 @@ class Matcher:
 
     def _in_order(self, op: P.Op, node: Node, rest: Goals | None) -> Goals | None:
         values, given = op.inputs, node.inputs
-        if values and isinstance(values[-1], P.Rest):
-            rest = (values[-1], list(given[len(values) - 1 :]), rest)
-            values = values[:-1]
+        if op.tail is not None:
+            rest = (op.tail, given[len(values) - 1 :], rest)
         elif len(given) > len(values) and any(t.name for t in given[len(values) :]):
             rest = (_Refusal(op, node, f"it has {len(given)} inputs, the pattern has {len(values)}"), None, rest)
-        for index in range(len(values) - 1, -1, -1):
+        for index, value in op.backwards:
             tensor = given[index] if index < len(given) else Variable("")
-            if tensor.name or _may_be_missing(values[index]):
-                rest = (values[index], tensor, rest)
+            if tensor.name or _may_be_missing(value):
+                rest = value, tensor, rest
             else:
                 rest = (_Refusal(op, node, f"input {index} is absent"), None, rest)
         return rest
@@ -377,7 +377,7 @@ class Matcher:
         if len(lists) > 1 or len(lists[0]) > 2:
             return self._bracketings(op, lists, node, rest)
         operands = self._split(op, node)
-        return FAILED if operands is None or len(operands) != 2 else (lists[0], operands, rest)
+        return FAILED if operands is None or len(operands) != 2 else self._assign(lists[0], operands, rest)
 
     def _bracketings(self, op: P.Op, lists: list[tuple[P.Value, ...]], node: Node, rest: Goals | None) -> Iterator[Goals]:
         for values in lists:
@@ -431,25 +431,23 @@ class Matcher:
         """The first of `values` stands for one of `operands`, the others for the rest of them."""
         if len(values) == 1:
             return self._assigned(values, operands, 0, rest)
-        options = []
-        for index, (tensor, how) in enumerate(operands):
-            if self._may_be(values[0], tensor, how):
-                options.append(index)
+        options = list(range(len(operands))) if self.trace is not None else self._options(values[0], operands)
         if len(options) == 1:
             return self._assigned(values, operands, options[0], rest)
         first = {id(operands[i][0]): i for i in reversed(options)}  # the same value twice is tried once
         return (self._assigned(values, operands, i, rest) for i in options if first[id(operands[i][0])] == i)
 
-    def _may_be(self, value: P.Value, tensor: gs.Tensor, how: str) -> bool:
-        if self.trace is not None:
-            return True
+    def _options(self, value: P.Value, operands: list[Operand]) -> list[int]:
+        """Which operands `value` can stand for."""
         if isinstance(value, (P.Const, P.Scalar)):
-            return self.graph.constant(tensor) is not None
-        return not how and may_be(self.graph, value, tensor)
+            return [i for i, (tensor, _) in enumerate(operands) if self.graph.constant(tensor) is not None]
+        return possible(self.graph, value, operands)
 
     def _assigned(self, values: tuple[P.Value, ...], operands: list[Operand], index: int, rest: Goals | None) -> Goals | None:
         tensor, how = operands[index]
-        if len(values) > 1:
+        if len(values) == 2 and not operands[1 - index][1]:
+            rest = (values[1], operands[1 - index][0], rest)
+        elif len(values) > 1:
             rest = (values[1:], operands[:index] + operands[index + 1 :], rest)
         return self._inverse(values[0], tensor, how, rest) if how else (values[0], tensor, rest)
 
@@ -484,7 +482,7 @@ class Matcher:
 MEETS: dict[type, Callable[..., Step]] = {
     P.Var: Matcher._variable, P.Const: Matcher._constant, P.Scalar: Matcher._constant, P.Ints: Matcher._constant, P.AnyOf: Matcher._any_of,
     P.Tag: Matcher._tagged, P.Typed: Matcher._typed, P.Missing: Matcher._missing, P.Output: Matcher._output, P.Op: Matcher._produced,
-    P.Rest: Matcher._rest, tuple: Matcher._assign, _Fit: Matcher._fitted, _Refusal: Matcher._refused, _Never: Matcher._never,
+    P.Rest: Matcher._rest, tuple: Matcher._assign, _Fit: Matcher._fitted, _Refusal: Matcher._refused,
 }  # fmt: skip
 
 

@@ -31,7 +31,7 @@ class Node(gs.Node):  # type: ignore[misc]
         self.source: onnx.NodeProto | None = None  # what it was read from
         self.rewired = False  # its inputs or outputs are no longer those of `source`
         self.holds_graphs = False  # as If, Loop and Scan do
-        self.kind: int | None = None  # the same for nodes of equal operators and attributes, once asked for
+        self.kind: int | str | None = None  # the same for nodes of equal operators and attributes, once asked for
         self.scope: str | None = ""  # the PyTorch module it came from, if the exporter tells; None if nobody has asked yet
         self.metadata: dict[str, str] | None = None  # of one that a rule made
         for tensor in inputs:  # list's own append: a tensor of onnx-graphsurgeon's making has lists that update one another

@@ -24,13 +24,19 @@ def may_match(rule: Rule, op: str, above: Above) -> bool:
     return rule.find is not None or op in PASSING or any(_fits(form, above) for form in _forms(rule.pattern[0]).get(op, ()))
 
 
-def may_be(graph: Graph, value: P.Value, tensor: gs.Tensor) -> bool:
-    """Whether `value` can stand for `tensor`."""
-    wanted = _producers(value)
-    if wanted is None:
-        return True
-    node = graph.producer(tensor)
-    return node is not None and node.canonical in wanted
+def possible(graph: Graph, value: P.Value, operands: Sequence[tuple[gs.Tensor, str]]) -> list[int]:
+    """Which of `operands` `value` can stand for: their places. None by which the graph divides, or which it subtracts."""
+    wanted, found = _producers(value), []
+    for index, (tensor, how) in enumerate(operands):
+        if how:
+            continue
+        if wanted is None:
+            found.append(index)
+            continue
+        for node in tensor.inputs:  # its producer
+            if node.graph is graph and node.canonical in wanted:
+                found.append(index)
+    return found
 
 
 def viable(graph: Graph, value: P.AnyOf, tensor: gs.Tensor) -> tuple[P.Value, ...]:

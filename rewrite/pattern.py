@@ -147,6 +147,16 @@ class Op(Value):
         return frozenset({"Mul": ("Mul", "Div"), "Add": ("Add", "Sub")}.get(self.name, (self.name,)))
 
     @cached_property
+    def tail(self) -> Rest | None:
+        """The operand that stands for all further ones."""
+        return self.inputs[-1] if self.inputs and isinstance(self.inputs[-1], Rest) else None
+
+    @cached_property
+    def backwards(self) -> list[tuple[int, Value]]:
+        """The operands before the tail with their places, last first."""
+        return list(enumerate(self.inputs[:-1] if self.tail else self.inputs))[::-1]
+
+    @cached_property
     def operand_lists(self) -> list[tuple[Value, ...]]:
         """What `flattened` gives, once."""
         return [tuple(values) for values in flattened(self)]

@@ -88,7 +88,7 @@ class NearMiss:
     """Where a rule almost matched: the pattern's part and the graph node at which it stopped, and why.
 
     `part` is "check" where the pattern fits and the rule's check refuses, "replacement" where the replacement was found
-    not to compute the same. `depth` operators were matched of the `size` that the pattern has at least: the nodes `covered`.
+    not to compute the same, "outrun" where another rule took the nodes before. `depth` operators were matched of the `size` that the pattern has at least: the nodes `covered`.
     """
 
     rule: str
@@ -104,7 +104,7 @@ class NearMiss:
     @property
     def fits(self) -> bool:
         """The whole pattern is there."""
-        return self.part in ("check", "replacement")
+        return self.part in ("check", "replacement", "outrun")
 
     @property
     def nearness(self) -> float:
@@ -117,6 +117,8 @@ class NearMiss:
             return f"the pattern fits, but {self.reason}"
         if self.part == "replacement":
             return f"REJECTED: {self.reason}"
+        if self.part == "outrun":
+            return f"the pattern fits, but {self.reason}"
         where = f"at {self.node}: " if self.node and self.node != self.at else ""
         return f"{where}{self.reason} ({int(self.depth)} of at least {self.size} operators found)"
 
@@ -139,6 +141,7 @@ class Report:
 
     rules: dict[str, RuleStats] = field(default_factory=dict)
     sites: list[Site] = field(default_factory=list)
+    outrun: list[NearMiss] = field(default_factory=list)  # where a rule fits, too, but another took the nodes; noted only when explaining
     _misses: dict[tuple[str, str], NearMiss] = field(default_factory=dict)
     operators_before: dict[str, int] = field(default_factory=dict)
     operators_after: dict[str, int] = field(default_factory=dict)

@@ -1,4 +1,4 @@
-"""A model in shards: what each rank has of it, as the model's metadata tell, and all ranks in one graph, to compare with the whole.
+"""A model in shards, perhaps in stages: what each rank has of it, as the model's metadata tell, and all ranks in one graph, to compare with the whole.
 
 The file holds the whole model, in which AllReduce and AllGather change nothing; the metadata say how a rank's differs: slices
 of weights, numbers of heads, integers that shapes are made of, sizes of values. They are the same for all ranks but for where
@@ -21,6 +21,7 @@ from rewrite.functions import FunctionTable
 from rewrite.graph import DOMAIN, decode
 from rewrite.model import Model, base_name
 from rewrite.plugins import paged_attention_onnx, shards_onnx
+from rewrite.stages import Message, Stage, kind, stages_of
 
 KEY = "rewrite.shards"  # of the model's metadata, as JSON
 Array = np.ndarray[Any, Any]
@@ -68,7 +69,7 @@ class Slice:
 
 @dataclass
 class Shards:
-    """How the model of a rank differs from the whole one, for `world` ranks.
+    """How the model of a rank differs from the whole one, for `world` ranks that share each of `stages` stages.
 
     weights    slices by the name of the initializer, or of the Identity of one, that is replaced
     constants  by the name of an initializer, its values on a rank
@@ -81,17 +82,23 @@ class Shards:
     constants: dict[str, list[int]] = field(default_factory=dict)
     heads: dict[str, list[int]] = field(default_factory=dict)
     values: dict[str, list[int]] = field(default_factory=dict)
+    stages: int = 1
+
+    @property
+    def ranks(self) -> int:
+        """All of them: those of a stage have numbers that follow one another."""
+        return self.world * self.stages
 
     def to_dict(self) -> dict[str, Any]:
         weights = {n: [s.of, s.axis, s.sections] for n, s in self.weights.items()}
-        return {"world": self.world, "weights": weights, "constants": self.constants, "heads": self.heads, "values": self.values}
+        return {"world": self.world, "weights": weights, "constants": self.constants, "heads": self.heads, "values": self.values, "stages": self.stages}
 
     @staticmethod
     def from_dict(data: Mapping[str, Any]) -> Shards:
         """Raises ValueError, KeyError or TypeError if `data` is not what `to_dict` makes."""
-        made = Shards(data["world"], {n: Slice(*s) for n, s in data["weights"].items()}, dict(data["constants"]), dict(data["heads"]), dict(data["values"]))
-        if type(made.world) is not int or not 1 < made.world <= 4096:
-            raise ValueError(f"{made.world} ranks")
+        made = Shards(data["world"], {n: Slice(*s) for n, s in data["weights"].items()}, dict(data["constants"]), dict(data["heads"]), dict(data["values"]), data.get("stages", 1))
+        if any(type(n) is not int or n < 1 for n in (made.world, made.stages)) or not 1 < made.ranks <= 4096:
+            raise ValueError(f"{made.stages} stages of {made.world} ranks")
         for s in made.weights.values():
             if type(s.axis) is not int or s.axis < 0 or any(type(n) is not int or n < 1 for section in s.sections for n in section):
                 raise ValueError(f"the slice of '{s.of}'")
@@ -108,7 +115,7 @@ def shards_of(proto: onnx.ModelProto) -> Shards | None:
         return Shards.from_dict(json.loads(text))
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         reason = f"{type(error).__name__}: {str(error)[:80]}"
-        raise RewriteError(f"the model's metadata '{KEY}' are not those of a model in shards ({reason}); make it again with `rewrite optimize --tensor-parallel`") from error
+        raise RewriteError(f"the model's metadata '{KEY}' are not those of a model in shards ({reason}); make it again with `rewrite optimize --tensor-parallel` or `--pipeline-parallel`") from error
 
 
 def dims_of(value: onnx.ValueInfoProto) -> Any:
@@ -145,11 +152,11 @@ class LocalNodes:
         made.CopyFrom(node)
         if node.domain != DOMAIN:
             return made
-        kind, opset = base_name(node), self.model.opset
+        name, opset = base_name(node), self.model.opset
         attributes = {a.name: decode(onnx.helper.get_attribute_value(a)) for a in node.attribute}
-        if kind == "AllGather":
+        if name == "AllGather":
             made.op_type = self.table.add(shards_onnx.all_gather(self.shards.world, opset))
-        elif kind == "PagedAttention" and node.output[0] in self.shards.heads:
+        elif name == "PagedAttention" and node.output[0] in self.shards.heads:
             heads, kv_heads = self.shards.heads[node.output[0]]
             attributes |= {"heads": heads, "kv_heads": kv_heads}
             del made.attribute[:]
@@ -158,7 +165,7 @@ class LocalNodes:
             dtype = onnx.helper.tensor_dtype_to_np_dtype(cache.type.tensor_type.elem_type)
             angles = self.sizes[node.input[9]][-1] if len(node.input) > 9 and node.input[9] else 0
             made.op_type = self.table.add(paged_attention_onnx.body(attributes, dims_of(cache)[3].dim_value, dtype, opset, angles, norm=len(node.input) > 11))
-        elif kind == "FusedAttention" and node.output[0] in self.shards.heads:
+        elif name == "FusedAttention" and node.output[0] in self.shards.heads:
             mask = node.input[3] if len(node.input) > 3 else ""
             boolean = self.types.get(mask) == onnx.TensorProto.BOOL
             heads, kv_heads = self.shards.heads[node.output[0]]
@@ -178,10 +185,18 @@ def without_graph(model: Model, table: FunctionTable) -> onnx.ModelProto:
     return proto
 
 
-def all_ranks(model: Model) -> Model:
-    """A model in which all ranks are computed one after the other, each from its own slices, with real sums and joins.
+def local_stages(model: Model, local: LocalNodes, shards: Shards) -> list[Stage]:
+    """The stages of a rank's nodes; of a model without stages one. Raises RewriteError if the graph is not what its metadata say."""
+    try:
+        return stages_of(local.nodes, [o.name for o in model.proto.graph.output], shards.stages)
+    except ValueError as error:
+        raise RewriteError(f"{model.name}: it was changed after it was cut into stages: {error}; cut it again") from error
 
-    It has the inputs and outputs of the whole model: caches are cut and joined; other outputs are those of the first rank.
+
+def all_ranks(model: Model) -> Model:
+    """A model in which all ranks are computed one after the other, each from its own slices, with real sums, joins and messages.
+
+    It has the inputs and outputs of the whole model: caches are cut and joined; other outputs are those of the first rank that has them.
     """
     shards = shards_of(model.proto)
     assert shards is not None
@@ -189,13 +204,19 @@ def all_ranks(model: Model) -> Model:
     proto = without_graph(model, local.table)
     graph, source = proto.graph, model.proto.graph
     graph.initializer.extend(source.initializer)
-    made = _AllRanks(shards, local, {i.name for i in source.input})
-    made.weights(graph)
-    made.caches(graph)
-    for node in local.nodes:
-        made.every_rank(graph, node)
-    for output in source.output:
-        made.output(graph, output.name)
+    for name, values in shards.constants.items():
+        graph.initializer.append(onnx.numpy_helper.from_array(np.array(values, np.int64), f"all/{name}"))
+    integers: dict[tuple[int, ...], str] = {}
+    for index, stage in enumerate(local_stages(model, local, shards)):
+        made = _AllRanks(shards, local, {i.name for i in source.input}, index, integers)
+        made.weights(graph, stage.reads)
+        made.caches(graph, stage.reads)
+        for message in stage.receives:
+            made.receive(graph, message)
+        for node in stage.nodes:
+            made.every_rank(graph, node)
+        for name in stage.outputs:
+            made.output(graph, name)
     from rewrite.patterns.transform_generate import drop_functions
 
     drop_functions(proto)
@@ -203,12 +224,12 @@ def all_ranks(model: Model) -> Model:
 
 
 class _AllRanks:
-    """The graph of all ranks in the making; the values of rank r are called `rank r/name`."""
+    """The graph of all ranks of a stage in the making; the values of rank r are called `rank r/name`."""
 
-    def __init__(self, shards: Shards, local: LocalNodes, inputs: set[str]):
+    def __init__(self, shards: Shards, local: LocalNodes, inputs: set[str], stage: int, integers: dict[tuple[int, ...], str]):
         self.shards, self.local, self.inputs = shards, local, inputs
-        self.ranks = range(shards.world)
-        self.constants: dict[tuple[int, ...], str] = {}
+        self.ranks = range(stage * shards.world, (stage + 1) * shards.world)
+        self.constants = integers
 
     def name(self, name: str, rank: int) -> str:
         shared = not name or (name in self.inputs and name not in self.shards.values) or (name in self.local.elements and name not in self.shards.weights and name not in self.shards.constants)
@@ -229,23 +250,27 @@ class _AllRanks:
         if len(names) > 1:
             graph.node.append(onnx.helper.make_node("Concat", names, [target], name=target, axis=axis))
 
-    def weights(self, graph: onnx.GraphProto) -> None:
+    def weights(self, graph: onnx.GraphProto, read: set[str]) -> None:
         for name, s in self.shards.weights.items():
-            for rank in self.ranks:
-                self.part(graph, s.of, list(s.ranges(rank, self.shards.world)), s.axis, f"rank {rank}/{name}")
-        for name, values in self.shards.constants.items():
-            graph.initializer.append(onnx.numpy_helper.from_array(np.array(values, np.int64), f"all/{name}"))
+            for rank in self.ranks if name in read else ():
+                self.part(graph, s.of, list(s.ranges(rank % self.shards.world, self.shards.world)), s.axis, f"rank {rank}/{name}")
 
     def _held(self, name: str, heads: int) -> Slice:
         """The key heads of each rank, of a cache with so many."""
         return Slice(name, self.shards.values[name][0], [[heads, heads]])
 
-    def caches(self, graph: onnx.GraphProto) -> None:
-        for value in graph.input:
-            if value.name in self.shards.values:
+    def caches(self, graph: onnx.GraphProto, read: set[str]) -> None:
+        for value in self.local.model.proto.graph.input:
+            if value.name in self.shards.values and value.name in read:
                 held = self._held(value.name, dims_of(value)[2].dim_value)
                 for rank in self.ranks:
-                    self.part(graph, value.name, list(held.ranges(rank, self.shards.world)), held.axis, f"rank {rank}/{value.name}")
+                    self.part(graph, value.name, list(held.ranges(rank % self.shards.world, self.shards.world)), held.axis, f"rank {rank}/{value.name}")
+
+    def receive(self, graph: onnx.GraphProto, message: Message) -> None:
+        for rank in self.ranks:
+            source = self.name(message.sent, rank - (message.target - message.source) * self.shards.world)
+            target = self.name(message.received, rank)
+            graph.node.append(onnx.helper.make_node("Identity", [source], [target], name=target))
 
     def every_rank(self, graph: onnx.GraphProto, node: onnx.NodeProto) -> None:
         if node.domain == DOMAIN and base_name(node) in ("AllReduce", "AllGather"):
@@ -265,8 +290,8 @@ class _AllRanks:
             for rank in self.ranks:
                 graph.node.append(onnx.helper.make_node("Concat", parts, [self.name(y, rank)], name=self.name(y, rank), axis=-1))
             return
-        kind = self.local.types.get(y) or self.local.types.get(x, onnx.TensorProto.FLOAT)
-        narrow = kind in (onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16)
+        element = self.local.types.get(y) or self.local.types.get(x, onnx.TensorProto.FLOAT)
+        narrow = element in (onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16)
 
         def wide(name: str, new: str) -> str:
             if not narrow:
@@ -283,30 +308,39 @@ class _AllRanks:
             for index, term in enumerate(terms[1:]):
                 terms[0], before = f"{target}/sum {index}", terms[0]
                 graph.node.append(onnx.helper.make_node("Add", [before, term], [terms[0]], name=terms[0]))
-            graph.node.append(onnx.helper.make_node("Cast", [terms[0]], [target], name=target, to=kind))
+            graph.node.append(onnx.helper.make_node("Cast", [terms[0]], [target], name=target, to=element))
 
     def output(self, graph: onnx.GraphProto, name: str) -> None:
         if name not in self.shards.values:
-            graph.node.append(onnx.helper.make_node("Identity", [self.name(name, 0)], [name], name=name))
+            graph.node.append(onnx.helper.make_node("Identity", [self.name(name, self.ranks[0])], [name], name=name))
             return
         value = next(o for o in graph.output if o.name == name)
         held = self._held(name, dims_of(value)[2].dim_value)
-        ranges = {next(held.ranges(rank, self.shards.world)): f"rank {rank}/{name}" for rank in self.ranks}
+        ranges = {next(held.ranges(rank % self.shards.world, self.shards.world)): f"rank {rank}/{name}" for rank in self.ranks}
         graph.node.append(onnx.helper.make_node("Concat", [ranges[r] for r in sorted(ranges)], [name], name=name, axis=held.axis))
 
 
+def weights_of_rank(model: Model, shards: Shards, stage: Stage) -> dict[str, int]:
+    """Bytes of each weight that a rank of this stage has: whole ones, and slices by the name under which they are read. Integers of shapes are none."""
+    elements, found = {i.name: i for i in model.proto.graph.initializer}, {}
+    for name in sorted(stage.reads):
+        part = shards.weights.get(name)
+        tensor = elements.get(part.of if part is not None else name)
+        if tensor is not None and tensor.data_type != onnx.TensorProto.INT64:
+            size = math.prod(tensor.dims) * onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
+            found[name] = size if part is None else size * part.size(shards.world) // tensor.dims[part.axis]
+    return found
+
+
 def describe_shards(model: Model) -> str:
-    """What each rank has of a model in shards, in a line."""
+    """What each rank has of a model in shards or stages, in a line."""
     shards = shards_of(model.proto)
     assert shards is not None
-    sizes = {i.name: math.prod(i.dims) * onnx.helper.tensor_dtype_to_np_dtype(i.data_type).itemsize for i in model.proto.graph.initializer}
-    whole, dims = sum(sizes.values()), {i.name: list(i.dims) for i in model.proto.graph.initializer}
-    mine = sum(sizes[n] for n in sizes if n not in {s.of for s in shards.weights.values()} or _read_whole(model, n, shards))
-    mine += sum(sizes[s.of] * s.size(shards.world) // dims[s.of][s.axis] for s in shards.weights.values())
-    counts = {kind: sum(base_name(n) == kind for n in model.proto.graph.node if n.domain == DOMAIN) for kind in ("AllReduce", "AllGather")}
-    return f"{shards.world} ranks: each has {mine / 1e6:.2f} of {whole / 1e6:.2f} MB of weights; {counts['AllReduce']} sums and {counts['AllGather']} joins a step"
-
-
-def _read_whole(model: Model, name: str, shards: Shards) -> bool:
-    """Whether some node reads a weight as it is."""
-    return name not in shards.weights and any(name in n.input and n.output[0] not in shards.weights for n in model.proto.graph.node)
+    whole = sum(math.prod(i.dims) * onnx.helper.tensor_dtype_to_np_dtype(i.data_type).itemsize for i in model.proto.graph.initializer)
+    stages = local_stages(model, LocalNodes(model, shards), shards)
+    mine = ", ".join(f"{sum(weights_of_rank(model, shards, s).values()) / 1e6:.2f}" for s in stages)
+    counts = {k: sum(kind(n) == k for n in model.proto.graph.node) for k in ("AllReduce", "AllGather", "Send")}
+    made = f"{shards.ranks} ranks" + (f" in {shards.stages} stages" if shards.stages > 1 else "")
+    has = f"each of a stage has {mine}" if shards.stages > 1 else f"each has {mine}"
+    messages = f", {counts['Send']} messages" if shards.stages > 1 else ""
+    return f"{made}: {has} of {whole / 1e6:.2f} MB of weights; {counts['AllReduce']} sums and {counts['AllGather']} joins{messages} a step"

@@ -35,13 +35,15 @@ class Worklist:
             for op in set().union(*(P.operators(o) for o in rule.pattern)):
                 self._mentions.setdefault(op, []).append((height + SLACK, -rule.priority, rule.roots))
         self._hopeful: dict[tuple[str | None, ...], list[tuple[int, list[Rule]]]] = {}
-        self._queue: list[tuple[int, float, int, Node]] = []
+        self._queue: list[tuple[int, float, int, Node]] = []  # a heap
         self._waiting: dict[tuple[int, int], list[Rule]] = {}  # by level and node
         self._ticket = 0
         self._blocked: list[Node] = []
         self._changed = False
         for node in graph if self._groups else ():
-            self._enter(node)
+            if node.canonical in self._groups:
+                self._enter(node)
+        self._first, self._queue = sorted(self._queue, reverse=True), []  # taken from the end: no heap is needed for what is known beforehand
 
     def push(self, node: Node) -> None:
         """Try the rules at a node again, now that its inputs have changed: those that may match there now."""
@@ -51,8 +53,9 @@ class Worklist:
         self._enter(node)
 
     def _enter(self, node: Node, levels: Collection[int] | None = None) -> None:
+        """Let the rules that may match at a node, the root of some, wait for it: those of all levels, or of some."""
         graph = self.graph
-        if node.canonical not in self._groups or node.graph is not graph:
+        if node.graph is not graph:
             return
         key: list[str | None] = [node.canonical]
         for tensor in node.inputs:
@@ -68,10 +71,11 @@ class Worklist:
             hopeful = self._hopeful[around] = self._choose(around)
         for level, rules in hopeful:
             if levels is None or level in levels:
-                if (level, id(node)) not in self._waiting:
+                where = (level, id(node))
+                if where not in self._waiting:
                     self._ticket += 1
                     heapq.heappush(self._queue, (level, node.position, self._ticket, node))
-                self._waiting[level, id(node)] = rules
+                self._waiting[where] = rules
 
     def _choose(self, around: tuple[str | None, ...]) -> list[tuple[int, list[Rule]]]:
         """The rules, by level, that may match at a node of this operator with these at its inputs (None: no operator)."""
@@ -80,8 +84,9 @@ class Worklist:
         return [(level, rules) for level, rules in found if rules]
 
     def __iter__(self) -> Iterator[tuple[Node, list[Rule]]]:
-        while self._queue or self._unblock():
-            level, _, _, node = heapq.heappop(self._queue)
+        first, queue = self._first, self._queue
+        while first or queue or self._unblock():
+            level, _, _, node = first.pop() if first and not (queue and queue[0] < first[-1]) else heapq.heappop(queue)
             rules = self._waiting.pop((level, id(node)))
             if node.graph is self.graph:
                 yield node, rules
@@ -103,14 +108,14 @@ class Worklist:
         """`touched` nodes read something new; `changed` ones are new, or compute what a pattern may now find below."""
         self._changed = True
         for node in touched:
-            self.push(node)
+            if node.canonical in self._groups:
+                self.push(node)
         for node in changed:
-            self._climb(node)
+            if node.canonical in self._mentions:
+                self._climb(node)
 
     def _climb(self, start: Node) -> None:
-        rules = self._mentions.get(start.canonical)
-        if rules is None:
-            return
+        rules = self._mentions[start.canonical]
         front, seen = [start], {id(start)}
         for distance in range(1, max(height for height, _, _ in rules)):
             front = [u for n in front for t in n.outputs for u in self.graph.consumers(t) if id(u) not in seen]

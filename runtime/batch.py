@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,3 +28,24 @@ class Batch:
     query_starts: Array
     context_lengths: Array
     logit_rows: Array
+
+    def parts(self, count: int) -> list[Batch]:
+        """Up to `count` batches of about as many tokens, to be computed one after the other: a text may be cut, and goes on in the next."""
+        size = len(self.tokens)
+        bounds = sorted({size * i // count for i in range(count + 1)})
+        return [self._part(begin, end) for begin, end in itertools.pairwise(bounds)]
+
+    def _part(self, begin: int, end: int) -> Batch:
+        starts = np.clip(self.query_starts, begin, end)
+        mine = starts[1:] > starts[:-1]
+        after = self.query_starts[1:] - starts[1:]  # tokens of each text that come in a later part
+        rows = self.logit_rows[(self.logit_rows >= begin) & (self.logit_rows < end)] - begin
+        return Batch(
+            self.tokens[begin:end],
+            self.positions[begin:end],
+            self.slots[begin:end],
+            self.block_tables[mine],
+            np.concatenate([starts[:1], starts[1:][mine]]) - begin,
+            (self.context_lengths - after)[mine].astype(self.context_lengths.dtype),
+            rows,
+        )

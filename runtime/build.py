@@ -27,7 +27,7 @@ from rewrite.runtime.plan_model import PlanModel
 from rewrite.runtime.profile import GENERATOR, Profile
 from rewrite.runtime.rank_model import local_generator, partition_ranks
 from rewrite.runtime.tokenizer import copy_tokenizer, eos_of, tokenizer_folder
-from rewrite.shards import shards_of
+from rewrite.shards import Shards, shards_of
 from rewrite.validity import check_tolerance
 from rewrite.verify import MODEL_TOLERANCE, SIZES, compare, model_inputs
 from rewrite.verify_generator import Texts, at_once, compare_steps, generator_of
@@ -85,9 +85,10 @@ def build(
     key = seal.read_key(sign_key)
     say("cutting the model at its plugin nodes")
     shards = shards_of(source.proto)
-    if shards is not None and (engines or tune):
-        raise RewriteError(f"{source.name}: it is in shards for {shards.world} ranks, which run on the CPU yet; build it with --no-engines")
-    cut = partition(source, library().plugins) if shards is None else partition_ranks(source, shards.world, library().plugins)
+    if shards is not None and (tune or (engines and shards.stages > 1)):
+        what = "whose kernels are not timed yet; build it without --tune" if tune else "in stages, which run on the CPU yet; build it with --no-engines"
+        raise RewriteError(f"{source.name}: it is for {shards.ranks} ranks, {what}")
+    cut = partition(source, library().plugins) if shards is None else partition_ranks(source, library().plugins)
     generator, folder = generator_of(source.proto), None
     if generator is None and tokenizer is not None:
         raise RewriteError(f"{source.name}: not a text generator, so it has no use for a tokenizer; leave --tokenizer out, or make one with `rewrite optimize --generate`")
@@ -105,7 +106,7 @@ def build(
         say("writing the plan")
         if folder is not None:
             copy_tokenizer(folder, work / "tokenizer")
-        _write(work, source, cut, sizes, compiled, generator, 1 if shards is None else shards.world)
+        _write(work, source, cut, sizes, compiled, generator, Shards(1) if shards is None else shards)
         seal.seal(work, key)
         if verify:
             say("comparing the plan's outputs with the model's")
@@ -134,7 +135,7 @@ def _compile(cut: Partition, profile: Profile, say: Progress) -> dict[str, bytes
     return engines
 
 
-def _write(work: Path, source: Model, cut: Partition, profile: Profile, engines: Mapping[str, bytes], generator: dict[str, Any] | None, world: int) -> None:
+def _write(work: Path, source: Model, cut: Partition, profile: Profile, engines: Mapping[str, bytes], generator: dict[str, Any] | None, shards: Shards) -> None:
     os.chmod(work, 0o777 & ~_umask())
     for folder in ("segments", "engines"):
         (work / folder).mkdir()
@@ -153,7 +154,7 @@ def _write(work: Path, source: Model, cut: Partition, profile: Profile, engines:
         if engine.fixed():  # to the GPU they were built on
             versions[CAPABILITY] = engine.capability()
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    manifest = Manifest(source.name, source.opset, cut.inputs, cut.outputs, cut.values, cut.steps, profile, versions, now, generator=generator, world=world)
+    manifest = Manifest(source.name, source.opset, cut.inputs, cut.outputs, cut.values, cut.steps, profile, versions, now, generator=generator, world=shards.ranks, stages=shards.stages)
     plugins = library().plugins
     manifest.plugins = {name: fingerprint(plugins[name]) for name in sorted({s.name for s in cut.steps if s.kind == "plugin"})}
     for path in sorted(p for p in work.rglob("*") if p.is_file()):
@@ -232,7 +233,7 @@ def check_generator_plan(plan: Plan, model: Model, tolerance: float) -> float:
     whole = generator_of(model.proto)
     assert whole is not None
     if plan.manifest.world > 1:  # caches of all ranks side by side, as `AllRanks` takes them
-        found = {**found, "layers": [{**layer, "kv_heads": plan.manifest.world * layer["kv_heads"]} for layer in found["layers"]]}
+        found = {**found, "layers": [{**layer, "kv_heads": plan.manifest.ranks_of_stage * layer["kv_heads"]} for layer in found["layers"]]}
     texts = Texts.random(np.random.default_rng(0), found)
     expected = at_once(whole, texts, lambda feeds: sandbox.run(model, feeds, UNCHECKED))
     return compare_steps(found, texts, expected, plan.run, tolerance, "the plan", singles=2)

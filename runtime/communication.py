@@ -1,4 +1,4 @@
-"""What ranks tell one another: sums, joins and what the first rank decides. One small interface; so far over MPI, for the CPU.
+"""What ranks tell one another: sums, joins, messages and what the first rank decides. One small interface, over MPI; for GPUs see `nccl.py`.
 
 Only buffers are sent (mpi4py's upper-case calls): nothing is pickled. Sums are made in the order of the ranks, each element
 by one rank or by all alike, so that all ranks have the same bits, and the same as `all_ranks.AllRanks` has.
@@ -18,6 +18,7 @@ import numpy as np
 
 from rewrite.errors import RewriteError
 from rewrite.plugins.activations import Array, wide
+from rewrite.runtime.heartbeat import Heartbeat
 
 if TYPE_CHECKING:
     from rewrite.runtime.plan import Plan
@@ -41,6 +42,15 @@ class Communicator(Protocol):
     def broadcast(self, x: Array) -> None:
         """Overwrite `x`, which is contiguous, by that of rank 0."""
 
+    def send(self, x: Array, rank: int) -> None:
+        """Give `x` to another rank, perhaps before that one wants it; between two ranks, messages keep their order."""
+
+    def receive(self, x: Array, rank: int) -> None:
+        """Overwrite `x`, which is contiguous and has the shape and type of what was sent, by what another rank gives."""
+
+    def split(self, size: int) -> Communicator:
+        """The first `size` ranks, the next ones, and so on: those among whom this rank is."""
+
     def exchange(self, data: bytes) -> list[bytes]:
         """What each rank gives, all of the same length, by rank."""
 
@@ -61,14 +71,15 @@ def summed(parts: Sequence[Array]) -> Array:
 
 
 class Mpi:
-    """Ranks of MPI's world. Raises RewriteError without mpi4py and an MPI library."""
+    """Ranks of MPI's world, or of a part of it. Raises RewriteError without mpi4py and an MPI library."""
 
-    def __init__(self) -> None:
+    def __init__(self, world: Any = None) -> None:
         try:
             from mpi4py import MPI
         except Exception as error:  # without a library mpi4py raises RuntimeError
             raise RewriteError(f"mpi4py cannot be used ({str(error).splitlines()[0][:200]}); install rewrite-onnx[mpi]") from error
-        self.mpi, self.world = MPI, MPI.COMM_WORLD
+        self.mpi, self.world = MPI, MPI.COMM_WORLD if world is None else world
+        self.pending: list[tuple[Any, Array]] = []  # messages on their way, which must not change meanwhile
         self.rank, self.size = int(self.world.Get_rank()), int(self.world.Get_size())
 
     def _gathered(self, flat: Array) -> Array:
@@ -101,6 +112,19 @@ class Mpi:
         if x.size:
             self.world.Bcast([x.reshape(-1).view(np.uint8), self.mpi.BYTE], 0)
 
+    def send(self, x: Array, rank: int) -> None:
+        self.pending = [(request, array) for request, array in self.pending if not request.Test()]
+        flat = np.array(x, order="C").reshape(-1)  # a copy: the caller may go on
+        if flat.size:
+            self.pending.append((self.world.Isend([flat.view(np.uint8), self.mpi.BYTE], rank), flat))
+
+    def receive(self, x: Array, rank: int) -> None:
+        if x.size:
+            self.world.Recv([x.reshape(-1).view(np.uint8), self.mpi.BYTE], rank)
+
+    def split(self, size: int) -> Communicator:
+        return Mpi(self.world.Split(self.rank // size, self.rank))
+
     def exchange(self, data: bytes) -> list[bytes]:
         return [row.tobytes() for row in self._gathered(np.frombuffer(data, np.uint8).copy())]
 
@@ -109,8 +133,9 @@ class Mpi:
 
 
 def connect() -> Communicator | None:
-    """The other ranks, if mpirun started this process with any; None if it is alone. Raises RewriteError as `Mpi` does."""
-    started = max([int(os.environ[n]) for n in LAUNCHERS if os.environ.get(n, "").isdecimal()], default=1)
+    """The other ranks, if mpirun or srun started this process with any; None if it is alone. Raises RewriteError as `Mpi` does."""
+    names = [*LAUNCHERS, *(("SLURM_STEP_NUM_TASKS",) if "PMIX_RANK" in os.environ else ())]  # of `srun --mpi=pmix`; without PMIx each process is alone
+    started = max([int(os.environ[n]) for n in names if os.environ.get(n, "").isdecimal()], default=1)
     if started == 1:
         return None
     made = Mpi()
@@ -136,12 +161,13 @@ def agree(communicator: Communicator, plan: Plan) -> None:
 
 @contextlib.contextmanager
 def together(communicator: Communicator | None) -> Iterator[None]:
-    """Let no rank end alone: an error of one ends all, with one line that names the rank."""
+    """Let no rank end alone: an error of one, or one that falls silent, ends all, with one line that names the rank."""
     if communicator is None:
         yield
         return
     try:
-        yield
+        with Heartbeat(communicator):
+            yield
     except Disagreement as error:
         if communicator.rank == 0:
             click.echo(f"rewrite: {error}", err=True)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from rewrite.runtime.plan import Plan
 
 Array = np.ndarray[Any, Any]
-COLLECTIVES = ("AllReduce", "AllGather")
+TOLD = ("AllReduce", "AllGather", "Send", "Recv")  # what a rank does with others
 Call = Callable[[list[Any]], list[Any]]
 
 
@@ -30,10 +30,11 @@ class CpuExecutor:
     """
 
     def __init__(self, plan: Plan, rank: int = 0, communicator: Communicator | None = None):
-        self.plan, self.plugins, self.communicator = plan, library().plugins, communicator
+        self.plan, self.plugins, self.rank, self.communicator = plan, library().plugins, rank, communicator
+        self.group = communicator.split(plan.manifest.ranks_of_stage) if communicator is not None and plan.manifest.stages > 1 else communicator  # those of this stage
         self.sessions: dict[str, Any] = {}
         self.weights = {name: np.ascontiguousarray(array).reshape(array.shape) for name, array in plan.weights_of(rank).items()}
-        steps, self.outputs = plan.manifest.steps, plan.manifest.outputs
+        steps, self.inputs, self.outputs = plan.steps_of(rank), plan.inputs_of(rank), plan.outputs_of(rank)
         self.calls = [(step, self._segment(step) if step.kind == "segment" else self._plugin(step)) for step in steps]
         last = {name: index for index, step in enumerate(steps) for name in (*step.inputs, *step.outputs)}
         self.updated = [self._updated(step) for step in steps]
@@ -47,33 +48,50 @@ class CpuExecutor:
         """The outputs by name. Plugins that update an input (a cache) overwrite a copy, but those inputs named in `in_place` themselves."""
         walk = self.walk(inputs, in_place)
         try:
-            kind, x = next(walk)
+            step, x = next(walk)
             while True:
-                assert self.communicator is not None
-                kind, x = walk.send(self.communicator.all_reduce(x) if kind == "AllReduce" else self.communicator.all_gather(x))
+                step, x = walk.send(self._tell(step, x))
         except StopIteration as done:
             return dict(done.value)
 
-    def walk(self, inputs: Mapping[str, Array], in_place: frozenset[str] = frozenset()) -> Generator[tuple[str, Array], Array, dict[str, Array]]:
-        """`run`, step by step: yields what is to be summed or joined with that of the other ranks, and is sent the result."""
-        self.plan.check(inputs)
+    def _tell(self, step: Step, x: Array) -> Array:
+        assert self.communicator is not None
+        assert self.group is not None
+        if step.name in ("AllReduce", "AllGather"):
+            return self.group.all_reduce(x) if step.name == "AllReduce" else self.group.all_gather(x)
+        away = (step.attributes["target"] - step.attributes["source"]) * self.plan.manifest.ranks_of_stage
+        if step.name == "Send":
+            self.communicator.send(x, self.rank + away)
+        else:
+            self.communicator.receive(x, self.rank - away)
+        return x
+
+    def walk(self, inputs: Mapping[str, Array], in_place: frozenset[str] = frozenset()) -> Generator[tuple[Step, Array], Array, dict[str, Array]]:
+        """`run`, step by step: yields what is to be summed, joined or sent, or an empty array to receive, and is sent the result."""
+        sizes = self.plan.check(inputs, self.rank)
         values = {**self.weights, **{name: np.ascontiguousarray(a).reshape(a.shape) for name, a in inputs.items()}}
         for (step, call), dropped, updated in zip(self.calls, self.dropped, self.updated, strict=True):
             operands = [values[name] if name else None for name in step.inputs]
             for index in updated:
                 if step.inputs[index] not in in_place:
                     operands[index] = operands[index].copy()  # type: ignore[union-attr]
-            if step.name in COLLECTIVES and self.plan.manifest.world > 1:
-                x = operands[0]
+            if step.name in TOLD and self.plan.manifest.world > 1:
+                x = operands[0] if operands else self._empty(step.outputs[0], sizes)
                 assert x is not None
-                operands[0] = yield step.name, x
-                results = [r.astype(x.dtype) for r in call(operands)]
+                told = yield step, x
+                results = [r.astype(x.dtype) for r in call([told, *operands[1:]])] if step.outputs else []
             else:
                 results = call(operands)
             values.update(zip(step.outputs, results, strict=True))
             for name in dropped:
                 values.pop(name, None)
         return {name: values[value] for name, value in self.outputs.items()}
+
+    def _empty(self, name: str, sizes: Mapping[str, int]) -> Array:
+        """Room for a value that will be received."""
+        kind = self.plan.manifest.values[name]
+        shape = [sizes[d] if isinstance(d, str) else d for d in kind.shape]
+        return np.empty([d or 0 for d in shape], kind.numpy)
 
     def _updated(self, step: Step) -> list[int]:
         """The inputs that a step overwrites, by index."""

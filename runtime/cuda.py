@@ -28,6 +28,7 @@ from rewrite.runtime.partition import Step, ValueType
 from rewrite.verify import resolve
 
 if TYPE_CHECKING:
+    from rewrite.runtime.cuda_ranks import DeviceRanks
     from rewrite.runtime.plan import Plan
 
 ALIGNMENT = 512  # bytes
@@ -91,8 +92,9 @@ def memory(cupy: Any, what: str, needed: int, advice: str) -> Iterator[None]:
 class CudaExecutor:
     """A plan on the GPU."""
 
-    def __init__(self, plan: Plan):
-        self.cupy, self.plan = device(), plan
+    def __init__(self, plan: Plan, rank: int = 0, ranks: DeviceRanks | None = None):
+        """`ranks` are the others of a plan for several, of which this is the `rank`-th (`cuda_ranks.open_rank`)."""
+        self.cupy, self.plan, self.ranks = device(), plan, ranks
         self.plugins = library().plugins
         self.stream = self.cupy.cuda.Stream(non_blocking=True)
         self.runtime = engine.runtime()
@@ -104,9 +106,10 @@ class CudaExecutor:
             loaded = engine.deserialize(self.runtime, plan.engine(key), f"{plan.directory}: engine {key}")
             self.engines[key] = loaded
             self.contexts[key] = engine.execution_context(loaded, self.kernels)
-        size = sum(array.nbytes for array in plan.weights.values())
+        weights = plan.weights_of(rank)
+        size = sum(array.nbytes for array in weights.values())
         with self.stream, memory(self.cupy, f"{plan.directory}: the weights", size, "end what else uses the GPU, or take a larger one"):
-            self.weights = {name: self._uploaded(array) for name, array in plan.weights.items()}
+            self.weights = {name: self._uploaded(array) for name, array in weights.items()}
             self.turned = self._turn_weights()
             self.stream.synchronize()
         self.cupy.get_default_memory_pool().free_all_blocks()  # what matrices took before they were turned
@@ -428,6 +431,8 @@ class Frame:
         return copy_and_launch
 
     def _plugin(self, plugin: Plugin, inputs: list[Any], outputs: list[Any], attributes: dict[str, Any]) -> Launch:
+        if self.executor.ranks is not None and plugin.name in ("AllReduce", "AllGather"):
+            return self.executor.ranks.launch(plugin.name, inputs, outputs)
         made = plugin.cuda(inputs, outputs, **attributes) if plugin.cuda is not None else None
         if made is not None:
             return made  # type: ignore[no-any-return]

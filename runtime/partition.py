@@ -53,7 +53,10 @@ class ValueType:
 
 @dataclass
 class Step:
-    """One call: of a segment by its key, or of a plugin by its name. Inputs and outputs are names of values; "" is an absent input."""
+    """One call: of a segment by its key, or of a plugin by its name. Inputs and outputs are names of values; "" is an absent input.
+
+    Of a plan in stages it belongs to one of them; Send has no outputs there, and Recv no inputs.
+    """
 
     kind: str
     name: str
@@ -61,6 +64,7 @@ class Step:
     outputs: list[str]
     attributes: dict[str, Any] = field(default_factory=dict)
     nodes: list[str] = field(default_factory=list)
+    stage: int = 0
 
 
 @dataclass
@@ -81,7 +85,7 @@ def partition(model: Model, plugins: dict[str, Plugin], arrays: Mapping[str, Arr
     `outputs` of the result maps each output's name to the value it is. Raises RewriteError for a plugin that is not in
     `plugins`, and for a value that crosses a border and whose shape is not known from the model's inputs.
     """
-    imported = open_graph(_inlined(_without_weights(model), plugins))
+    imported = open_graph(_inlined(without_weights(model), plugins))
     for inner in all_graphs(imported.graph):
         if inner is not imported.graph:
             SymbolicShapes(Graph(inner, model.opset)).run()
@@ -91,7 +95,7 @@ def partition(model: Model, plugins: dict[str, Plugin], arrays: Mapping[str, Arr
     return _Cutter(imported, graph, symbols, model, plugins, arrays or {}).run()
 
 
-def _without_weights(model: Model) -> Model:
+def without_weights(model: Model) -> Model:
     """The model with its large initializers emptied, as if their data lay elsewhere: each step of the cutting would copy them."""
     proto = onnx.ModelProto()
     copy_message(model.proto, proto, without={"graph"})

@@ -57,7 +57,12 @@ class Manifest:
     tuning: dict[str, dict[str, float]] = field(default_factory=dict)
     files: dict[str, tuple[int, list[str]]] = field(default_factory=dict)
     world: int = 1  # ranks that run it together, each with weights of its own, called `rank 0/...`, beside those of all
+    stages: int = 1  # that follow one another, each of as many ranks with numbers that follow one another; weights `stage 0/...` are those of one
     generator: dict[str, Any] | None = None  # of a text generator: block size, vocabulary, layers with their caches, eos, tokenizer
+
+    @property
+    def ranks_of_stage(self) -> int:
+        return self.world // self.stages
 
     def to_json(self) -> str:
         data = {"format": FORMAT, **dataclasses.asdict(self), "profile": dict(self.profile.ranges)}
@@ -89,24 +94,39 @@ class Manifest:
                 raise ValueError(f"profile: {name[:100]} is not in order")
         if not 1 <= self.world <= 4096:
             raise ValueError(f"there are {self.world} ranks")
+        if self.stages < 1 or self.world % self.stages:
+            raise ValueError(f"there are {self.stages} stages of {self.world} ranks")
         if WEIGHTS not in self.files:
             raise ValueError(f"files: there is no {WEIGHTS}")
-        known = {*self.inputs}
+        known = [{*self.inputs} for _ in range(self.stages)]
         for index, step in enumerate(self.steps):
             if step.kind not in ("segment", "plugin"):
                 raise ValueError(f"steps[{index}] is a {step.kind[:30]!r}; there are segments and plugins")
+            if not 0 <= step.stage < self.stages:
+                raise ValueError(f"steps[{index}] is of stage {step.stage}; there are {self.stages}")
             if step.kind == "segment" and f"segments/{step.name}.onnx" not in self.files:
                 raise ValueError(f"steps[{index}]: there is no segment {step.name[:60]!r}")
+            if step.kind == "plugin" and step.name in ("Send", "Recv"):
+                self._check_message(index, step)
+            mine = known[step.stage]
             for name in step.inputs:
-                if name in self.values and name not in known:
+                if name in self.values and name not in mine:
                     raise ValueError(f"steps[{index}] reads {name[:100]!r} before it is made")
             for name in filter(None, step.outputs):
-                if name in known or name not in self.values:
+                if name in mine or name not in self.values:
                     raise ValueError(f"steps[{index}] makes {name[:100]!r}, which is made twice or has no type")
-            known.update(step.outputs)
+            mine.update(step.outputs)
         for name in self.values:
-            if name not in known:
+            if not any(name in mine for mine in known):
                 raise ValueError(f"'{name[:100]}' is never made")
+
+    def _check_message(self, index: int, step: Step) -> None:
+        """Raises ValueError unless a Send is of the stage that it goes from, and a Recv of that which it goes to, a later one."""
+        ends: tuple[Any, Any] = step.attributes.get("source"), step.attributes.get("target")
+        if any(type(end) is not int for end in ends) or not 0 <= ends[0] < ends[1] < self.stages or step.stage != ends[step.name == "Recv"]:
+            raise ValueError(f"steps[{index}]: {step.name} from stage {ends[0]} to {ends[1]}, in stage {step.stage} of {self.stages}")
+        if len(step.inputs) != (step.name == "Send") or len(step.outputs) != (step.name == "Recv"):
+            raise ValueError(f"steps[{index}]: {step.name} with {len(step.inputs)} inputs and {len(step.outputs)} outputs")
 
 
 def _finite(value: Any) -> Any:
@@ -179,7 +199,7 @@ class Plan:
         """The weights by name, mapped from their file. Raises RewriteError if it is not what was built."""
         found = weights.parse(seal.map_checked(self.directory, WEIGHTS, *self.manifest.files[WEIGHTS]), self.directory / WEIGHTS)
         for rank in range(self.manifest.world):
-            self._check_weights(self._of_rank(found, rank))
+            self._check_weights(self._of_rank(found, rank), rank)
         return found
 
     def weights_of(self, rank: int) -> dict[str, Array]:
@@ -190,21 +210,47 @@ class Plan:
         data = seal.map_unchecked(self.directory, WEIGHTS, size)
         seal.check_pieces(path, data, digests, [(0, weights.header_size(data, path))])
         places = weights.places(data, path)
-        mine = {n: p for n, p in places.items() if not n.startswith("rank ") or n.startswith(f"rank {rank}/")}
-        seal.check_pieces(path, data, digests, list(mine.values()))
+        seal.check_pieces(path, data, digests, list(self._of_rank(places, rank).values()))
         found = self._of_rank(weights.parse(data, path), rank)
-        self._check_weights(found)
+        self._check_weights(found, rank)
         return found
 
-    def _of_rank(self, found: dict[str, Array], rank: int) -> dict[str, Array]:
+    def _of_rank(self, found: Mapping[str, Any], rank: int) -> dict[str, Any]:
+        """What of the weights, or of something else by their names, is a rank's, by the names that steps read."""
         if self.manifest.world == 1:
-            return found
-        prefix = f"rank {rank}/"
-        return {n.removeprefix(prefix): a for n, a in found.items() if not n.startswith("rank ") or n.startswith(prefix)}
+            return dict(found)
+        prefixes = (f"rank {rank}/", f"stage {rank // self.manifest.ranks_of_stage}/")
+        mine = {n: n for n in found if not n.startswith(("rank ", "stage "))} | {n.split("/", 1)[1]: n for n in found if n.startswith(prefixes)}
+        return {name: found[n] for name, n in mine.items()}
 
-    def _check_weights(self, found: dict[str, Array]) -> None:
+    def types_of(self, rank: int) -> dict[str, ValueType]:
+        """The types of a rank's weights, by name; nothing of the file is read but its header, and nothing compared."""
+        path, (size, _) = self.directory / WEIGHTS, self.manifest.files[WEIGHTS]
+        found = weights.parse(seal.map_unchecked(self.directory, WEIGHTS, size), path)
+        return {n: ValueType(a.dtype.name, a.shape) for n, a in self._of_rank(found, rank).items()}
+
+    def steps_of(self, rank: int) -> list[Step]:
+        """What a rank computes."""
+        stage = rank // self.manifest.ranks_of_stage
+        return [s for s in self.manifest.steps if s.stage == stage]
+
+    def inputs_of(self, rank: int) -> dict[str, ValueType]:
+        """The inputs that a rank takes: all but the caches of other stages."""
+        stage, generator = rank // self.manifest.ranks_of_stage, self.manifest.generator
+        layers = [] if generator is None else generator["layers"]
+        others = {layer[k] for layer in layers for k in ("key_cache", "value_cache") if layer.get("stage", 0) != stage}
+        return {n: kind for n, kind in self.inputs.items() if n not in others}
+
+    def outputs_of(self, rank: int) -> dict[str, str]:
+        """The outputs that a rank makes, as `manifest.outputs`; what no step makes is the first stage's."""
+        makers: dict[str, int] = {}
+        for step in self.manifest.steps:
+            makers.update(dict.fromkeys(step.outputs, step.stage))
+        return {n: value for n, value in self.manifest.outputs.items() if makers.get(value, 0) == rank // self.manifest.ranks_of_stage}
+
+    def _check_weights(self, found: dict[str, Array], rank: int) -> None:
         made = {*self.inputs, *self.manifest.values}
-        for name in [n for s in self.manifest.steps for n in s.inputs] + list(self.manifest.outputs.values()):
+        for name in [n for s in self.steps_of(rank) for n in s.inputs] + list(self.outputs_of(rank).values()):
             if name and name not in made and name not in found:
                 raise RewriteError(f"{self.directory / MANIFEST}: a step reads {name[:100]!r}, which is neither made nor among the weights; build the plan again")
 
@@ -234,13 +280,14 @@ class Plan:
         """
         return self.executor.run(inputs)
 
-    def check(self, inputs: Mapping[str, Array]) -> dict[str, int]:
-        """The size of each named dimension in `inputs`. Raises RewriteError as `run` does."""
+    def check(self, inputs: Mapping[str, Array], rank: int | None = None) -> dict[str, int]:
+        """The size of each named dimension in `inputs`, those of all ranks or of one. Raises RewriteError as `run` does."""
+        wanted = self.inputs if rank is None else self.inputs_of(rank)
         for name in inputs:
-            if name not in self.inputs:
+            if name not in wanted:
                 raise RewriteError(f"input '{name}' is unknown; the plan takes {', '.join(self.inputs)}")
         sizes: dict[str, int] = {}
-        for name, kind in self.inputs.items():
+        for name, kind in wanted.items():
             if name not in inputs:
                 raise RewriteError(f"input '{name}' is missing; the plan takes {', '.join(self.inputs)}")
             array = inputs[name]

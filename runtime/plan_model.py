@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 Array = np.ndarray[Any, Any]
 STOP, STEP, COPY = range(3)  # what rank 0 tells the others to do
+PART = 128  # tokens of a part from which it pays that a stage computes one while the next one computes the part before: with 64 it took as long
 SHARE = 0.25  # of the free memory, for keys and values, unless the caller says how much
 
 
@@ -48,19 +49,20 @@ class PlanModel:
         if plan.device != "cpu" and plan.manifest.world > 1:
             raise RewriteError(f"{plan.directory}: a plan for {plan.manifest.world} ranks generates text on the CPU; device {plan.device} is not supported yet")
         self.plan, self.found, self.communicator = plan, found, communicator
+        self.rank = communicator.rank if communicator is not None else 0
         alone = plan.manifest.world == 1 or communicator is not None
-        self.ranks = 1 if alone else plan.manifest.world  # in this process
+        self.ranks = [self.rank] if alone else list(range(plan.manifest.world))  # in this process
         self.sampler, self.device = Sampler(), None
         try:
             if plan.device == "cpu":
-                self.executor = CpuExecutor(plan, communicator.rank if communicator is not None else 0, communicator) if alone else AllRanks(plan)
+                self.executor = CpuExecutor(plan, self.rank, communicator) if alone else AllRanks(plan)
             else:
                 self.device = self._on_device(plan, found, tokens, sequences)
                 self.sampler = self.device.sampler
             self._make_pool(found, memory)
         except (KeyError, TypeError, ValueError) as error:
             raise RewriteError(f"{plan.directory}: its manifest does not say what a generator needs ({type(error).__name__}: {error}); build the plan again") from error
-        self._in_place = frozenset(self.caches[0])
+        self._in_place = frozenset(name for caches in self.caches for name in caches)
 
     def _on_device(self, plan: Plan, found: Mapping[str, Any], tokens: int, sequences: int) -> CudaModel:
         from rewrite.runtime.cuda_model import CudaModel
@@ -76,8 +78,9 @@ class PlanModel:
         self.positions: int | None = found["positions"]
         windows = [int(layer["window"]) for layer in found["layers"]]
         self.window = max(windows) if all(windows) else None
-        sizes = [(layer["kv_heads"] * (layer["size"] + layer["value_size"])) * np.dtype(layer["dtype"]).itemsize for layer in found["layers"]]
-        self.block_bytes = self.ranks * self.block_size * sum(sizes)
+        mine = [[layer for layer in found["layers"] if layer.get("stage", 0) == rank // self.plan.manifest.ranks_of_stage] for rank in self.ranks]
+        sizes = [layer["kv_heads"] * (layer["size"] + layer["value_size"]) * np.dtype(layer["dtype"]).itemsize for layers in mine for layer in layers]
+        self.block_bytes = max(self.block_size * sum(sizes), 1)  # a stage may be without attention
         if memory is None:
             memory = self.device.free_memory() if self.device is not None else int(SHARE * free_memory())
         self.blocks = min(memory // self.block_bytes, (2**31 - 1) // self.block_size)  # slots are int32
@@ -85,17 +88,17 @@ class PlanModel:
             self.blocks = smallest(self.communicator, self.blocks)
         if self.blocks < 1:
             raise RewriteError(f"{self.plan.directory}: a block of keys and values takes {self.block_bytes} bytes, and there are {memory} (--kv-memory); give more")
-        self.caches: list[dict[str, Array]] = [{} for _ in range(self.ranks)]
+        self.caches: list[dict[str, Array]] = [{} for _ in self.ranks]
         if self.device is not None:
             self.device.open(self.blocks)
             self.caches = [self.device.caches]
             return
-        for layer in found["layers"]:
-            shape = (self.blocks, self.block_size, layer["kv_heads"])
-            for name, size in (("key_cache", "size"), ("value_cache", "value_size")):
+        for caches, layers in zip(self.caches, mine, strict=True):
+            for layer in layers:
+                shape = (self.blocks, self.block_size, layer["kv_heads"])
                 try:
-                    for caches in self.caches:
-                        caches[layer[name]] = np.zeros((*shape, layer[size]), layer["dtype"])
+                    caches[layer["key_cache"]] = np.zeros((*shape, layer["size"]), layer["dtype"])
+                    caches[layer["value_cache"]] = np.zeros((*shape, layer["value_size"]), layer["dtype"])
                 except MemoryError as error:
                     needed = self.blocks * self.block_bytes / 2**20
                     raise RewriteError(f"{self.plan.directory}: there is no room for {needed:.0f} MiB of keys and values; give less with --kv-memory") from error
@@ -122,6 +125,22 @@ class PlanModel:
         return self.device.tune()
 
     def _step(self, batch: Batch) -> Array:
+        """In parts, if several stages have enough to do: while one computes a part, the one before is at the next."""
+        stages = self.plan.manifest.stages
+        parts = batch.parts(stages) if stages > 1 and len(batch.tokens) >= stages * PART else [batch]
+        found = [self._part(part) for part in parts]
+        if stages > 1 and self.communicator is not None:
+            found = [self._passed(logits, len(part.logit_rows)) for logits, part in zip(found, parts, strict=True)]
+        if len(parts) == 1 or self.rank:
+            return found[0]
+        logits = np.concatenate(found)
+        ends = np.cumsum([len(p.tokens) for p in parts])
+        result = np.empty_like(logits)
+        result[np.argsort(np.searchsorted(ends, batch.logit_rows, "right"), kind="stable")] = logits
+        return result
+
+    def _part(self, batch: Batch) -> Array:
+        """The logits, of a rank that makes none an empty array."""
         feeds = {
             "input_ids": batch.tokens[None],
             "position_ids": batch.positions[None],
@@ -133,8 +152,20 @@ class PlanModel:
         }
         given = [{**feeds, **caches} for caches in self.caches]
         if isinstance(self.executor, AllRanks):
-            return np.asarray(self.executor.run_each(given, self._in_place)[0]["logits"])
-        return np.asarray(self.executor.run(given[0], in_place=self._in_place)["logits"])
+            return np.asarray(next(f["logits"] for f in self.executor.run_each(given, self._in_place) if "logits" in f))
+        return np.asarray(self.executor.run(given[0], in_place=self._in_place).get("logits", np.empty((0, 0))))
+
+    def _passed(self, logits: Array, rows: int) -> Array:
+        """From the first rank of the last stage to rank 0, which chooses tokens."""
+        assert self.communicator is not None
+        last = self.plan.manifest.world - self.plan.manifest.ranks_of_stage
+        if self.rank == last:
+            self.communicator.send(logits, 0)
+        if self.rank == 0:
+            kind = self.plan.manifest.values[self.plan.manifest.outputs["logits"]]
+            logits = np.empty((rows, self.vocabulary), kind.numpy)
+            self.communicator.receive(logits, last)
+        return logits
 
     def copy_blocks(self, pairs: Iterable[tuple[int, int]]) -> None:
         """Copy blocks (from, to) in every layer."""

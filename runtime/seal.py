@@ -8,12 +8,15 @@ The seal finds damage. Who can change a plan can seal it again; only the HMAC te
 
 from __future__ import annotations
 
+import bisect
+import contextlib
 import hashlib
 import hmac
 import mmap
 import os
 import re
 import stat
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import BinaryIO
@@ -22,6 +25,7 @@ from rewrite.errors import RewriteError
 
 MANIFEST, SEAL, SIGNATURE = "manifest.json", "manifest.sha256", "manifest.hmac"
 PIECE = 64 << 20  # bytes that have a SHA-256 of their own, so that large files are hashed by several threads
+BLOCK = 256 << 10  # bytes of a piece that are looked at together
 KEY_VARIABLE = "REWRITE_PLAN_KEY"
 KEY_BYTES = 16, 4096  # smallest and largest size of a key file
 MOST_TEXT = 1 << 28  # bytes of a manifest
@@ -84,8 +88,20 @@ class Writer:
         return [piece.hexdigest() for piece in self.pieces]
 
 
-def open_inside(folder: Path, name: str) -> BinaryIO:
-    """Open a plan's file for reading. Raises RewriteError if `name` leads out of the folder, or to no regular file: links are not followed."""
+@contextlib.contextmanager
+def open_inside(folder: Path, name: str) -> Iterator[BinaryIO]:
+    """A plan's file, open for reading. Raises RewriteError if `name` leads out of the folder, or to no regular file (links are not
+    followed), and where it cannot be read, while it is open, too."""
+    try:
+        with _opened(folder, name) as file:
+            yield file
+    except FileNotFoundError as error:
+        raise RewriteError(f"{folder / name}: is missing; {AGAIN}") from error
+    except OSError as error:
+        raise RewriteError(f"{folder / name}: cannot be read, or is a link: {error.strerror or error}; {AGAIN}") from error
+
+
+def _opened(folder: Path, name: str) -> BinaryIO:
     if not NAME.fullmatch(name):
         raise RewriteError(f"{folder}: its manifest names a file {name!r}, which is not one inside the plan; {AGAIN}")
     place = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -95,10 +111,6 @@ def open_inside(folder: Path, name: str) -> BinaryIO:
             os.close(place)
             place = below
         opened = os.open(name.split("/")[-1], os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=place)
-    except FileNotFoundError as error:
-        raise RewriteError(f"{folder / name}: is missing; {AGAIN}") from error
-    except OSError as error:
-        raise RewriteError(f"{folder / name}: cannot be read, or is a link: {error.strerror or error}; {AGAIN}") from error
     finally:
         os.close(place)
     if not stat.S_ISREG(os.fstat(opened).st_mode):
@@ -137,11 +149,29 @@ def map_unchecked(folder: Path, name: str, size: int) -> mmap.mmap:
 def check_pieces(path: Path, data: mmap.mmap, expected: list[str], ranges: list[tuple[int, int]]) -> None:
     """Compare the pieces that hold these ranges of bytes with their digests. Raises RewriteError if one differs."""
     needed = sorted({i for begin, end in ranges if begin < end for i in range(begin // PIECE, -(-end // PIECE))})
-    view = memoryview(data)
+    kept: list[tuple[int, int]] = []  # the ranges, where they follow one another as one
+    for begin, end in sorted(r for r in ranges if r[0] < r[1]):
+        if kept and begin <= kept[-1][1]:
+            kept[-1] = kept[-1][0], max(end, kept[-1][1])
+        else:
+            kept.append((begin, end))
     with ThreadPoolExecutor(max(1, min(len(needed), os.cpu_count() or 1))) as pool:
-        found = list(pool.map(lambda i: hashlib.sha256(view[i * PIECE : (i + 1) * PIECE]).hexdigest(), needed))
+        found = list(pool.map(lambda i: _digest(data, i * PIECE, min((i + 1) * PIECE, len(data)), kept), needed))
     if any(i >= len(expected) or expected[i] != digest for i, digest in zip(needed, found, strict=True)):
         raise RewriteError(f"{path}: its content is not what was built (SHA-256 differs); {AGAIN}")
+
+
+def _digest(data: mmap.mmap, begin: int, end: int, kept: list[tuple[int, int]]) -> str:
+    """The SHA-256 of a piece. What of it lies in none of the ranges `kept` leaves the memory of this process again, block by block."""
+    digest, view = hashlib.sha256(), memoryview(data)
+    for start in range(begin, end, BLOCK):
+        stop = min(start + BLOCK, end)
+        digest.update(view[start:stop])
+        place = bisect.bisect_right(kept, (start, len(data)))  # of the first range that begins after `start`
+        used = (place and kept[place - 1][1] > start) or (place < len(kept) and kept[place][0] < stop)
+        if start % mmap.PAGESIZE == 0 and not used:
+            data.madvise(mmap.MADV_DONTNEED, start, stop - start)
+    return digest.hexdigest()
 
 
 def check_size(path: Path, file: BinaryIO, size: int) -> None:

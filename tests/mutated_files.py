@@ -12,7 +12,6 @@ import argparse
 import os
 import resource
 import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -263,9 +262,8 @@ def main() -> None:
         sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
         import record
 
-        commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
         good = {k: n for k, n in sorted(counts.items()) if k != "problem"}
-        data = {"mutants": sum(counts.values()), "seconds": round(seconds), "outcomes": good, "problems": counts["problem"], "commit": commit}
+        data = {"mutants": sum(counts.values()), "seconds": round(seconds), "outcomes": good, "problems": counts["problem"]}
         print(record.write("mutated_files", record.cpu(), record.versions("onnx", "onnxruntime", "onnx-graphsurgeon"), data))
     raise SystemExit(1 if counts["problem"] else 0)
 

@@ -404,6 +404,9 @@ def rules(tmp_path, pattern="return op.Neg(x)", check="return None", replace="re
     ({"replace": "return 1 / 0"}, ["rule 'mine'", "replacement fails at Neg 'y'", "my_rules.py:11", "ZeroDivisionError"]),
     ({"replace": "return None"}, ["rule 'mine'", "replacement returned None"]),
     ({"replace": "return op.Add(x, 0.5)"}, ["rule 'mine'", "0.5: a float constant needs its type"]),
+    ({"replace": "return op.Negg(x)"}, ["rule 'mine'", "operator 'Negg', which neither ONNX nor a plugin is; did you mean 'Neg'?"]),
+    ({"replace": "return op.Qqqqqqq(x)"}, ["rule 'mine'", "declare a plugin of this name, or write op.domain('its domain').Qqqqqqq(...)"]),
+    ({"replace": "return op.TensorScatter(x, x)"}, ["rule 'mine'", "which ONNX has from opset 24 on, and the model is of opset 18"]),
 ])  # fmt: skip
 def test_a_faulty_rules_file(tmp_path, kwargs, parts):
     path, out = save(parse(PLAIN), tmp_path / "m.onnx"), tmp_path / "out.onnx"

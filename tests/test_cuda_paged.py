@@ -29,17 +29,16 @@ def gpu(monkeypatch, compiled_kernels):
     """A GPU of three multiprocessors, emulated."""
     made = Emulator(compiled_kernels)
 
-    def empty(shape, dtype):
-        return on_device(np.full(shape, np.nan, dtype))
+    def scratch(what, count, dtype):
+        return on_device(np.zeros(count, np.int32) if what == "arrived" else np.full(count, np.nan).astype(dtype))
 
-    monkeypatch.setitem(sys.modules, "cupy", types.SimpleNamespace(empty=empty))
     for module in (cuda_paged, cuda_rotary):
         monkeypatch.setattr(module, "module", made.module)
         monkeypatch.setattr(module, "launcher", made.launcher)
     monkeypatch.setattr(cuda_paged, "capability", lambda: 90)
     monkeypatch.setattr(cuda_paged, "prefill", lambda *_, **__: None)  # wgmma is not emulated
     monkeypatch.setattr(cuda_paged, "processors", lambda: 3)
-    monkeypatch.setattr(cuda_paged, "scratch", lambda parts, counters: (empty(parts, np.float32), on_device(np.zeros(counters, np.int32))))
+    monkeypatch.setattr(cuda_paged, "scratch", scratch)
     return made
 
 
@@ -66,7 +65,7 @@ OFTEN = {
     "ragged", "padding", "several tokens where there is room for one each", "more tokens, turned", "window", "soft cap", "pairs of a part", "norm and halves", "float32", "sizes 40 and 72",
     "blocks of 5", "ratio 3",
 }  # fmt: skip
-OFTEN_IN_CLUSTERS = {"padding", "window", "several tokens where there is room for one each"}
+OFTEN_IN_CLUSTERS = {"padding", "split", "several tokens where there is room for one each"}
 
 
 @emulated
@@ -136,15 +135,23 @@ def test_shared_memory_suffices_for_every_size_and_division():
 def test_grids_depend_on_shapes_alone(monkeypatch):
     monkeypatch.setattr(cuda_paged, "processors", lambda: 132)
     monkeypatch.setattr(cuda_paged, "capability", lambda: 90)
-    many = cuda_paged.choose(128, 128, 4, 32 * 8)
+    many = cuda_paged.choose(128, 128, 4, 32 * 8, 1024)
     assert many.cluster == 0
     assert cuda_paged.grid(32, 8, 64, 16, many) == (132 * many.blocks, 1)
-    assert cuda_paged.grid(1, 8, 1, 16, many) == (4, 1)  # a table of 16 positions: at most two tiles a head
-    one = cuda_paged.choose(128, 128, 4, 8)
-    assert one.cluster > 1
-    assert cuda_paged.grid(1, 8, 64, 16, one) == (one.cluster, 8)
+    assert cuda_paged.grid(1, 8, 1, 16, many) == (2, 1)  # a table of 16 positions: at most two tiles a head
+    one = cuda_paged.choose(128, 128, 4, 8, 1024)
+    assert cuda_paged.grid(1, 8, 64, 16, one) == (8, 8)
+
+
+def test_clusters_serve_few_texts(monkeypatch):
+    monkeypatch.setattr(cuda_paged, "processors", lambda: 132)
+    monkeypatch.setattr(cuda_paged, "capability", lambda: 90)
+    assert [cuda_paged.choose(128, 128, 4, 8 * batch, 1024).cluster for batch in (1, 2, 3, 32)] == [8, 4, 0, 0]
+    assert cuda_paged.choose(128, 128, 4, 8, 1 << 17).cluster == 8
+    assert cuda_paged.choose(256, 256, 4, 1, 8192).cluster == 8
+    assert cuda_paged.choose(256, 256, 4, 1, 1 << 15).cluster == 0  # one key head, long texts: all of the GPU reads them
     monkeypatch.setattr(cuda_paged, "capability", lambda: 80)
-    assert cuda_paged.choose(128, 128, 4, 8).cluster == 0  # clusters are Hopper's
+    assert cuda_paged.choose(128, 128, 4, 8, 1024).cluster == 0  # clusters are Hopper's
 
 
 def refused(case, monkeypatch, **changes):
@@ -173,12 +180,53 @@ def test_arrays_that_no_kernel_takes(monkeypatch):
     assert not refused(case, monkeypatch)
 
 
+def test_reading_early_is_asked_for(monkeypatch):
+    seen = []
+    monkeypatch.setattr(cuda_paged, "capability", lambda: 90)
+    monkeypatch.setattr(cuda_paged, "_decode", lambda *arguments: seen.append(arguments[5]))
+    inputs = [on_device(a) for a in Case([1], [20], kv_heads=4).make().inputs()]
+
+    def launch(**options):
+        cuda_paged.paged_attention(inputs, [inputs[0], *inputs[3:5]], **Case([1], [20], kv_heads=4).attributes(), **options)
+
+    launch()
+    with cuda_paged.reading_early():
+        launch()
+        launch(early=False)
+    launch()
+    launch(early=True)
+    assert seen == [False, True, False, False, True]
+
+
+def test_launches_of_a_stream_share_their_scratch(monkeypatch):
+    now = types.SimpleNamespace(stream=5)
+    cuda = types.SimpleNamespace(Device=lambda: types.SimpleNamespace(id=0), get_current_stream=lambda: types.SimpleNamespace(ptr=now.stream))
+    monkeypatch.setitem(sys.modules, "cupy", types.SimpleNamespace(cuda=cuda, zeros=np.zeros))
+    monkeypatch.setattr(cuda_paged, "_scratch", {})
+    first = cuda_paged.scratch("parts", 100, "float32")
+    assert cuda_paged.scratch("parts", 60, "float32") is first
+    assert cuda_paged.scratch("arrived", 60, "int32") is not first
+    assert cuda_paged.scratch("parts", 101, "float32").size == 101
+    now.stream = 6
+    assert cuda_paged.scratch("parts", 60, "float32").size == 60
+
+
 def test_a_step_without_tokens_launches_nothing(monkeypatch):
     monkeypatch.setattr(cuda_paged, "capability", lambda: 90)
     monkeypatch.setattr(cuda_paged, "module", None)
     inputs = [on_device(a) for a in Case([0], [20]).make().inputs()]
     launch = cuda_paged.paged_attention(inputs, [inputs[0], *inputs[3:5]], **Case([0], [20]).attributes())
     assert launch() is None
+
+
+@emulated
+@pytest.mark.parametrize("length", [120, 300])
+def test_few_texts_on_a_large_gpu(length, gpu, monkeypatch):
+    """A short one is the first block's alone."""
+    monkeypatch.setattr(cuda_paged, "processors", lambda: 132)
+    case = Case([1, 1], [length, 40], turn=1).make()
+    assert case.complaint(*launched(case)) == ""
+    assert gpu.grids[-1] == (8, 4)
 
 
 @emulated

@@ -85,3 +85,32 @@ def test_the_node_and_the_reason(case, tmp_path):
     assert [(u["kind"], u["node"], u["rule"]) for u in told] == [(kind, node, rule)], told
     for word in words:
         assert word in told[0]["reason"]
+
+
+LATE = """
+import rewrite
+
+@rewrite.rule(priority=-9)
+class Late:
+    def pattern(op, x, w):
+        return op.Relu(x @ w)
+    def replace(op, x, w):
+        return op.MatMulAct(x, w, activation="relu")
+"""
+
+
+def test_a_rule_that_another_outruns_is_told_if_asked_for(tmp_path):
+    path, rules = tmp_path / "m.onnx", tmp_path / "late.py"
+    rules.write_text(LATE)
+    onnx.save(parse("(float[n, 8] x) => (float[n, 8] y) { m = MatMul(x, w) y = Relu(m) }", w=CONSTANTS["w"]), path)
+
+    def told(*more):
+        return json.loads(CliRunner().invoke(main, ["explain", str(path), "--rules", str(rules), "--json", *more]).stdout)["near_misses"]
+
+    (one,) = told("--rule", "late")
+    assert (one["at"], one["part"]) == ("Relu 'y'", "outrun")
+    assert one["reason"].startswith("rule 'linear_activation' took it before (priority 5 against -9)")
+    assert one["covered"] == ["Relu 'y'", "MatMul 'm'"]
+    assert {m["rule"] for m in told("--node", "y")} == {"late"}
+    assert {m["rule"] for m in told("--node", "m")} == {"linear"}
+    assert told() == []

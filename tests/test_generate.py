@@ -108,6 +108,9 @@ def test_from_a_hugging_face_directory_to_text(tmp_path):
     assert found["eos"] == [2, 7]
     assert found["positions"] == 64
     shown = CliRunner().invoke(main, ["generate", plan, "--prompt", "w11 w12", "--max-new-tokens", "8", "--ignore-eos", "--kv-memory", "4M"])
+    for option, reason in (("--rules", "nothing.py"), ("--key", "nothing.py")):
+        refused = CliRunner().invoke(main, ["generate", plan, "--prompt", "w11", option, str(tmp_path / "nothing.py")])
+        assert (refused.exit_code, reason in refused.stderr, refused.stderr.count("\n")) == (2, True, 1), refused.output
     expected = made.generate(torch.tensor([[11, 12]]), attention_mask=torch.ones(1, 2, dtype=torch.int64), max_new_tokens=8, min_new_tokens=8, do_sample=False, eos_token_id=None, pad_token_id=0)
     assert shown.stdout == " ".join(["w11 w12", *(f"w{t}" for t in expected[0, 2:].tolist())]) + "\n"
 

@@ -10,6 +10,7 @@ import sys
 import time
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import exported
 import numpy as np
@@ -21,7 +22,7 @@ from greedy import greedy
 import rewrite
 from rewrite.cli import main
 from rewrite.errors import RewriteError
-from rewrite.runtime import seal
+from rewrite.runtime import engine, seal
 from rewrite.runtime.plan import Plan
 from rewrite.runtime.plan_model import PlanModel
 
@@ -71,6 +72,29 @@ def test_a_rank_reads_only_its_slices(tmp_path, monkeypatch):
         _ = Plan(tmp_path / "plan").weights
 
 
+def mapped(file: Path) -> int:
+    """Bytes of a file's mapping in this process that are in memory."""
+    total, ours = 0, False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if "-" in line.split()[0]:
+            ours = line.endswith(str(file))
+        elif ours and line.startswith("Rss:"):
+            total += int(line.split()[1]) << 10
+    return total
+
+
+def test_what_neighbours_have_leaves_the_memory_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(seal, "PIECE", 16 << 20)
+    file, size = tmp_path / "weights", 48 << 20
+    file.write_bytes(np.random.default_rng(0).bytes(size))
+    digests = seal.digests(file.read_bytes())
+    data, ranges = seal.map_unchecked(tmp_path, "weights", size), [(20 << 20, 21 << 20), (21 << 20, 24 << 20), (0, 100)]
+    seal.check_pieces(file, data, digests, ranges)
+    assert 4 << 20 <= mapped(file) <= (4 << 20) + 4 * seal.BLOCK
+    with pytest.raises(RewriteError, match="its content is not what was built"):
+        seal.check_pieces(file, data, [digests[0], digests[2], digests[1]], ranges)
+
+
 def test_the_check_of_a_plan_sees_a_wrong_slice(tmp_path, monkeypatch):
     from rewrite.errors import CheckFailed
     from rewrite.shards import Slice
@@ -83,10 +107,13 @@ def test_the_check_of_a_plan_sees_a_wrong_slice(tmp_path, monkeypatch):
     assert not (tmp_path / "plan").exists()
 
 
-def test_what_is_not_there_yet_is_refused(plans, tmp_path):
-    model = rewrite.optimize(decoder(), generate=True, tensor_parallel=2).model
-    with pytest.raises(RewriteError, match="for 2 ranks, which run on the CPU yet; build it with --no-engines"):
+def test_what_is_not_there_yet_is_refused(plans, tmp_path, monkeypatch):
+    model = rewrite.optimize(decoder(), generate=True, pipeline_parallel=2).model
+    with pytest.raises(RewriteError, match="it is for 2 ranks, in stages, which run on the CPU yet; build it with --no-engines"):
         rewrite.build(model, tmp_path / "plan")
+    monkeypatch.setattr(engine, "gpu_model", lambda: "a GPU")
+    with pytest.raises(RewriteError, match="it is for 2 ranks, whose kernels are not timed yet; build it without --tune"):
+        rewrite.build(rewrite.optimize(decoder(), generate=True, tensor_parallel=2).model, tmp_path / "plan", tune=True)
     for command in ("bench", "bench-generate"):
         done = CliRunner().invoke(main, [command, str(plans[2])])
         assert done.exit_code == 2
@@ -263,3 +290,117 @@ def test_a_killed_rank_ends_all(plans, tmp_path, which):
 def test_a_rank_killed_at_ten_random_moments(plans, tmp_path):
     plan, rng = shutil.copytree(plans[2], tmp_path / "plan"), np.random.default_rng(0)
     assert max(killed(plan, int(rng.integers(2)), float(rng.uniform(0, 8))) for _ in range(10)) < 10
+
+
+def running(plan: Path, world: int, *more: str) -> tuple[subprocess.Popen[str], dict[str, int]]:
+    """Ranks that generate without end, all of them at it; and their processes by rank."""
+    process = start(world, *generate(plan, "--tokens", "5,6", "--max-new-tokens", "500000", "--ignore-eos", "--kv-memory", "64M", *more))
+    deadline = time.monotonic() + 60
+    while len(ranks_of(plan)) < world and time.monotonic() < deadline:
+        time.sleep(0.05)
+    time.sleep(3)
+    found = ranks_of(plan)
+    assert len(found) == world, process.communicate()
+    return process, found
+
+
+def ended(process: subprocess.Popen[str], plan: Path) -> tuple[float, str]:
+    """The seconds until mpirun has ended, and what it said; nothing is left."""
+    started = time.monotonic()
+    try:
+        _, errors = process.communicate(timeout=30)
+        seconds = time.monotonic() - started
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode != 0
+    assert ranks_of(plan) == {}
+    assert "Traceback" not in errors
+    return seconds, errors
+
+
+@needs_mpi
+@pytest.mark.parametrize("which", [pytest.param(0, marks=pytest.mark.slow), 1])
+def test_a_rank_that_hangs_ends_all(plans, tmp_path, which):
+    plan = shutil.copytree(plans[2], tmp_path / "plan")
+    process, found = running(plan, 2)
+    os.kill(found[str(which)], signal.SIGSTOP)
+    seconds, errors = ended(process, plan)
+    assert seconds < 10
+    lines = [line.strip() for line in errors.splitlines() if line.strip().startswith("rewrite:")]  # mpirun indents some
+    assert len(lines) == 1, errors
+    assert f"rewrite: rank {which} (host " in lines[0]
+    assert f"process {found[str(which)]}) has not been heard of for " in lines[0]
+
+
+@needs_mpi
+def test_ctrl_c_ends_all(plans, tmp_path):
+    plan = shutil.copytree(plans[2], tmp_path / "plan")
+    process, _ = running(plan, 2)
+    os.kill(process.pid, signal.SIGINT)  # as a terminal does it, and mpirun passes on
+    seconds, errors = ended(process, plan)
+    assert seconds < 10
+    assert "rewrite:" not in errors
+
+
+NARROW = """
+import os, resource, sys
+from rewrite.cli import main
+import rewrite.runtime.generator, onnxruntime
+if os.environ["OMPI_COMM_WORLD_RANK"] == sys.argv[1]:
+    used = next(int(line.split()[1]) << 10 for line in open("/proc/self/status") if line.startswith("VmSize"))
+    resource.setrlimit(resource.RLIMIT_AS, (used + (600 << 20),) * 2)
+main(["generate", sys.argv[2], "--tokens", "5,6", "--max-new-tokens", "9", "--kv-memory", "2G"])
+"""
+
+
+@needs_mpi
+@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.slow), 1])
+def test_a_rank_without_memory_ends_all(plans, rank):
+    started = time.monotonic()
+    code, _, errors = mpirun(2, "-c", NARROW, str(rank), str(plans[2]))
+    assert code == 2
+    assert time.monotonic() - started < 60
+    assert f"rewrite: rank {rank}: {plans[2]}: there is no room for 2048 MiB of keys and values; give less with --kv-memory" in errors
+    assert "Traceback" not in errors
+
+
+LAUNCHED = {
+    "alone": ({}, None),
+    "mpirun": ({"OMPI_COMM_WORLD_SIZE": "3"}, 3),
+    "srun": ({"PMIX_RANK": "0", "SLURM_STEP_NUM_TASKS": "16"}, 16),
+    "in a batch job, without srun": ({"SLURM_NTASKS": "16", "SLURM_STEP_NUM_TASKS": "16"}, None),
+    "one process of mpirun": ({"OMPI_COMM_WORLD_SIZE": "1", "PMIX_RANK": "0"}, None),
+}
+
+
+@pytest.mark.parametrize("name", LAUNCHED)
+def test_who_was_started_with_others(name, monkeypatch):
+    from rewrite.runtime import communication
+
+    variables, size = LAUNCHED[name]
+    for variable in (*communication.LAUNCHERS, "PMIX_RANK", "SLURM_STEP_NUM_TASKS"):
+        monkeypatch.delenv(variable, raising=False)
+    for variable, value in variables.items():
+        monkeypatch.setenv(variable, value)
+    seen = size
+    monkeypatch.setattr(communication, "Mpi", lambda: SimpleNamespace(size=seen))
+    found = communication.connect()
+    assert (found.size if found is not None else None) == size
+    if size is not None:
+        seen = 1  # MPI of another library than the launcher's
+        with pytest.raises(RewriteError, match=f"a launcher started {size} processes, but MPI sees 1"):
+            communication.connect()
+
+
+def test_patience(monkeypatch):
+    from rewrite.runtime.heartbeat import PATIENCE, patience
+
+    monkeypatch.delenv("REWRITE_PATIENCE", raising=False)
+    assert patience() == PATIENCE
+    monkeypatch.setenv("REWRITE_PATIENCE", "0")
+    assert patience() == 0
+    for text in ("soon", "-1", "nan"):
+        monkeypatch.setenv("REWRITE_PATIENCE", text)
+        with pytest.raises(RewriteError, match="write seconds of silence"):
+            patience()

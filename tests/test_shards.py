@@ -21,7 +21,10 @@ from rewrite.errors import CheckFailed, RewriteError
 from rewrite.functions import unfuse
 from rewrite.model import Model
 from rewrite.patterns.shard_axes import Cut, regrouped
+from rewrite.plugins import shards_onnx
+from rewrite.registry import library
 from rewrite.shards import KEY, Slice, all_ranks, shards_of
+from rewrite.verify import run_function
 
 
 def split(world: int, generate: bool = True, **parts: str) -> rewrite.optimizer.Result:
@@ -223,3 +226,21 @@ def test_a_reshape_that_joins_or_parts_sections():
     for before, after in ((["n", 12], ["n", 5, 3]), (["n", 4], [4, "n"]), (["n", 4, "m"], ["4*n", "m"])):
         with pytest.raises(ValueError, match=r"would not stay split|units are cut apart"):
             regrouped(Cut(1, ((before[1], 4),)), before, after)
+
+
+@pytest.mark.parametrize("heads", [1, 4])
+@pytest.mark.parametrize("size", [0, 4])
+@pytest.mark.parametrize("angles", [(1, 3, 1), (2, 3), (3,)])
+@pytest.mark.parametrize("half", [False, True])
+def test_rotary_in_pairs_for_any_number_of_heads(heads, size, angles, half):
+    """The body that the ranks share, made for 8 heads, on fewer."""
+    plugin = library([]).plugins["Rotary"]
+    layout = (2, 3, heads, 8) if len(angles) != 2 else (2, heads, 3, 8)
+    turn = (*{(1, 3, 1): (1, 3, 1), (2, 3): (2, 3), (3,): ()}[angles], (size or 8) // (2 if half else 1))
+    rng = np.random.default_rng(0)
+    x, cos, sin = (rng.standard_normal(s).astype(np.float32) for s in (layout, turn, turn))
+    attributes = {"interleaved": 1, **({"size": size} if size else {})}
+    body = shards_onnx.rotary(attributes, (*layout[:2], 8, 8), turn, 20)
+    expected = plugin.reference(x, cos, sin, **{**plugin.attributes, **attributes})
+    found = run_function(body, [], {"x": x, "cos": cos, "sin": sin})[0]
+    assert np.abs(found - expected).max() < 1e-6

@@ -1,0 +1,97 @@
+"""What the CUDA executor of one rank does with the others: launches for the sums and joins of a plan, on its stream, that a graph may hold.
+
+Sums of few bytes within one host are our one-shot kernel's, with bias and residual; all else is NCCL's.
+"""
+
+from __future__ import annotations
+
+import socket
+from typing import TYPE_CHECKING, Any
+
+from rewrite.errors import RewriteError
+from rewrite.plugins.cuda_collectives import PUSH_MOST, WORLDS, Host, OneShot
+from rewrite.plugins.cuda_launch import Launch
+from rewrite.registry import library
+from rewrite.runtime import engine
+from rewrite.runtime.machine import check_engines, check_plugins
+from rewrite.runtime.nccl import Nccl, choose_device
+
+if TYPE_CHECKING:
+    from rewrite.runtime.cuda import CudaExecutor
+    from rewrite.runtime.plan import Plan
+
+
+class DeviceRanks:
+    """The ranks of `host` (MPI), each with the GPU of its number on its host. All make it, and call it, in the same order.
+
+    Raises RewriteError if a host has too few GPUs, or NCCL cannot be used.
+    """
+
+    def __init__(self, host: Host):
+        import cupy
+
+        self.cupy, self.host, self.size = cupy, host, host.size
+        self.device = choose_device()
+        self.nccl = Nccl(host)
+        self.one_shot = OneShot(host, PUSH_MOST) if self._near() else None
+
+    def _near(self) -> bool:
+        """Whether all ranks are on one host, their GPUs reach one another, and there is a kernel for so many."""
+        card = f"{socket.gethostname()[:60]:<60}{self.device:4d}".encode()
+        cards = self.host.exchange(card)
+        others = {int(c[60:]) for c in cards} - {self.device}
+        reached = len({c[:60] for c in cards}) == 1 and len(others) == self.size - 1 and self.size in WORLDS
+        reached = reached and all(self.cupy.cuda.runtime.deviceCanAccessPeer(self.device, other) for other in others)
+        return all(d == b"1" for d in self.host.exchange(b"1" if reached else b"0"))
+
+    def launch(self, kind: str, inputs: list[Any], outputs: list[Any]) -> Launch:
+        """One sum ("AllReduce": x, bias, residual) or join ("AllGather": x), whose arrays stay where they are."""
+        if kind == "AllReduce":
+            x, bias, residual = inputs
+            return self._sum(x, bias, residual, outputs[0])
+        if kind == "AllGather":
+            return self._join(inputs[0], outputs[0])
+        raise RewriteError(f"{kind}: stages follow one another on the CPU yet; use a plan without --pipeline-parallel on GPUs")
+
+    def _sum(self, x: Any, bias: Any, residual: Any, y: Any) -> Launch:
+        made = self.one_shot.sum(x, y, bias, residual) if self.one_shot is not None else None
+        if made is not None:
+            return made
+        total, rest = self.cupy.empty(x.shape, x.dtype), library([]).plugins["AllReduce"].reference
+
+        def launch() -> None:
+            self.nccl.all_reduce_into(x, total)
+            y[...] = rest(total, bias, residual)
+
+        return launch
+
+    def _join(self, x: Any, y: Any) -> Launch:
+        rows, width = x.size // x.shape[-1], x.shape[-1]
+        if rows == 1:  # the parts lie one after the other anyway
+            return lambda: self.nccl.gather_into(x, y)
+        parts = self.cupy.empty((self.size, rows, width), x.dtype)
+
+        def launch() -> None:
+            self.nccl.gather_into(x, parts)
+            y.reshape(rows, self.size, width)[...] = parts.transpose(1, 0, 2)
+
+        return launch
+
+    def close(self) -> None:
+        """End what waits for the other ranks, when all are through."""
+        if self.one_shot is not None:
+            self.one_shot.close(self.host)
+        self.nccl.close()
+
+
+def open_rank(plan: Plan, host: Host) -> tuple[CudaExecutor, DeviceRanks]:
+    """This rank of a plan on its GPU. Raises RewriteError for a plan in stages, or for another number of ranks."""
+    from rewrite.runtime.cuda import CudaExecutor
+
+    if plan.manifest.stages > 1 or plan.manifest.world != host.size:
+        made = f"{plan.manifest.stages} stages" if plan.manifest.stages > 1 else f"{plan.manifest.world} ranks"
+        raise RewriteError(f"{plan.directory}: it is for {made}, and there are {host.size} ranks with GPUs; give a plan of --tensor-parallel {host.size}")
+    check_plugins(plan.manifest, library().plugins, str(plan.directory))
+    ranks = DeviceRanks(host)
+    check_engines(plan.manifest, str(plan.directory), engine.version(), engine.capability())
+    return CudaExecutor(plan, host.rank, ranks), ranks
