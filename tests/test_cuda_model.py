@@ -19,6 +19,7 @@ from rewrite.errors import RewriteError
 from rewrite.runtime import buckets, cuda_model
 from rewrite.runtime.advance import advance
 from rewrite.runtime.batch import Batch
+from rewrite.runtime.bench_generate import measure
 from rewrite.runtime.buckets import Limits, Sizes, few, many, sizes_of
 from rewrite.runtime.plan_model import PlanModel
 
@@ -325,6 +326,18 @@ def test_decoding_neither_picks_rows_nor_widens_logits(tmp_path, monkeypatch):
     assert frames[False].values["logits"].dtype == np.float32
     assert len(frames[True].work) == len(frames[False].work) - 2
     assert len(frames[True].launches) == len(frames[True].work) + 2
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_the_speed_of_a_step_is_that_of_one_of_several(plans, batch, monkeypatch):
+    """With several steps in a call, too; beside the speed of a copy on the device."""
+    fake_gpu.install(monkeypatch)
+    found = measure(plans / "range", batch, 20, 17, 1, device="cuda", kv_memory=1 << 18)
+    monkeypatch.undo()
+    single = measure(plans / "range", batch, 20, 17, 1, kv_memory=1 << 18)
+    assert 0.1 * single["decode_ms"] < found["decode_ms"] < 10 * single["decode_ms"]
+    assert found["memory_gb_per_second"] == pytest.approx(2 * (1 << 28) / 0.5e-3 / 1e9)
+    assert found["weight_bytes"] == single["weight_bytes"]
 
 
 def test_a_table_that_is_also_the_head_is_stored_once(tmp_path, monkeypatch):
