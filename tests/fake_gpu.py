@@ -61,7 +61,8 @@ class Cupy:
         self.cuda = types.SimpleNamespace(
             Stream=lambda non_blocking: Stream(), Event=lambda disable_timing=False: Event(), MemoryPool=lambda: types.SimpleNamespace(malloc=None), using_allocator=nothing,
             alloc_pinned_memory=lambda size: bytearray(size), memory=types.SimpleNamespace(OutOfMemoryError=OutOfMemory),
-            get_elapsed_time=lambda begin, end: 0.5, runtime=types.SimpleNamespace(memGetInfo=lambda: (self.left, 1 << 32), memcpyAsync=lambda to, source, size, kind, stream: ctypes.memmove(to, source, size)),
+            get_elapsed_time=lambda begin, end: 0.5,
+            runtime=types.SimpleNamespace(memGetInfo=lambda: (self.left, 1 << 32), memcpyAsync=lambda to, source, size, kind, stream: ctypes.memmove(to, source, size)),
         )  # fmt: skip
 
     def ndarray(self, shape, dtype, address):
