@@ -33,7 +33,8 @@ class GraphBuilder:
         return other
 
     def constant(self, value: Any, dtype: Any = None) -> BoundValue:
-        array = np.asarray(value, dtype)
+        with np.errstate(over="ignore"):  # beyond what the type can hold it is infinite
+            array = np.asarray(value, dtype)
         name = self._graph.fresh(f"{self._anchor.outputs[0].name}_const")
         return BoundValue(self._graph, Constant(name, np.ascontiguousarray(array).reshape(array.shape)))
 
