@@ -74,7 +74,9 @@ class GraphBuilder:
         while operands and not operands[-1].name:
             operands.pop()
         stem = anchor.outputs[0].name
-        results = [Variable(graph.fresh(f"{stem}_{name}")) for _ in range(outputs)]
+        results = [Variable(graph.fresh(f"{stem}_{name}"))]
+        while len(results) < outputs:
+            results.append(Variable(graph.fresh(f"{stem}_{name}")))
         given = {k: v for k, v in attributes.items() if v is not None} if attributes else {}
         node = Node(name, graph.fresh(f"{anchor.name or stem}_{name}"), given, operands, results, domain)
         graph.add(node, anchor)
