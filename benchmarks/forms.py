@@ -204,7 +204,7 @@ def page(results: dict[str, Rows]) -> str:
     text += ["", "## Why not", "", *(f"{i}. {note}" for i, note in enumerate(notes.texts, 1))]
     text += ["", "## Rules", "", "In how many of these functions each rule was applied, in either type, and in which of them at all.", ""]
     text += [f"| rule | {' | '.join(columns)} | functions |", f"|---|{'---|' * len(columns)}---|"]
-    for rule in library([]).rules:
+    for rule in (r for r in library([]).rules if r.tier != "transform"):
         per_column = [[n for n in BLOCKS if any(rule.name in rows[n][c].get("rules", {}) for rows in results.values() if n in rows)] for c in columns]
         functions = [n for n in BLOCKS if any(n in names for names in per_column)]
         text.append(f"| {rule.name} | {' | '.join(str(len(names) or '–') for names in per_column)} | {', '.join(functions)} |")

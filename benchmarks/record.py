@@ -36,9 +36,10 @@ def versions(*packages: str) -> dict[str, str]:
 
 
 def commit() -> str:
-    """The commit that was measured, with `-dirty` if files differ from it; "" outside a checkout."""
-    found = subprocess.run(["git", "describe", "--always", "--dirty", "--exclude", "*"], cwd=RESULTS.parent, capture_output=True, text=True, check=False)
-    return found.stdout.strip()
+    """The commit that was measured, with `-dirty` if files other than results and pages differ from it; "" outside a checkout."""
+    found = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=RESULTS.parent, capture_output=True, text=True, check=False).stdout.strip()
+    clean = subprocess.run(["git", "diff", "--quiet", "HEAD", "--", ":/", ":!/benchmarks/results", ":!/docs"], cwd=RESULTS.parent, capture_output=True, check=False)
+    return found + "-dirty" if clean.returncode == 1 else found
 
 
 def write(name: str, device: str, packages: Mapping[str, str], data: Any) -> Path:

@@ -33,7 +33,8 @@ class GraphBuilder:
         return other
 
     def constant(self, value: Any, dtype: Any = None) -> BoundValue:
-        array = np.asarray(value, dtype)
+        with np.errstate(over="ignore"):  # beyond what the type can hold it is infinite
+            array = np.asarray(value, dtype)
         name = self._graph.fresh(f"{self._anchor.outputs[0].name}_const")
         return BoundValue(self._graph, Constant(name, np.ascontiguousarray(array).reshape(array.shape)))
 
@@ -73,7 +74,9 @@ class GraphBuilder:
         while operands and not operands[-1].name:
             operands.pop()
         stem = anchor.outputs[0].name
-        results = [Variable(graph.fresh(f"{stem}_{name}")) for _ in range(outputs)]
+        results = [Variable(graph.fresh(f"{stem}_{name}"))]
+        while len(results) < outputs:
+            results.append(Variable(graph.fresh(f"{stem}_{name}")))
         given = {k: v for k, v in attributes.items() if v is not None} if attributes else {}
         node = Node(name, graph.fresh(f"{anchor.name or stem}_{name}"), given, operands, results, domain)
         graph.add(node, anchor)

@@ -76,9 +76,7 @@ def capture(
 
 def _wiring(graph: Graph, nodes: list[Node], inputs: dict[str, gs.Tensor], outputs: dict[str, gs.Tensor]) -> list[Kind | None] | None:
     """Equal for nodes of equal kinds, wired alike; None if they read or have what is rare, or what none of them computes."""
-    places: dict[int, int] = {}
-    for tensor in inputs.values():
-        places[id(tensor)] = len(places)
+    known, places = graph.known, dict(zip(map(id, inputs.values()), range(len(inputs)), strict=True))
     found: list[Kind | None] = []
     for node in nodes:
         if node.kind is None:
@@ -87,10 +85,11 @@ def _wiring(graph: Graph, nodes: list[Node], inputs: dict[str, gs.Tensor], outpu
             node.kind = _kind(graph, node.op, node.domain or "", node.attrs) if node.attrs or node.domain else node.op
         found += (node.kind, len(node.inputs), len(node.outputs))
         for tensor in node.outputs:
-            if not tensor.name or id(tensor) in graph.known:
+            identity = id(tensor)
+            if not tensor.name or identity in known:
                 return None
-            if id(tensor) not in places:
-                places[id(tensor)] = len(places)
+            if identity not in places:
+                places[identity] = len(places)
     first, values = len(found), [t for n in nodes for t in n.inputs]
     found += map(places.get, map(id, values))
     found += map(places.get, map(id, outputs.values()))

@@ -55,7 +55,7 @@ class _Failed:
     """What a goal leads to that nothing meets."""
 
 
-FAILED = cast(Goals, _Failed())
+FAILED = cast(Goals, _Failed())  # a step like others to the type checker, no tuple to `_advance`
 
 
 class Matcher:
@@ -154,7 +154,12 @@ class Matcher:
         step: Step = goals
         while type(step) is tuple:
             value, tensor, rest = step
-            step = MEETS[type(value)](self, value, tensor, rest)
+            if type(value) is P.Var and value.name not in self.bindings:  # the commonest goal, without a call
+                self.bindings[value.name] = tensor
+                self._trail.append(value.name)
+                step = rest
+            else:
+                step = MEETS[type(value)](self, value, tensor, rest)
         return step
 
     def _ways(self, step: Step) -> Iterator[None]:
@@ -189,12 +194,7 @@ class Matcher:
 
     # --- values ------------------------------------------------------------------------------------------------
     def _variable(self, value: P.Var, tensor: gs.Tensor, rest: Goals | None) -> Goals | None:
-        name = value.name
-        if name not in self.bindings:
-            self.bindings[name] = tensor
-            self._trail.append(name)
-            return rest
-        return rest if self.bindings[name] is tensor else self._differs(name, tensor)
+        return rest if self.bindings[value.name] is tensor else self._differs(value.name, tensor)
 
     def _equal(self, name: str, bound: Any, rest: Goals | None) -> Goals | None:
         if name not in self.bindings:

@@ -37,7 +37,7 @@ CALLS = (
 )  # fmt: skip
 CLEANING = ("unlink", "unlinkat", "rmdir", "close")  # where one of these fails in removing what was temporary, that is left, hidden, and the command succeeds
 READING = re.compile(r"^(open|openat)\(.*O_RDONLY(?!.*O_CREAT)|^mmap\(.*(PROT_READ, MAP|MAP_PRIVATE)|^ioctl\(.*(TCGETS|FIOCLEX)")
-TRIES = 5  # a process may make a call more or fewer before: then another call is hit, and it is tried again
+SHIFTS = (0, 0, 0, 1, -1, 2, -2)  # a process may make a call more or fewer before: then another call is hit, and it is tried again
 HOW = ("ENOSPC", "EIO", "SIGKILL")
 PROGRESS = ("cutting the model at its plugin nodes", "writing the plan")  # which `build` tells beside its result
 LINE = re.compile(r"^(\w+)\((.*)")
@@ -153,8 +153,8 @@ def attempts(root: Path, report: Callable[[str], None] = lambda text: None) -> t
             report(f"{action} {'over an old result' if old else 'anew'}: {len(calls)} calls, {dict(Counter(c.name for c in calls))}")
             for call in calls:
                 for how in HOW:
-                    inject = f"inject={call.name}:{'signal' if how == 'SIGKILL' else 'error'}={how}:when={call.number}"
-                    for _ in range(TRIES):
+                    for shift in SHIFTS:
+                        inject = f"inject={call.name}:{'signal' if how == 'SIGKILL' else 'error'}={how}:when={max(1, call.number + shift)}"
                         target = prepare(folder, action, old, write)
                         before = content(target)
                         code, text = run(command(action, second, target), root / "log", "-e", inject)
@@ -163,7 +163,8 @@ def attempts(root: Path, report: Callable[[str], None] = lambda text: None) -> t
                         if str(folder) in hit:
                             break
                     else:
-                        problems.append(f"{action}: {call.text[:160]} was never hit, but {hit}")
+                        problems.append(f"{action}: {how}, {call.text[:160]} was never hit, but {hit}")
+                        report(problems[-1])
                         continue
                     counts[f"{action} {call.name} {how}"] += 1
                     if wrong := problem(call, how, code, text, after, before, new, left):
