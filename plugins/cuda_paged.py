@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 from rewrite.plugins.cuda_launch import Launch, capability, launcher, module
 
+FEW = 1024  # positions that a block of a cluster reads quickly enough
 SM_SHARED = 228 << 10  # bytes of shared memory of an SM, of which each block takes 1 KB more than it asks for
 PREFILL = "rewrite.plugins.cuda_paged_prefill"
 _early: ContextVar[bool] = ContextVar("early", default=False)
@@ -69,7 +70,7 @@ class Cut(NamedTuple):
     warps: int
     stages: int
     blocks: int
-    least: int = 4
+    least: int = 8
     cluster: int = 0
 
     def __str__(self) -> str:
@@ -82,7 +83,7 @@ class Cut(NamedTuple):
         return 32 * key + self.warps * self.stages * 32 * (key + value) + self.warps * 128 + kept
 
 
-def cut(size: int, value_size: int, repeats: int, *, warps: int = 4, blocks: int = 2, least: int = 4, cluster: int = 0) -> Cut:
+def cut(size: int, value_size: int, repeats: int, *, warps: int = 4, blocks: int = 2, least: int = 8, cluster: int = 0) -> Cut:
     """As many tiles under way, up to 6, as there is room for with so many blocks an SM; with fewer blocks, or warps, if that leaves less than two."""
     for fewer in range(blocks, 0, -1):
         for stages in range(6, 1, -1):
@@ -92,10 +93,15 @@ def cut(size: int, value_size: int, repeats: int, *, warps: int = 4, blocks: int
     return cut(size, value_size, repeats, warps=warps // 2, blocks=blocks, least=least, cluster=cluster)
 
 
-def choose(size: int, value_size: int, repeats: int, pairs: int) -> Cut:
-    """The cut for so many heads of tokens: clusters where all of them are on the GPU at once, equal parts for more."""
-    cluster = next((n for n in (16, 8) if capability() >= 90 and pairs * n <= 2 * processors()), 0)
-    return cut(size, value_size, repeats, cluster=cluster)
+def choose(size: int, value_size: int, repeats: int, pairs: int, positions: int) -> Cut:
+    """The cut for `pairs` heads of tokens and up to so many positions, by `benchmarks/results/paged_divisions.json`.
+
+    Clusters where half of the SMs are enough for all of them, unless a few blocks would read very long texts; equal parts for more.
+    """
+    cluster = next((n for n in (8, 4) if pairs * n <= processors() // 2), 0) if capability() >= 90 else 0
+    if cluster and (pairs >= 8 or positions <= FEW * cluster):
+        return cut(size, value_size, repeats, warps=8, blocks=1, cluster=cluster)
+    return cut(size, value_size, repeats)
 
 
 def grid(tokens: int, groups: int, width: int, block_size: int, made: Cut) -> tuple[int, int]:
@@ -233,7 +239,7 @@ def _decode(call: _Call, shape: Shape, turn: Turn, fresh: bool, made: Cut | None
     _, heads, kv_heads, size, value_size, block_size, _, _ = shape
     repeats = heads // kv_heads
     groups = kv_heads * -(-repeats // 16)
-    made = made or choose(size, value_size, repeats, call.tokens * groups)
+    made = made or choose(size, value_size, repeats, call.tokens * groups, call.width * block_size)
     blocks = grid(call.tokens, groups, call.width, block_size, made)
     if not made.cluster:
         parts = scratch("parts", blocks[0] * 2 * min(repeats, 16) * (value_size + 4), "float32")

@@ -64,7 +64,7 @@ OFTEN = {
     "ragged", "padding", "several tokens where there is room for one each", "more tokens, turned", "window", "soft cap", "pairs of a part", "norm and halves", "float32", "sizes 40 and 72",
     "blocks of 5", "ratio 3",
 }  # fmt: skip
-OFTEN_IN_CLUSTERS = {"padding", "window", "several tokens where there is room for one each"}
+OFTEN_IN_CLUSTERS = {"padding", "split", "several tokens where there is room for one each"}
 
 
 @emulated
@@ -134,15 +134,23 @@ def test_shared_memory_suffices_for_every_size_and_division():
 def test_grids_depend_on_shapes_alone(monkeypatch):
     monkeypatch.setattr(cuda_paged, "processors", lambda: 132)
     monkeypatch.setattr(cuda_paged, "capability", lambda: 90)
-    many = cuda_paged.choose(128, 128, 4, 32 * 8)
+    many = cuda_paged.choose(128, 128, 4, 32 * 8, 1024)
     assert many.cluster == 0
     assert cuda_paged.grid(32, 8, 64, 16, many) == (132 * many.blocks, 1)
-    assert cuda_paged.grid(1, 8, 1, 16, many) == (4, 1)  # a table of 16 positions: at most two tiles a head
-    one = cuda_paged.choose(128, 128, 4, 8)
-    assert one.cluster > 1
-    assert cuda_paged.grid(1, 8, 64, 16, one) == (one.cluster, 8)
+    assert cuda_paged.grid(1, 8, 1, 16, many) == (2, 1)  # a table of 16 positions: at most two tiles a head
+    one = cuda_paged.choose(128, 128, 4, 8, 1024)
+    assert cuda_paged.grid(1, 8, 64, 16, one) == (8, 8)
+
+
+def test_clusters_serve_few_texts(monkeypatch):
+    monkeypatch.setattr(cuda_paged, "processors", lambda: 132)
+    monkeypatch.setattr(cuda_paged, "capability", lambda: 90)
+    assert [cuda_paged.choose(128, 128, 4, 8 * batch, 1024).cluster for batch in (1, 2, 3, 32)] == [8, 4, 0, 0]
+    assert cuda_paged.choose(128, 128, 4, 8, 1 << 17).cluster == 8
+    assert cuda_paged.choose(256, 256, 4, 1, 8192).cluster == 8
+    assert cuda_paged.choose(256, 256, 4, 1, 1 << 15).cluster == 0  # one key head, long texts: all of the GPU reads them
     monkeypatch.setattr(cuda_paged, "capability", lambda: 80)
-    assert cuda_paged.choose(128, 128, 4, 8).cluster == 0  # clusters are Hopper's
+    assert cuda_paged.choose(128, 128, 4, 8, 1024).cluster == 0  # clusters are Hopper's
 
 
 def refused(case, monkeypatch, **changes):
@@ -208,6 +216,16 @@ def test_a_step_without_tokens_launches_nothing(monkeypatch):
     inputs = [on_device(a) for a in Case([0], [20]).make().inputs()]
     launch = cuda_paged.paged_attention(inputs, [inputs[0], *inputs[3:5]], **Case([0], [20]).attributes())
     assert launch() is None
+
+
+@emulated
+@pytest.mark.parametrize("length", [120, 300])
+def test_few_texts_on_a_large_gpu(length, gpu, monkeypatch):
+    """A short one is the first block's alone."""
+    monkeypatch.setattr(cuda_paged, "processors", lambda: 132)
+    case = Case([1, 1], [length, 40], turn=1).make()
+    assert case.complaint(*launched(case)) == ""
+    assert gpu.grids[-1] == (8, 4)
 
 
 @emulated
