@@ -92,7 +92,7 @@ def cut(size: int, value_size: int, repeats: int, *, warps: int = 4, blocks: int
 
 
 def choose(size: int, value_size: int, repeats: int, pairs: int, positions: int) -> Cut:
-    """The cut for `pairs` heads of tokens and up to so many positions, by what was measured.
+    """The cut for `pairs` heads of tokens and up to so many positions, by `benchmarks/results/paged_divisions.json`.
 
     Clusters where half of the SMs are enough for all of them, unless a few blocks would read very long texts; equal parts for more.
     """

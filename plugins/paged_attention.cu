@@ -249,7 +249,9 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) decode(const __grid_con
     const int token = blockIdx.y / HEADS, head = blockIdx.y % HEADS;
     {
         const Seen seen = seenBy(c, token);
-        const int tiles = tilesOf(seen), share = (tiles + CLUSTER - 1) / CLUSTER, from = min((int)blockIdx.x * share, tiles), to = min(from + share, tiles);
+        const int tiles = tilesOf(seen), share = tiles <= WARPS ? tiles : (tiles + CLUSTER - 1) / CLUSTER, from = min((int)blockIdx.x * share, tiles), to = min(from + share, tiles);
+        const bool alone = share == tiles;
+        if (alone && blockIdx.x) return;  // a short text: the first block has it for itself
 #else
     while (begin < end) {
         const Seen seen = seenBy(c, token);
@@ -423,7 +425,6 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) decode(const __grid_con
         }
         __syncthreads();
 #if CLUSTER
-        const bool alone = false;
         float* part = kept;
 #else
         const bool alone = from == 0 && to == tiles;
@@ -454,6 +455,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) decode(const __grid_con
             if (column == 0) *(float2*)(part + ROWS * E + row * 2) = float2{best, all};
         }
 #if CLUSTER
+        if (alone) return;
         clusterSync();
         const int each = (rows * (E / 4) + CLUSTER - 1) / CLUSTER;
         for (int i = threadIdx.x; i < each; i += WARPS * 32) {
