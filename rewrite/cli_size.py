@@ -15,10 +15,10 @@ import click
 @click.option("--pipeline-parallel", type=click.IntRange(1, 4096), metavar="M", help="Stages; by default what --gpus leaves.")
 @click.option("--gpus-per-host", default=8, show_default=True)
 @click.option("--batch", default=1, show_default=True, help="Texts in flight.")
-@click.option("--context", default=4096, show_default=True, help="Tokens of each text, the new ones included.")
+@click.option("--context", type=int, show_default="4096, or as many as the model takes", help="Tokens of each text, the new ones included.")
 @click.option("--tokens", default=1, show_default=True, help="New tokens of each text in the step: 1 generates, more read prompts.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON for programs.")
-def plan_size(model: str, gpus: str, tensor_parallel: int | None, pipeline_parallel: int | None, gpus_per_host: int, batch: int, context: int, tokens: int, as_json: bool) -> None:
+def plan_size(model: str, gpus: str, tensor_parallel: int | None, pipeline_parallel: int | None, gpus_per_host: int, batch: int, context: int | None, tokens: int, as_json: bool) -> None:
     """Predict what one step of MODEL takes on GPUs: memory of each rank, bytes, sums between ranks, time.
 
     MODEL is an ONNX file, rewritten or not, whose weights need not be there (`rewrite export --no-weights`), or a plan. Nothing is computed.

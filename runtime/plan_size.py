@@ -30,6 +30,7 @@ from rewrite.verify_generator import generator_of
 
 COLLECTIVES = ("AllReduce", "AllGather")
 HOST = 8  # GPUs of a host, unless the user says otherwise
+CONTEXT = 4096  # tokens of a text, likewise, if the model takes so many
 
 
 @dataclass
@@ -140,18 +141,19 @@ def _itemsize(element: int) -> int:
 
 
 # --- one step ---------------------------------------------------------------------------------------------------------
-def plan_size(path: str | os.PathLike[str], device: Device, gpus: int = 1, *, tensor_parallel: int | None = None, pipeline_parallel: int | None = None, batch: int = 1, context: int = 4096,
+def plan_size(path: str | os.PathLike[str], device: Device, gpus: int = 1, *, tensor_parallel: int | None = None, pipeline_parallel: int | None = None, batch: int = 1, context: int | None = None,
               tokens: int = 1, host: int = HOST) -> dict[str, Any]:  # fmt: skip
-    """What one step takes in which each of `batch` texts, of `context` tokens by then, gets `tokens` new ones.
+    """What one step takes in which each of `batch` texts, of `context` tokens by then (None: 4096, or as many as the model takes), gets `tokens` new ones.
 
     Of a model that generates no text a step is `batch` sequences of `context` tokens. `host` is how many GPUs a host has.
     Returns plain data: bytes and microseconds of each stage and of all. Raises RewriteError for numbers that make no sense.
     """
-    for what, number in (("batch", batch), ("context", context), ("tokens", tokens), ("gpus-per-host", host)):
+    for what, number in (("batch", batch), ("context", CONTEXT if context is None else context), ("tokens", tokens), ("gpus-per-host", host)):
         if number < 1:
             raise RewriteError(f"plan-size: --{what} is {number}; give 1 or more")
     sized = open_sized(path, tensor_parallel, pipeline_parallel, gpus, host)
     limit = sized.generator["positions"] if sized.generator is not None else None
+    context = context or min(CONTEXT, limit or CONTEXT)
     if tokens > context:
         raise RewriteError(f"plan-size: {tokens} new tokens of {context} make no sense; give less --tokens, or more --context")
     if limit is not None and context > limit:

@@ -164,6 +164,7 @@ def test_positions_are_a_limit(tmp_path):
     onnx.save(decoder(positions=d.BY_SLICE), tmp_path / "m.onnx")
     with pytest.raises(RewriteError, match="it was made for 80 positions, and --context is 81; give less"):
         plan_size(tmp_path / "m.onnx", GPU, context=81)
+    assert plan_size(tmp_path / "m.onnx", GPU)["context"] == 80
 
 
 def test_command(model):
