@@ -78,8 +78,9 @@ class RankModels:
 
     def _interface(self, graph: onnx.GraphProto, stage: Stage) -> None:
         """The types of values, inputs and outputs; the caches of other stages are none of this one."""
-        whole, received = self.model.proto.graph, {m.received for m in stage.receives}
-        graph.value_info.extend(v for v in whole.value_info if v.name not in received)
+        whole = self.model.proto.graph
+        other = {m.received for m in stage.receives} | {*self.shards.weights}  # inputs here, and slices, of which an exporter may have noted the whole shape
+        graph.value_info.extend(v for v in whole.value_info if v.name not in other)
         if self.shards.stages == 1:
             return
         inputs = [*(i for i in whole.input if i.name not in self.caches or i.name in stage.reads), *(self.types[m.received] for m in stage.receives)]

@@ -14,9 +14,10 @@ from types import SimpleNamespace
 
 import exported
 import numpy as np
+import onnx
 import pytest
 from click.testing import CliRunner
-from decoder import decoder
+from decoder import BY_RANGE, decoder
 from greedy import greedy
 
 import rewrite
@@ -93,6 +94,15 @@ def test_what_neighbours_have_leaves_the_memory_again(tmp_path, monkeypatch):
     assert 4 << 20 <= mapped(file) <= (4 << 20) + 4 * seal.BLOCK
     with pytest.raises(RewriteError, match="its content is not what was built"):
         seal.check_pieces(file, data, [digests[0], digests[2], digests[1]], ranges)
+
+
+def test_an_exporter_may_have_noted_the_shapes_of_weights(tmp_path):
+    model = decoder(positions=BY_RANGE)
+    for name in ("wq", "wo", "head"):
+        dims = next(list(i.dims) for i in model.graph.initializer if i.name == name)
+        model.graph.value_info.append(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, dims))
+    plan = rewrite.build(rewrite.optimize(model, tensor_parallel=2).model, tmp_path / "plan", engines=False)
+    assert plan.weights_of(1)["wq"].shape == (16, 16)
 
 
 def test_the_check_of_a_plan_sees_a_wrong_slice(tmp_path, monkeypatch):
