@@ -21,7 +21,6 @@ struct Attention {
 
 #define INF __int_as_float(0x7f800000)
 #define LOG2E 1.44269504f
-__device__ __forceinline__ float exp2(float x) { float y; asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x)); return y; }
 // The mask of keys `key` and `key + 1`, packed; for a boolean one 1 where the key is seen.
 __device__ __forceinline__ u32 maskOf(const Attention& c, i64 line, int key) {
     if (key >= c.keys) return 0;
@@ -163,21 +162,7 @@ __device__ __forceinline__ void finish(const Output& o, const Rows& sum, const A
 
 #if !HOPPER
 // --- any tensor cores: mma.sync, K and V by cp.async ---------------------------------------------------------------------------
-__device__ __forceinline__ void multiply(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) {
-#if BFLOAT16
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-#else
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-#endif
-                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
-__device__ __forceinline__ void load(u32 (&r)[4], u32 at) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];" : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(at));
-}
-__device__ __forceinline__ void loadTransposed(u32 (&r)[4], u32 at) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];" : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(at));
-}
-
+#include "mma.cuh"
 // Rows [first, first + KT) of a head, row pitch D + 8 elements; what lies past the end is zero.
 __device__ __forceinline__ void fetch(u16* to, const u16* from, i64 stride, int first, int rows) {
     constexpr int CHUNKS = D / 8;
@@ -238,7 +223,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) attention(const __grid_
             #pragma unroll
             for (int n = 0; n < KT / 8; n += 2) {
                 u32 b[4];
-                load(b, shared(tile + (n * 8 + (lane >> 4) * 8 + (lane & 7)) * PITCH + d * 16 + (lane >> 3 & 1) * 8));
+                load(b, tile + (n * 8 + (lane >> 4) * 8 + (lane & 7)) * PITCH + d * 16 + (lane >> 3 & 1) * 8);
                 #pragma unroll
                 for (int m = 0; m < MT; ++m) multiply(s[m][n], a[m][d], b[0], b[1]), multiply(s[m][n + 1], a[m][d], b[2], b[3]);
             }
@@ -256,7 +241,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) attention(const __grid_
             #pragma unroll
             for (int n = 0; n < D / 8; n += 2) {
                 u32 b[4];
-                loadTransposed(b, shared(tile + TILE + (t * 16 + (lane >> 3 & 1) * 8 + (lane & 7)) * PITCH + n * 8 + (lane >> 4) * 8));
+                loadTransposed(b, tile + TILE + (t * 16 + (lane >> 3 & 1) * 8 + (lane & 7)) * PITCH + n * 8 + (lane >> 4) * 8);
                 #pragma unroll
                 for (int m = 0; m < MT; ++m) multiply(o[m][n], w[m], b[0], b[1]), multiply(o[m][n + 1], w[m], b[2], b[3]);
             }

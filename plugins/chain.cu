@@ -155,14 +155,7 @@ extern "C" __global__ void __launch_bounds__(160 + 32 * (LOADERS + FINISHERS), 1
                 if (lane == 0) arrive(empty + before);
                 const int side = segment & 1;
                 if (segment > 1) wait(taken + side, (segment >> 1) - 1 & 1);
-                float* to = part + side * (BN * PITCH) + 2 * (lane & 3) * PITCH + warp * 16 + (lane >> 2);  // rows are tokens
-                #pragma unroll
-                for (int i = 0; i < BN / 8; ++i, to += 8 * PITCH) {
-                    to[0] = d[4 * i];
-                    to[PITCH] = d[4 * i + 1];
-                    to[8] = d[4 * i + 2];
-                    to[PITCH + 8] = d[4 * i + 3];
-                }
+                keep<BN, PITCH>(part + side * (BN * PITCH), d, warp, lane);
                 __syncwarp();
                 if (lane == 0) arrive(given + side);
             }

@@ -2,6 +2,7 @@
 __device__ __forceinline__ void clusterArrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
 __device__ __forceinline__ void clusterWait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
 __device__ __forceinline__ void clusterSync() { clusterArrive(), clusterWait(); }
+__device__ __forceinline__ u32 clusterRank() { u32 r; asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(r)); return r; }
 // What lies at the place of `mine` in the block with that rank.
 __device__ __forceinline__ u32 remote(const u32* mine, u32 rank) {
     u32 v;

@@ -12,18 +12,11 @@
 #include "sixteen.cuh"
 #include "hopper.cuh"
 #include "products.cuh"
+#include "cluster.cuh"
 
 struct Call { Job job[3]; int jobs, tokens, inner, tokenTiles, featureTiles, stages; };
 
 __device__ __forceinline__ float activate(float v) { return activate(v, ACTIVATION); }
-__device__ __forceinline__ void clusterSync() { asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory"); }
-__device__ __forceinline__ u32 clusterRank() { u32 r; asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(r)); return r; }
-__device__ __forceinline__ float4 remote(const float* mine, u32 rank) {
-    float4 v;
-    asm volatile("{ .reg .u32 a; mapa.shared::cluster.u32 a, %4, %5; ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [a]; }" : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
-                 : "r"(shared(mine)), "r"(rank) : "memory");
-    return v;
-}
 
 // The product a tile of features belongs to; `tile` becomes its place there.
 __device__ __forceinline__ int jobOf(const Call& c, int& tile, int width) {
@@ -41,7 +34,7 @@ __device__ __forceinline__ void collect(float (&v)[8], const float* part) {
     #pragma unroll
     for (int r = 0; r < RANKS; ++r)
         #pragma unroll
-        for (int h = 0; h < 2; ++h) p[r][h] = RANKS == 1 ? *(const float4*)(part + 4 * h) : remote(part + 4 * h, r);
+        for (int h = 0; h < 2; ++h) p[r][h] = RANKS == 1 ? *(const float4*)(part + 4 * h) : remote((const float4*)(part + 4 * h), r);
     #pragma unroll
     for (int r = 0; r < RANKS; ++r)
         #pragma unroll
@@ -142,14 +135,7 @@ __device__ __forceinline__ void narrow(const TensorMap& x, const TensorMap& w0, 
             }
         }
         wgmmaWait<0>();
-        float* to = part + 2 * (lane & 3) * PITCH + warp * 16 + (lane >> 2);  // rows are tokens
-        #pragma unroll
-        for (int i = 0; i < BN / 8; ++i, to += 8 * PITCH) {
-            to[0] = d[4 * i];
-            to[PITCH] = d[4 * i + 1];
-            to[8] = d[4 * i + 2];
-            to[PITCH + 8] = d[4 * i + 3];
-        }
+        keep<BN, PITCH>(part, d, warp, lane);
     }
     if (RANKS > 1) clusterSync();
     else __syncthreads();

@@ -21,4 +21,3 @@ __device__ __forceinline__ void copy(u16* to, const u16* from, bool there) {
 __device__ __forceinline__ void closeGroup() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int LEFT>
 __device__ __forceinline__ void waitForGroups() { asm volatile("cp.async.wait_group %0;" ::"n"(LEFT) : "memory"); }  // until at most LEFT are under way
-__device__ __forceinline__ float exp2(float x) { float y; asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x)); return y; }

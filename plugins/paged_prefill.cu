@@ -32,7 +32,6 @@ struct Tile { int token, tokens, position, length, sequence, slice, first, end; 
 #define ROW (BLOCK * 2)           // bytes
 #define BOX ((PAGE | KT) & -(PAGE | KT))  // positions that a box has: what divides both, 16 at least
 #define BOXES (KT / BOX * (D / BLOCK))
-__device__ __forceinline__ float exp2(float x) { float y; asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x)); return y; }
 __device__ __forceinline__ float tanh(float x) {  // within 1e-6
     float y;
     asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(1.f + exp2(x * (2.f * LOG2E))));

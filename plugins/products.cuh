@@ -34,3 +34,15 @@ __device__ __forceinline__ void add(float (&v)[8], uint4 u) {
     const float2 a = unpack(u.x), b = unpack(u.y), c = unpack(u.z), d = unpack(u.w);
     v[0] += a.x, v[1] += a.y, v[2] += b.x, v[3] += b.y, v[4] += c.x, v[5] += c.y, v[6] += d.x, v[7] += d.y;
 }
+// The 64 features of BN tokens that a warpgroup's wgmma has in registers, into shared memory: a row a token.
+template <int BN, int PITCH>
+__device__ __forceinline__ void keep(float* part, const float (&d)[BN / 2], int warp, int lane) {
+    float* to = part + 2 * (lane & 3) * PITCH + warp * 16 + (lane >> 2);
+    #pragma unroll
+    for (int i = 0; i < BN / 8; ++i, to += 8 * PITCH) {
+        to[0] = d[4 * i];
+        to[PITCH] = d[4 * i + 1];
+        to[8] = d[4 * i + 2];
+        to[PITCH + 8] = d[4 * i + 3];
+    }
+}

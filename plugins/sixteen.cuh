@@ -49,3 +49,4 @@ __device__ __forceinline__ void transpose(u32 (&v)[4]) {
         else v[i + 2] = got;
     }
 }
+__device__ __forceinline__ float exp2(float x) { float y; asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x)); return y; }
