@@ -249,6 +249,18 @@ def serving(model: Any, new: int, longest: int, texts: int, **options: Any) -> I
         yield manager
 
 
+def finished(manager: Any) -> Any:
+    """The next text that continuous batching has finished; None if there is none within a second."""
+    result = manager.get_result(timeout=1)
+    if result is None and not manager.is_running():
+        raise RuntimeError("continuous batching stopped")
+    if result is None or not result.is_finished():
+        return None
+    if result.error:
+        raise RuntimeError(result.error)
+    return result
+
+
 def batched(manager: Any, prompts: list[list[int]], new: int, repeat: int = 2) -> Timing:
     """All prompts at once through continuous batching: the time from one token to the next while all of them decode."""
     timing = Timing()
@@ -257,12 +269,7 @@ def batched(manager: Any, prompts: list[list[int]], new: int, repeat: int = 2) -
         names = manager.add_requests(prompts, max_new_tokens=new + 1, record_timestamps=True)
         found: dict[str, Any] = {}
         while len(found) < len(names):
-            result = manager.get_result(timeout=1)
-            if result is None and not manager.is_running():
-                raise RuntimeError("continuous batching stopped")
-            if result is not None and result.is_finished():
-                if result.error:
-                    raise RuntimeError(result.error)
+            if (result := finished(manager)) is not None:
                 found[result.request_id] = result
         if not turn:
             continue

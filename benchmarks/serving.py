@@ -113,12 +113,7 @@ def by_transformers(manager: Any, load: Sequence[Arrival]) -> list[Served]:
     thread.start()
     left = len(served)
     while left:
-        result = manager.get_result(timeout=1)
-        if result is None and not manager.is_running():
-            raise RuntimeError("continuous batching stopped")
-        if result is not None and result.is_finished():
-            if result.error:
-                raise RuntimeError(result.error)
+        if (result := peers.finished(manager)) is not None:
             names[result.request_id].times = [t - started for t in result.timestamps]
             left -= 1
     thread.join()

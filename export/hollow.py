@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from rewrite.errors import RewriteError
-from rewrite.export.huggingface import EXAMPLE, FlatDecoder, FlatEncoder, describe_text
+from rewrite.export.huggingface import EXAMPLE, FlatDecoder, FlatEncoder, configuration, describe_text
 from rewrite.export.source import Source, first_line, quiet
 
 LARGE = 1 << 20  # bytes from which a weight is a place in the sparse file
@@ -48,16 +48,16 @@ def load_hollow(path: str | os.PathLike[str], *, attention: str = "eager") -> So
     from transformers.initialization import no_init_weights
 
     directory = Path(path)
-    if not (directory / "config.json").is_file():
-        raise RewriteError(f"{directory}: not a Hugging Face directory: it has no config.json")
     try:
         with quiet():
-            config = transformers.AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+            config = configuration(directory)
             names = config.architectures or []
             decoder = any(part in name for name in names for part in ("CausalLM", "LMHead"))
             kind = transformers.AutoModelForCausalLM if decoder else transformers.AutoModel
             with _empty_parameters(), no_init_weights():
                 model = kind.from_config(config, attn_implementation=attention, dtype=config.dtype or torch.float32)
+    except RewriteError:
+        raise
     except Exception as error:
         raise RewriteError(f"{directory}: no model can be made of its configuration: {first_line(error)}") from error
     if model.main_input_name != "input_ids" or config.is_encoder_decoder:

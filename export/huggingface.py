@@ -45,6 +45,13 @@ class FlatVision(Flat):
         return self.model(pixel_values=pixel_values)[self.output]  # type: ignore[no-any-return]
 
 
+def configuration(directory: Path) -> Any:
+    """What a local directory's config.json says. Raises RewriteError if there is none, and what transformers raises for a bad one."""
+    if not (directory / "config.json").is_file():
+        raise RewriteError(f"{directory}: not a Hugging Face directory: it has no config.json")
+    return transformers.AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+
+
 def load_directory(path: str | os.PathLike[str], *, attention: str = "eager") -> Source:
     """The model of a local directory (config.json and safetensors), without its cache, ready to export.
 
@@ -55,11 +62,9 @@ def load_directory(path: str | os.PathLike[str], *, attention: str = "eager") ->
     Raises RewriteError for a directory that holds no such model. Nothing is downloaded and no code of it is run.
     """
     directory = Path(path)
-    if not (directory / "config.json").is_file():
-        raise RewriteError(f"{directory}: not a Hugging Face directory: it has no config.json")
     try:
         with quiet():
-            config = transformers.AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+            config = configuration(directory)
             names = config.architectures or []
             kind = getattr(transformers, names[0], None) if names else transformers.AutoModel
             if kind is None:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from rewrite.plugins import cuda_gemm
-from rewrite.plugins.cuda_gemm import ACTIVATIONS, Product, ceil_div
+from rewrite.plugins.cuda_gemm import ACTIVATIONS, Job, Product, address, ceil_div
 from rewrite.plugins.cuda_launch import Launch, launcher, module, tensor_map, wgmma
 
 TOKENS = 8  # of a tile: the most there may be
@@ -62,7 +62,7 @@ class Link:
 
 class _Link(ctypes.Structure):
     _fields_ = [
-        ("maps", ctypes.c_char * 128 * 3), ("job", cuda_gemm._Job * 3), ("x", ctypes.c_void_p), ("scale", ctypes.c_void_p),
+        ("maps", ctypes.c_char * 128 * 3), ("job", Job * 3), ("x", ctypes.c_void_p), ("scale", ctypes.c_void_p),
         *((n, ctypes.c_int) for n in ("source", "residual", "sent", "scaled", "squares", "normed", "parts", "room")),
         ("epsilon", ctypes.c_float), *((n, ctypes.c_int) for n in ("normed_tiles", "jobs", "inner", "tiles", "gated", "activated", "grain")), ("_", ctypes.c_char * 16),
     ]  # fmt: skip
@@ -123,8 +123,8 @@ def refusal(links: Sequence[Link]) -> str | None:
             return "a product that does not read the one before it"
         if norm is not None and (norm.scale.dtype != before.x.dtype or before.x.dtype.name != "bfloat16"):
             return "a norm of another type, or of float16, for which y * scale may be too large"
-    normed = {_address(link.norm.y) for link in links if link.norm}
-    if any(_address(p.residual) in normed for link in links for p in link.products):
+    normed = {address(link.norm.y) for link in links if link.norm}
+    if any(address(p.residual) in normed for link in links for p in link.products):
         return "the result of a norm as a residual"
     return "a norm behind the last product" if links[-1].norm is not None else None
 
@@ -188,10 +188,10 @@ def chain(links: Sequence[Link], memory: Any = None) -> Launch:
         for number, map_ in enumerate((w + w[:1] * 2)[:3]):
             ctypes.memmove(ctypes.byref(into.maps[number]), ctypes.byref(map_), 128)
         for number, p in enumerate(link.products):
-            into.job[number] = cuda_gemm._Job(_address(p.y) if link.kept else None, _address(p.bias), _address(p.residual), p.w.shape[0])
+            into.job[number] = Job(address(p.y) if link.kept else None, address(p.bias), address(p.residual), p.w.shape[0])
         for name, offset in place.items():
             setattr(into, name, offset)
-        into.x, into.scale = _address(link.x), _address(link.norm.scale) if link.norm else None
+        into.x, into.scale = address(link.x), address(link.norm.scale) if link.norm else None
         if before is not None:
             into.epsilon, into.normed_tiles = before.epsilon, links[index - 1].tiles
         into.jobs, into.inner, into.tiles, into.gated, into.activated = len(link.outputs), link.x.shape[1], link.tiles, link.gated, link.activation != "none"
@@ -236,23 +236,19 @@ def _layout(links: Sequence[Link], blocks: int) -> tuple[list[dict[str, int]], i
         size += ceil_div(count, 512) * 512
         return size - ceil_div(count, 512) * 512
 
-    residuals = {_address(p.residual) for link in links for p in link.products} - {None}
+    residuals = {address(p.residual) for link in links for p in link.products} - {None}
     written: dict[int | None, int] = {}  # where y of earlier links are sent
     for index, link in enumerate(links):
         y, last = link.products[0].y, index == len(links) - 1
         before = found[-1] if found else None
         place = {
             "source": -1 if before is None else before["sent"] if links[index - 1].norm is None else before["scaled"],
-            "residual": written.get(_address(link.products[0].residual), -1), "normed": before["squares"] if before else -1,
-            "sent": room(y.nbytes) if not last and (link.norm is None or _address(y) in residuals) else -1,
+            "residual": written.get(address(link.products[0].residual), -1), "normed": before["squares"] if before else -1,
+            "sent": room(y.nbytes) if not last and (link.norm is None or address(y) in residuals) else -1,
             "scaled": room(y.nbytes) if link.norm else -1, "squares": room(link.tiles * TOKENS * 4) if link.norm else -1,
             "room": deal(link.tiles, link.steps, best_grain(link.tiles, link.steps, blocks), blocks)[2] - 1,
         }  # fmt: skip
         place["parts"] = room(link.tiles * place["room"] * tokens * 256)
-        written[_address(y)] = place["sent"]
+        written[address(y)] = place["sent"]
         found.append(place)
     return found, size
-
-
-def _address(array: Any) -> int | None:
-    return None if array is None else int(array.data.ptr)

@@ -20,12 +20,12 @@ TRIED = 4  # layouts that are measured, of those that the estimate likes best
 CLUSTERS = (1, 2, 4, 8)
 
 
-class _Job(ctypes.Structure):
+class Job(ctypes.Structure):
     _fields_ = [("y", ctypes.c_void_p), ("bias", ctypes.c_void_p), ("residual", ctypes.c_void_p), ("features", ctypes.c_longlong)]
 
 
 class _Call(ctypes.Structure):
-    _fields_ = [("job", _Job * 3), *((n, ctypes.c_int) for n in ("jobs", "tokens", "inner", "token_tiles", "feature_tiles", "stages"))]
+    _fields_ = [("job", Job * 3), *((n, ctypes.c_int) for n in ("jobs", "tokens", "inner", "token_tiles", "feature_tiles", "stages"))]
 
 
 @dataclass
@@ -148,7 +148,7 @@ def product(x: Any, products: Sequence[Product], activation: str = "none", gated
     stages = _stages(shape, inner) if narrow else WIDE[shape.tile]
     call = _Call(jobs=len(outputs), tokens=tokens, inner=inner, token_tiles=token_tiles, feature_tiles=feature_tiles, stages=stages)
     for index, p in enumerate(products):
-        call.job[index] = _Job(_address(p.y), _address(p.bias), _address(p.residual), p.w.shape[0])
+        call.job[index] = Job(address(p.y), address(p.bias), address(p.residual), p.w.shape[0])
     w = [tensor_map(p.w, (32 if narrow else shape.tile // 2, 64)) for p in products]
     arguments = [tensor_map(x, (shape.tile if narrow else 128, 64)), *(w + w[:1] * 2)[:3], call]
     function, block = module(*variant(shape, x.dtype.name, activation, gated)).get_function("multiply"), _threads(shape)
@@ -156,5 +156,5 @@ def product(x: Any, products: Sequence[Product], activation: str = "none", gated
     return launcher(function, grid, block, arguments, shared=_shared(shape, stages), cluster=shape.split, keep=(x, products))
 
 
-def _address(array: Any) -> int | None:
+def address(array: Any) -> int | None:
     return None if array is None else int(array.data.ptr)
