@@ -27,7 +27,7 @@ def at(frame: Frame, indices: list[int], place: int) -> tuple[int, Launch] | Non
         steps = indices[place : place + ends[count - 1]]
         part = [*links[: count - 1], replace(links[count - 1], norm=None)]
         if cuda_chain.refusal(part) is None and not _lost(frame, steps, items):
-            return len(steps), _pick(frame, steps, _kept(frame, steps, items, part))
+            return len(steps), _pick(frame, steps, _kept(frame, steps, ends, part))
     return None
 
 
@@ -43,10 +43,9 @@ def _lost(frame: Frame, steps: list[int], items: list[Any]) -> bool:
     return any(isinstance(item, cuda_chain.Norm) and not _read_within(frame, index, steps) for index, item in zip(steps, items, strict=False))
 
 
-def _kept(frame: Frame, steps: list[int], items: list[Any], links: list[cuda_chain.Link]) -> list[cuda_chain.Link]:
-    """The links, of which those write their results that somebody else reads."""
-    inner = {int(item.products[0].y.data.ptr) for index, item in zip(steps, items, strict=False) if isinstance(item, cuda_chain.Link) and _read_within(frame, index, steps)}
-    return [replace(link, kept=len(link.outputs) > 1 or int(link.products[0].y.data.ptr) not in inner) for link in links[:-1]] + links[-1:]
+def _kept(frame: Frame, steps: list[int], ends: list[int], links: list[cuda_chain.Link]) -> list[cuda_chain.Link]:
+    """The links, of which those write their results that somebody else reads. (Addresses do not tell results apart: memory is used again.)"""
+    return [replace(link, kept=len(link.outputs) > 1 or not _read_within(frame, steps[end - 1], steps)) for link, end in zip(links[:-1], ends, strict=False)] + links[-1:]
 
 
 def _read_within(frame: Frame, index: int, steps: list[int]) -> bool:

@@ -150,6 +150,18 @@ def test_the_chains_of_a_plan(tmp_path, hopper, monkeypatch):
     assert not any(chains.at(frame_of(plan, 9), indices, p) for p in indices)
 
 
+def test_results_that_share_memory_are_told_apart(tmp_path, hopper, monkeypatch):
+    """What a chain need not write may have lain where later a result goes that others read."""
+    plan = rewrite.build(rewrite.optimize(graphs.half(graphs.model(2, "llama"), onnx.TensorProto.BFLOAT16)).model, tmp_path / "p", engines=False, verify=False)
+    monkeypatch.setattr(chains, "_pick", lambda frame, steps, links: links)
+    frame, steps = frame_of(plan, 5), plan.manifest.steps
+    first = next(i for i, s in enumerate(steps) if s.name == "MatMulAct" and len(s.inputs) == 4)
+    gate = next(i for i in range(first, len(steps)) if steps[i].name == "GatedMatMulAct")
+    (held,), (down,) = (frame.arguments(steps[i], frame.of(i)[0])[1] for i in (gate, gate + 1))
+    down.data.ptr = held.data.ptr
+    assert [link.kept for link in chains.at(frame, list(range(len(steps))), first)[1]] == [False, False, True, True]
+
+
 def test_a_norm_that_others_read_is_computed(tmp_path, hopper, monkeypatch):
     plan = rewrite.build(rewrite.optimize(graphs.half(graphs.model(1, "llama"), onnx.TensorProto.BFLOAT16)).model, tmp_path / "p", engines=False, verify=False)
     monkeypatch.setattr(chains, "_pick", lambda frame, steps, links: links)
