@@ -211,7 +211,8 @@ class Bench:
             directory = llamas.make_directory(self.shape, self.folder / self.name, self.dtype, self.device)
         self.plan: Future[dict[str, float]] | None = None
         if {"ours", "kl"} & set(self.options.only):
-            self.plan = pool.submit(llamas.make_plan, directory, self.folder, BUDGET, ROWS, self.device == "cuda")
+            graph = self.options.graphs and self.options.graphs / f"{self.name}.onnx"
+            self.plan = pool.submit(llamas.make_plan, directory, self.folder, BUDGET, ROWS, self.device == "cuda", graph)
         with stages("load"):
             self.model = peers.load(directory, self.device)
         self.told["seconds"] = stages.seconds
@@ -307,6 +308,7 @@ def main() -> None:
     parser.add_argument("--only", default="compile,ours,generate,continuous,kl")
     parser.add_argument("--seconds", type=float, default=1e9, help="of each model: begin nothing after that")
     parser.add_argument("--folder", default=None, help="for weights and plans, three times the size of the weights; /dev/shm if it has room")
+    parser.add_argument("--graphs", type=Path, default=None, help="what `llamas.py` made, so that nothing is exported here")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--backend", default="inductor", help="of torch.compile; eager in tests")
     parser.add_argument("--output", default="decode", help="results/OUTPUT_MODEL.json")

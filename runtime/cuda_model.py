@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from rewrite.plugins import cuda_decoding, tuning
+from rewrite.plugins import cuda_decoding, cuda_paged, tuning
 from rewrite.plugins.cuda_launch import capability
 from rewrite.runtime import buckets
 from rewrite.runtime.batch import Batch
@@ -90,9 +90,11 @@ class Bucket:
             def finish(frame: Frame) -> list[Launch]:
                 return self._finish(frame.values[logits].reshape(sizes.rows, -1), model.block_size)
 
-            self.frame = executor.frame_at(named, given, finish, ordered={"logit_rows"}, without=without)
+            with cuda_paged.reading_early():  # tables and lengths change between replays, and at the end of one
+                self.frame = executor.frame_at(named, given, finish, ordered={"logit_rows"}, without=without)
             return
-        self.frame = executor.frame_at(named, given, measure=measure)
+        with cuda_paged.reading_early():
+            self.frame = executor.frame_at(named, given, measure=measure)
         self.logits = self.frame.values[executor.plan.manifest.outputs["logits"]]
 
     def _finish(self, logits: Any, block_size: int) -> list[Launch]:
