@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import ml_dtypes  # noqa: F401  gives NumPy the names of its types
@@ -112,11 +112,11 @@ class PlanModel:
             sent(self.communicator, [getattr(batch, f.name) for f in dataclasses.fields(Batch)], len(dataclasses.fields(Batch)))
         return self._step(batch)
 
-    def decode(self, batch: Batch, rows: list[Row], count: int) -> list[Samples]:
+    def decode(self, batch: Batch, rows: list[Row], count: int, more: Callable[[], bool]) -> Iterator[list[Samples]]:
         """Several steps; see `requests.Decoder`."""
-        if self.device is not None:
-            return self.device.decode(batch, rows, count)
-        return step_by_step(self.step, self.sampler, batch, rows, count, self.block_size)
+        if self.device is None or not self.device.decodes(batch, rows, count):
+            return step_by_step(self.step, self.sampler, batch, rows, count, more, self.block_size)
+        return self.device.decode(batch, rows, count, more)
 
     def tune(self) -> dict[str, dict[str, float]]:
         """On the GPU, time the kernels that could do each step and use the fastest from now on; microseconds by call and kernel."""
