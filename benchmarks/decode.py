@@ -255,7 +255,7 @@ class Bench:
         item = self.dtype.itemsize * self.shape.layers * 2 * self.shape.kv_heads * self.shape.size
         memory = (max(*self.options.batches, 2) + 1) * (PROMPT + 2 * NEW) * item
         started = time.monotonic()
-        made = rewrite.Generator(self.folder / "plan", device=self.device, kv_memory=memory, token_budget=BUDGET, reuse=False)
+        made = rewrite.Generator(self.folder / "plan", device=self.device, kv_memory=memory, token_budget=BUDGET, reuse=False, lookahead=self.options.lookahead)
         self.told["load_seconds"] = time.monotonic() - started
         return made
 
@@ -273,6 +273,10 @@ class Bench:
             self.rows.decode("ours", batch, timing, **more)
         timing = run_generator(generator, self.prompt.tolist(), 0, repeat=10)
         self.rows.prefill("ours", PROMPT, timing)
+        if self.options.parts:
+            from generate_gpu import all_bucket_times
+
+            print(*all_bucket_times(generator.model.device), sep="\n", flush=True)
 
     def generate(self) -> None:
         for batch in self.options.batches:
@@ -308,6 +312,8 @@ def main() -> None:
     parser.add_argument("--only", default="compile,ours,generate,continuous,kl")
     parser.add_argument("--seconds", type=float, default=1e9, help="of each model: begin nothing after that")
     parser.add_argument("--folder", default=None, help="for weights and plans, three times the size of the weights; /dev/shm if it has room")
+    parser.add_argument("--parts", action="store_true", help="of ours: the time of each launch of a step, too")
+    parser.add_argument("--lookahead", type=int, default=None, help="of ours: steps that are done at once, if not the default")
     parser.add_argument("--graphs", type=Path, default=None, help="what `llamas.py` made, so that nothing is exported here")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--backend", default="inductor", help="of torch.compile; eager in tests")
