@@ -15,8 +15,10 @@ Then the divergence of the next token's distribution, KL(transformers in float32
 from __future__ import annotations
 
 import argparse
+import cProfile
 import gc
 import multiprocessing
+import pstats
 import statistics
 import tempfile
 import time
@@ -214,7 +216,7 @@ class Bench:
             graph = self.options.graphs and self.options.graphs / f"{self.name}.onnx"
             self.plan = pool.submit(llamas.make_plan, directory, self.folder, BUDGET, ROWS, self.device == "cuda", graph)
         with stages("load"):
-            self.model = peers.load(directory, self.device)
+            self.model = peers.load(directory, self.device) if set(self.options.only) != {"ours"} else None
         self.told["seconds"] = stages.seconds
         for label, part in self.parts():
             if time.monotonic() - self.started > self.options.seconds:
@@ -257,6 +259,11 @@ class Bench:
         started = time.monotonic()
         made = rewrite.Generator(self.folder / "plan", device=self.device, kv_memory=memory, token_budget=BUDGET, reuse=False, lookahead=self.options.lookahead)
         self.told["load_seconds"] = time.monotonic() - started
+        if self.device == "cuda" and self.options.tune:
+            started = time.monotonic()
+            made.model.tune()
+            self.told["tune_seconds"] = time.monotonic() - started
+            self.say(f"tuned in {self.told['tune_seconds']:.0f} s")
         return made
 
     def ours(self) -> None:
@@ -277,6 +284,9 @@ class Bench:
             from generate_gpu import all_bucket_times
 
             print(*all_bucket_times(generator.model.device), sep="\n", flush=True)
+            profile = cProfile.Profile()
+            profile.runcall(run_generator, generator, self.prompt.tolist(), 0, repeat=20)
+            pstats.Stats(profile).sort_stats("tottime").print_stats(16)
 
     def generate(self) -> None:
         for batch in self.options.batches:
@@ -312,7 +322,8 @@ def main() -> None:
     parser.add_argument("--only", default="compile,ours,generate,continuous,kl")
     parser.add_argument("--seconds", type=float, default=1e9, help="of each model: begin nothing after that")
     parser.add_argument("--folder", default=None, help="for weights and plans, three times the size of the weights; /dev/shm if it has room")
-    parser.add_argument("--parts", action="store_true", help="of ours: the time of each launch of a step, too")
+    parser.add_argument("--parts", action="store_true", help="of ours: the time of each launch of a step, and of the host's functions, too")
+    parser.add_argument("--no-tune", dest="tune", action="store_false", help="of ours: leave out what `rewrite build --tune` does on the GPU")
     parser.add_argument("--lookahead", type=int, default=None, help="of ours: steps that are done at once, if not the default")
     parser.add_argument("--graphs", type=Path, default=None, help="what `llamas.py` made, so that nothing is exported here")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
