@@ -284,9 +284,10 @@ class Bench:
             from generate_gpu import all_bucket_times
 
             print(*all_bucket_times(generator.model.device), sep="\n", flush=True)
-            profile = cProfile.Profile()
-            profile.runcall(run_generator, generator, self.prompt.tolist(), 0, repeat=20)
-            pstats.Stats(profile).sort_stats("tottime").print_stats(16)
+            for prompts, new, repeat in ((self.prompt, 0, 20), (self.texts, NEW, 1)):
+                profile = cProfile.Profile()
+                profile.runcall(run_generator, generator, prompts.tolist(), new, repeat)
+                pstats.Stats(profile).sort_stats("tottime").print_stats(16)
 
     def generate(self) -> None:
         for batch in self.options.batches:

@@ -9,7 +9,7 @@ import threading
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from rewrite.errors import RewriteError
 from rewrite.runtime.communication import Communicator
@@ -190,7 +190,7 @@ class Generator:
             return self.tokenizer.encode(prompt)
         if prompt and isinstance(prompt[0], dict):
             return self.tokenizer.encode_chat([m for m in prompt if isinstance(m, dict)])
-        return [t for t in prompt if not isinstance(t, dict)]
+        return cast(list[int], list(prompt))
 
     def add(self, request: Request, sink: Callable[[Output], None]) -> int:
         """Queue a request, whose outputs go to `sink`, in whatever thread steps; returns its number. Raises RewriteError if it can never be served."""

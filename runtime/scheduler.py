@@ -208,14 +208,14 @@ class Scheduler:
     def _admissible(self, request: Request) -> list[int]:
         """The prompt, if the request can be served."""
         try:
-            prompt = [operator.index(t) for t in request.prompt]
+            prompt = list(map(operator.index, request.prompt))
         except TypeError:
             raise Refused("request: the prompt has to be a list of tokens, which are whole numbers") from None
         s, size = request.sampling, len(prompt)
         if not size:
             raise Refused("request: the prompt is empty; it has to have at least one token")
-        bad = next((t for t in prompt if not 0 <= t < self.model.vocabulary), None)
-        if bad is not None:
+        if min(prompt) < 0 or max(prompt) >= self.model.vocabulary:
+            bad = next(t for t in prompt if not 0 <= t < self.model.vocabulary)
             raise Refused(f"request: the prompt has token {bad}; the model's tokens are 0 to {self.model.vocabulary - 1}")
         s.check(self.model.vocabulary)
         if s.stop and request.decode is None:

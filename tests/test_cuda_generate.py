@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
 import generate_cases as cases
 import numpy as np
 import pytest
@@ -14,9 +17,12 @@ pytestmark = pytest.mark.gpu
 
 @pytest.fixture(scope="module")
 def plans(tmp_path_factory):
+    """Made here, or before, by `generate_cases.py FOLDER` where exporting is quick, and named by GENERATE_CASES=FOLDER."""
     made = {}
 
     def plan(name, dtype):
+        if ready := os.environ.get("GENERATE_CASES"):
+            return Path(ready, f"{name}-{dtype}", "plan")
         if (name, dtype) not in made:
             folder = tmp_path_factory.mktemp(f"{name}-{dtype}")
             cases.make_plan(name, dtype, folder)
