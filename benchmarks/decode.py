@@ -177,7 +177,7 @@ class Bench:
         self.started = time.monotonic()
         self.rows = Rows(name, self.shape, copy_bandwidth(self.device, 1 << 31 if self.device == "cuda" else 1 << 24), self.write)
         self.told: dict[str, Any] = {"copy_gbs": self.rows.bandwidth / 1e9}
-        self.tokens: dict[str, list[list[int]]] = {}
+        self.tokens: dict[int, list[list[int]]] = {}  # of ours, by batch
         random = torch.Generator().manual_seed(0)
         self.texts = torch.randint(0, self.shape.vocabulary, (max(options.batches), CONTEXT - NEW // 2), generator=random)
         self.prompt = torch.randint(0, self.shape.vocabulary, (1, PROMPT), generator=random)
@@ -192,14 +192,14 @@ class Bench:
         return {"model": self.name, "dtype": str(self.dtype).removeprefix("torch."), "context": CONTEXT, "rows": self.rows.rows, **self.told}
 
     def parts(self) -> Iterator[tuple[str, Callable[[], None]]]:
-        """What is measured, in order; the plan is made meanwhile by another process."""
+        """What is measured, in order."""
         batches, only = self.options.batches, self.options.only
+        if "ours" in only:
+            yield "ours", self.ours
         if "compile" in only:
             yield "torch.compile, prefill", self.compiled_prefill
             for batch in sorted(batches, key=lambda b: (b not in (1, 32), b)):
                 yield f"torch.compile, batch {batch}", lambda batch=batch: self.compiled(batch)
-        if "ours" in only:
-            yield "ours", self.ours
         if "generate" in only:
             yield "generate", self.generate
         if "continuous" in only:
@@ -241,13 +241,14 @@ class Bench:
             except Exception as error:
                 self.rows.failed("decode", f"{GRAPH}, {kind}", batch, error)
                 continue
-            self.rows.decode(f"{GRAPH}, {kind}", batch, timing)
-            self.tokens[f"{GRAPH} {batch}"] = timing.tokens
+            ours = self.tokens.get(batch)
+            more = {} if ours is None else {"equal_beginnings": equal_beginnings(ours, timing.tokens)}
+            self.rows.decode(f"{GRAPH}, {kind}", batch, timing, **more)
 
     def compiled_prefill(self) -> None:
         self.rows.prefill(GRAPH, PROMPT, peers.prefill(self.model, self.prompt.to(self.device), backend=self.options.backend))
 
-    def generator(self) -> Any:
+    def generator(self, tune: bool) -> Any:
         """Ours, with room for the largest batch."""
         import rewrite
 
@@ -259,7 +260,7 @@ class Bench:
         started = time.monotonic()
         made = rewrite.Generator(self.folder / "plan", device=self.device, kv_memory=memory, token_budget=BUDGET, reuse=False, lookahead=self.options.lookahead)
         self.told["load_seconds"] = time.monotonic() - started
-        if self.device == "cuda" and self.options.tune:
+        if self.device == "cuda" and tune:
             started = time.monotonic()
             made.model.tune()
             self.told["tune_seconds"] = time.monotonic() - started
@@ -267,7 +268,7 @@ class Bench:
         return made
 
     def ours(self) -> None:
-        generator = self.generator()
+        generator = self.generator(self.options.tune)
         self.say("ours is loaded")
         for batch in self.options.batches:
             try:
@@ -275,9 +276,8 @@ class Bench:
             except Exception as error:
                 self.rows.failed("decode", "ours", batch, error)
                 continue
-            other = self.tokens.get(f"{GRAPH} {batch}")
-            more = {} if other is None else {"equal_beginnings": equal_beginnings(timing.tokens, other)}
-            self.rows.decode("ours", batch, timing, **more)
+            self.tokens[batch] = timing.tokens
+            self.rows.decode("ours", batch, timing)
         timing = run_generator(generator, self.prompt.tolist(), 0, repeat=10)
         self.rows.prefill("ours", PROMPT, timing)
         if self.options.parts:
@@ -306,7 +306,7 @@ class Bench:
         tokens = self.texts[0, :256].tolist()
         with torch.no_grad():
             narrow = self.model(torch.tensor([tokens], device=self.device)).logits[0].float()
-        generator = self.generator()
+        generator = self.generator(False)
         self.model.float()
         found = compare_logits(self.model, narrow, generator.model, tokens, ROWS, 64)
         self.told["divergence"] = found

@@ -200,8 +200,8 @@ def test_the_script_measures_everything_it_was_asked_for(made, tmp_path, monkeyp
     monkeypatch.setattr(decode, "PROMPT", 40)
     monkeypatch.setattr(decode, "CONTEXT", 40)
     monkeypatch.setattr(llamas, "make_plan", lambda *_: {"export": 1.0})
-    options = argparse.Namespace(batches=[1], kinds=["grouped"], only=["compile", "ours", "generate", "continuous"], seconds=1e9, device="cpu", backend="eager", output="x", graphs=None, parts=False, lookahead=None, tune=False,
-                                 continuous={"num_blocks": 64, "max_batch_tokens": 64})  # fmt: skip
+    options = argparse.Namespace(batches=[1], kinds=["grouped"], only=["compile", "ours", "generate", "continuous"], seconds=1e9, device="cpu", backend="eager", output="x", graphs=None,
+                                 parts=False, lookahead=None, tune=False, continuous={"num_blocks": 64, "max_batch_tokens": 64})  # fmt: skip
 
     class Pool:
         def submit(self, function, *arguments):
