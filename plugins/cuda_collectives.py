@@ -99,3 +99,20 @@ class OneShot:
         function = module("one_shot", x.dtype.name).get_function(f"push_norm_{vectors}_{self.size}")
         whole = [ctypes.c_int(n) for n in (self.rank, self.vectors, rows, width)]
         return launcher(function, (min(BLOCKS, rows),), threads, [y, z, x, bias, residual, scale, ctypes.c_float(epsilon), self.peers, *whole], keep=self)
+
+
+def add(y: Any, bias: Any, residual: Any) -> Launch | None:
+    """y += bias + residual, where y is a sum that was made elsewhere; None if there is neither. In float32 by our kernel for 16-bit floats."""
+    if bias is None and residual is None:
+        return None
+    given = [a for a in (y, bias, residual) if a is not None]
+    if y.dtype.name in ("float16", "bfloat16") and y.shape[-1] % 8 == 0 and all(a.dtype == y.dtype and a.flags.c_contiguous and a.data.ptr % 16 == 0 for a in given):
+        vectors, width = y.size // 8, y.shape[-1] // 8
+        function = module("one_shot", y.dtype.name).get_function("addRest")
+        return launcher(function, (min(8 * BLOCKS, -(-vectors // 256)),), 256, [y, bias, residual, ctypes.c_longlong(vectors), ctypes.c_int(width)])
+
+    def launch() -> None:
+        for more in given[1:]:
+            y[...] += more
+
+    return launch

@@ -3,6 +3,9 @@
 A step's integers lie together at fixed addresses, filled by one copy from pinned memory; caches are the plan's inputs at their own
 addresses, updated in place. `decode` replays a graph that ends with the sampler and with `advance`, which makes the next batch of what
 was chosen: nothing leaves the device in between, and the host only looks whether all texts are over.
+
+Of several ranks, each with a GPU, all are told the same batches and rows (`PlanModel`). Sums and joins are in the graphs; each rank gets all
+logits and chooses the same tokens, because the sampler's depend on nothing else; so all see the same texts end, too.
 """
 
 from __future__ import annotations
@@ -23,7 +26,6 @@ from rewrite.runtime.buckets import Limits, Sizes
 from rewrite.runtime.cuda import DEVICE_TO_DEVICE, HOST_TO_DEVICE, CudaExecutor, Frame, Launch, OutOfMemory, memory
 from rewrite.runtime.cuda_sampling import LARGEST_VOCABULARY, CudaSampler, SamplerState, supports
 from rewrite.runtime.layout import before_widening
-from rewrite.runtime.lookahead import step_by_step
 from rewrite.runtime.sampling import Row, Sampler, Samples
 
 Array = np.ndarray[Any, Any]
@@ -184,12 +186,15 @@ class CudaModel:
             bucket.frame.replay()
         return bucket.logits[: len(batch.logit_rows)]
 
-    def decode(self, batch: Batch, rows: list[Row], count: int) -> list[Samples]:
-        """See `requests.Decoder`."""
+    def decodes(self, batch: Batch, rows: list[Row], count: int) -> bool:
+        """Whether so many steps can be done without the host. Raises RewriteError for a step that the engines do not take."""
         self.limits.check(batch, self.where)
         sizes = buckets.sizes_of(batch, self.limits)
-        if not sizes.tokens == sizes.sequences == sizes.rows or count > MOST_STEPS or self.sampler.refuses(rows):
-            return step_by_step(self.step, self.sampler, batch, rows, count, self.block_size)
+        return sizes.tokens == sizes.sequences == sizes.rows and count <= MOST_STEPS and not self.sampler.refuses(rows)
+
+    def decode(self, batch: Batch, rows: list[Row], count: int) -> list[Samples]:
+        """See `requests.Decoder`. Call only where `decodes` says so."""
+        sizes = buckets.sizes_of(batch, self.limits)
         bucket, stops = self._bucket(sizes, True), [row.sampling.stop_tokens for row in rows]
         with self.stream:
             bucket.inputs.fill(batch, stops)
@@ -253,13 +258,17 @@ class CudaModel:
             if len(self.buckets) >= FRAMES:
                 self.buckets.popitem(last=False)
             try:
-                with self.stream:
-                    self.buckets[key] = Bucket(self, sizes, decoding)
+                with self.stream, self.executor.agreed():
+                    made = Bucket(self, sizes, decoding)
             except (OutOfMemory, self.executor.cupy.cuda.memory.OutOfMemoryError) as error:
                 if not self.buckets:
                     raise OutOfMemory(f"{self.where}: no GPU memory is left for a step of {sizes.tokens} tokens ({error}); give less with --kv-memory, or a smaller token budget") from error
                 self.buckets.popitem(last=False)
                 gc.collect()
                 self.executor.cupy.get_default_memory_pool().free_all_blocks()
+                continue
+            with self.stream:
+                made.frame.capture()
+            self.buckets[key] = made
         self.buckets.move_to_end(key)
         return self.buckets[key]
