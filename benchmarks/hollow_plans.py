@@ -15,7 +15,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -49,9 +49,13 @@ def write_hole(file: Any, tensors: Mapping[str, Any], metadata: Mapping[str, str
 @contextmanager
 def nothing_read() -> Iterator[None]:
     """Plans built meanwhile have holes for weights."""
-    with mock.patch.object(weights, "write", write_hole), mock.patch.object(seal.Writer, "digests", lambda self: ["0" * 64]):
-        with mock.patch.object(rank_model, "RankModels", partial(rank_model.RankModels, hollow=True)), mock.patch.object(rank_model, "_equal", lambda a, b: a.shape == b.shape):
-            yield
+    with ExitStack() as stack:
+        for owner, name, other in (
+            (weights, "write", write_hole), (seal.Writer, "digests", lambda self: ["0" * 64]), (rank_model, "RankModels", partial(rank_model.RankModels, hollow=True)),
+            (rank_model, "_equal", lambda a, b: a.shape == b.shape),
+        ):  # fmt: skip
+            stack.enter_context(mock.patch.object(owner, name, other))
+        yield
 
 
 def make_plan(source: Path, world: int, target: Path) -> None:

@@ -11,6 +11,8 @@ speed of a copy on one device in the same run; then each launch of a step alone.
 from __future__ import annotations
 
 import argparse
+import faulthandler
+import itertools
 import json
 import multiprocessing
 import statistics
@@ -32,6 +34,7 @@ from rewrite.runtime.communication import connect, together
 from rewrite.runtime.cuda import CudaExecutor
 from rewrite.runtime.generator import Generator
 from rewrite.runtime.plan import MANIFEST, WEIGHTS, Plan
+from rewrite.runtime.sampling import Row, Sampling
 from rewrite.shards import Slice
 
 CONTEXT, NEW, LOOKAHEADS = 1024, 64, (8, 32)
@@ -229,9 +232,15 @@ def launches(generator: Generator, exchange: Callable[[bytes], Any]) -> list[str
     for (sizes, decoding), bucket in list(device.buckets.items()):
         if not decoding or sizes.table * device.block_size < CONTEXT:
             continue
-        frame, parts = bucket.frame, dict[str, list[float]]()
+        frame, parts, count = bucket.frame, dict[str, list[float]](), sizes.sequences
+        tables = np.arange(count * sizes.table).reshape(count, sizes.table).astype(np.int32) % device.blocks
+        positions = np.full(count, CONTEXT - 150)  # each launch of `advance` is one more
+        slots = (tables[:, positions[0] // device.block_size] * device.block_size + positions[0] % device.block_size).astype(np.int32)
+        batch = Batch(np.arange(count), positions, slots, tables, np.arange(count + 1, dtype=np.int32), (positions + 1).astype(np.int32), np.arange(count))
         names = ["+".join(steps[i].name[:14] for i in indices) for indices, _ in frame.work] + ["sampler", "advance"]
         with device.stream:
+            bucket.inputs.fill(batch)
+            bucket.state.load([Row(Sampling(), [1] * 8, 8) for _ in range(count)], 400)
             for name, launch in zip(names, frame.launches, strict=True):
                 exchange(b" ")
                 if len(parts.get(name, ())) < 6:  # of like ones
@@ -244,7 +253,7 @@ def launches(generator: Generator, exchange: Callable[[bytes], Any]) -> list[str
                 event.record(device.stream)
                 frame.replay()
             device.stream.synchronize()
-        times = [1e3 * device.executor.cupy.cuda.get_elapsed_time(a, b) for a, b in zip(events, events[1:], strict=False)]
+        times = [1e3 * device.executor.cupy.cuda.get_elapsed_time(a, b) for a, b in itertools.pairwise(events)]
         told = ", ".join(f"{name} {len(us)} x {statistics.median(us):.1f}" for name, us in parts.items())
         lines.append(f"{sizes}: {statistics.median(times):.0f} us a replay, {len(frame.launches)} launches, alone {sum(map(sum, parts.values())):.0f} us: {told}")
     return lines
@@ -267,7 +276,8 @@ class Told:
         except Exception as error:
             self.found[name] = {"error": f"{type(error).__name__}: {str(error)[:300]}"}
             self(f"{name} FAILS: {type(error).__name__}: {str(error)[:500]}\n{''.join(traceback.format_tb(error.__traceback__)[-4:])}")
-        self.plan.with_suffix(".result.json").write_text(json.dumps(self.found))
+        if not self.quiet:
+            self.plan.with_suffix(".result.json").write_text(json.dumps(self.found))
 
 
 def told_speed(found: dict[str, Any]) -> str:
@@ -278,6 +288,7 @@ def told_speed(found: dict[str, Any]) -> str:
 def work(communicator: Any, options: argparse.Namespace) -> None:
     plan, rank = options.plan, communicator.rank if communicator is not None else 0
     said = Told(plan, quiet=rank > 0)
+    faulthandler.dump_traceback_later(options.limit, exit=True)  # where it hangs, if it does
     nccl_of_a_wheel()
     if not options.weights:
         on_devices(json.loads(plan.with_suffix(".json").read_text()), rank, STD.get(plan.name.split("-")[0], 0.02))
@@ -304,6 +315,7 @@ def work(communicator: Any, options: argparse.Namespace) -> None:
                 for ahead in LOOKAHEADS:
                     said.part(f"batch {batch}, {ahead} steps a call", lambda b=batch, a=ahead: speed(generator, b, a, options.repeat, said.found["copy"]), told_speed)
             generator.model.stop()
+        faulthandler.dump_traceback_later(40, exit=True)
         said.part("launches", lambda: launches(generator, communicator.exchange if communicator is not None else lambda data: None), "\n".join)
         end()
         said("ended")
@@ -335,6 +347,7 @@ def main() -> None:
     parser.add_argument("--batches", default="1,32")
     parser.add_argument("--repeat", type=int, default=3, help="runs, after one to warm up")
     parser.add_argument("--weights", action="store_true", help="read the plan's weights (`write_weights`)")
+    parser.add_argument("--limit", type=float, default=600, help="seconds after which it ends and says where it was")
     parser.add_argument("--start", type=int, default=0, help="start so many ranks, without MPI")
     options = parser.parse_args()
     if not options.start:

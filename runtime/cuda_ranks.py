@@ -38,7 +38,10 @@ class DeviceRanks:
         self.alone = False
         self.device = choose_device()
         self.nccl = Nccl(host)
-        self.one_shot = OneShot(host, PUSH_MOST) if self._near() else None
+        self.one_shot: OneShot | None = None
+        if self._near():
+            with contextlib.suppress(RewriteError):  # raised on all
+                self.one_shot = OneShot(host, PUSH_MOST)
 
     def _near(self) -> bool:
         """Whether all ranks are on one host, their GPUs reach one another, and there is a kernel for so many."""

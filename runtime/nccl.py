@@ -13,7 +13,7 @@ from rewrite.errors import RewriteError
 from rewrite.plugins.cuda_collectives import Host
 
 LOCAL = ("OMPI_COMM_WORLD_LOCAL_RANK", "SLURM_LOCALID", "MPI_LOCALRANKID", "PMI_LOCAL_RANK")  # what launchers call a rank's number on its host
-TYPES = {"float16": "FLOAT16", "bfloat16": "BFLOAT16", "float32": "FLOAT32", "float64": "FLOAT64", "int32": "INT32", "int64": "INT64"}
+TYPES = {"float16": 6, "bfloat16": 9, "float32": 7, "float64": 8, "int32": 2, "int64": 4}  # ncclDataType_t, of which CuPy does not name all
 
 
 def local_rank() -> int:
@@ -58,7 +58,7 @@ class Nccl:
     def _type(self, x: Any) -> int:
         if x.dtype.name not in TYPES:
             raise RewriteError(f"NCCL sums no {x.dtype.name}; it sums {', '.join(TYPES)}")
-        return int(getattr(self.nccl, f"NCCL_{TYPES[x.dtype.name]}"))
+        return TYPES[x.dtype.name]
 
     @staticmethod
     def _stream() -> int:
