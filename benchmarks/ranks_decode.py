@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from all_reduce import Pipes, nccl_of_a_wheel
+from all_reduce import Pipes
 
 from rewrite.plugins import tuning
 from rewrite.runtime import seal
@@ -289,7 +289,6 @@ def work(communicator: Any, options: argparse.Namespace) -> None:
     plan, rank = options.plan, communicator.rank if communicator is not None else 0
     said = Told(plan, quiet=rank > 0)
     faulthandler.dump_traceback_later(options.limit, exit=True)  # where it hangs, if it does
-    nccl_of_a_wheel()
     if not options.weights:
         on_devices(json.loads(plan.with_suffix(".json").read_text()), rank, STD.get(plan.name.split("-")[0], 0.02))
     batches = [int(b) for b in options.batches.split(",")]

@@ -186,22 +186,29 @@ def run_plans(runner: Runner, names: Sequence[str], plans: Path, archive: Path) 
         make_usable(plan)
     mpi = has_mpi(runner)
     for name in names:
-        for world in (1, 2):
-            if not (plans / f"{name}-{world}").exists():
-                continue
-            more = ["--repeat", "1"] if name != "8b" else []
-            command = [sys.executable, "ranks_decode.py", str(plans / f"{name}-{world}"), "--limit", str(LIMIT[name] - 10), *more]
-            launcher = [] if world == 1 or not mpi else MPIRUN
-            done = runner.run(f"{name} on {world}", [*launcher, *command, *(["--start", "2"] if world == 2 and not mpi else [])], LIMIT[name])
-            runner.verdict(f"{name} on {world}: {'done' if done is not None else 'FAILED'}")
-            for row in rows(plans, name, world):
-                runner.verdict(f"{name} on {world}, batch {row['batch']}, {row['lookahead']} steps a call: {row['ms']:.3f} ms, {row['tokens_per_second']:.1f} tokens/s | "
-                               f"{row['gbs']:.0f} GB/s a rank, {row['share']:.0%} of {row['copy_gbs']:.0f}")  # fmt: skip
-        if name != "70b":
-            compare(runner, plans, name)
-            scaling(runner, plans, name)
-        if name == "tiny" and mpi:
-            command_line(runner, plans)
+        try:
+            run_plan(runner, name, plans, mpi)
+        except Exception as error:
+            runner.verdict(f"{name}: {type(error).__name__}: {str(error)[:300]}")
+
+
+def run_plan(runner: Runner, name: str, plans: Path, mpi: bool) -> None:
+    for world in (1, 2):
+        if not (plans / f"{name}-{world}").exists():
+            continue
+        more = ["--repeat", "1"] if name != "8b" else []
+        command = [sys.executable, "ranks_decode.py", str(plans / f"{name}-{world}"), "--limit", str(LIMIT[name] - 10), *more]
+        launcher = [] if world == 1 or not mpi else MPIRUN
+        done = runner.run(f"{name} on {world}", [*launcher, *command, *(["--start", "2"] if world == 2 and not mpi else [])], LIMIT[name])
+        runner.verdict(f"{name} on {world}: {'done' if done is not None else 'FAILED'}")
+        for row in rows(plans, name, world):
+            runner.verdict(f"{name} on {world}, batch {row['batch']}, {row['lookahead']} steps a call: {row['ms']:.3f} ms, {row['tokens_per_second']:.1f} tokens/s | "
+                           f"{row['gbs']:.0f} GB/s a rank, {row['share']:.0%} of {row['copy_gbs']:.0f}")  # fmt: skip
+    if name != "70b":
+        compare(runner, plans, name)
+        scaling(runner, plans, name)
+    if name == "tiny" and mpi:
+        command_line(runner, plans)
 
 
 if __name__ == "__main__":

@@ -71,7 +71,7 @@ def _measured(generator: Generator, batch: int, prompt_length: int, new_tokens: 
 def weights_read(generator: Generator) -> int:
     """Bytes of the weights that plugins read in each step, of rank 0."""
     names = {n for s in generator.plan.steps_of(0) if s.kind == "plugin" for n in s.inputs}
-    return sum(kind.numpy.itemsize * math.prod(kind.shape) for n, kind in generator.plan.types_of(0).items() if n in names)  # type: ignore[arg-type]
+    return sum(kind.numpy.itemsize * math.prod(int(d or 0) for d in kind.shape) for n, kind in generator.plan.types_of(0).items() if n in names)
 
 
 def memory_speed(generator: Generator) -> float:

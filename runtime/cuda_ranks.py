@@ -130,7 +130,7 @@ class DeviceRanks:
 def _overlap(a: Any, b: Any) -> bool:
     """Whether two packed arrays share memory: then one that is written row by row spoils the other."""
     first, second = sorted((int(x.data.ptr), int(x.data.ptr) + x.nbytes) for x in (a, b))
-    return second[0] < first[1]
+    return bool(second[0] < first[1])
 
 
 def open_rank(plan: Plan, host: Host) -> tuple[CudaExecutor, DeviceRanks]:

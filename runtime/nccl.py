@@ -6,7 +6,11 @@ Source: https://docs.nvidia.com/deeplearning/nccl/user-guide/docs/api/colls.html
 
 from __future__ import annotations
 
+import ctypes
+import glob
 import os
+import site
+import sys
 from typing import Any
 
 from rewrite.errors import RewriteError
@@ -32,6 +36,14 @@ def choose_device() -> int:
     return mine
 
 
+def load_library() -> None:
+    """Load NCCL from the wheel nvidia-nccl, where CuPy does not look for it; nothing if that is not installed."""
+    for folder in [*site.getsitepackages(), *sys.path]:
+        for library in glob.glob(os.path.join(glob.escape(folder), "nvidia/nccl/lib/libnccl.so.2")):
+            ctypes.CDLL(library, ctypes.RTLD_GLOBAL)
+            return
+
+
 def _id_bytes(found: Any) -> bytes:
     """NCCL's id, of which older versions of CuPy make a tuple of signed numbers, as bytes."""
     return bytes(found) if isinstance(found, (bytes, bytearray)) else bytes(int(b) & 255 for b in found)
@@ -44,6 +56,7 @@ class Nccl:
     """
 
     def __init__(self, host: Host):
+        load_library()
         try:
             from cupy.cuda import nccl
         except ImportError as error:

@@ -22,6 +22,7 @@ from rewrite.runtime.told_rows import ARRAYS, pack, unpack
 if TYPE_CHECKING:
     from rewrite.runtime.cuda import CudaExecutor
     from rewrite.runtime.cuda_model import CudaModel
+    from rewrite.runtime.cuda_ranks import DeviceRanks
 
 Array = np.ndarray[Any, Any]
 STOP, STEP, COPY, DECODE = range(4)  # what rank 0 tells the others to do
@@ -55,7 +56,8 @@ class PlanModel:
         self.ranks = [self.rank] if alone else list(range(plan.manifest.world))  # in this process
         if plan.device != "cpu" and not alone:
             raise RewriteError(f"{plan.directory}: on GPUs each of its {(n := plan.manifest.world)} ranks is a process; start them with `mpirun -n {n} rewrite generate ...`")
-        self.sampler, self.device, self.others = Sampler(), None, None
+        self.sampler, self.device = Sampler(), None
+        self.others: DeviceRanks | None = None
         try:
             if plan.device == "cpu":
                 self.executor = CpuExecutor(plan, self.rank, communicator) if alone else AllRanks(plan)

@@ -393,9 +393,8 @@ def half_mlp(width, inner):
 
 def gpu_rank(rank, size, lines, plan, rows, found):
     """One process of `test_a_plan_of_two_ranks_on_two_gpus`: its results and the largest difference from run to run."""
-    from all_reduce import Pipes, nccl_of_a_wheel
+    from all_reduce import Pipes
 
-    nccl_of_a_wheel()
     os.environ["OMPI_COMM_WORLD_LOCAL_RANK"] = str(rank)
     executor, ranks = open_rank(Plan(plan, device="cuda"), Pipes(rank, size, lines))
     for count in rows:
