@@ -33,6 +33,7 @@ from rewrite.runtime.batch import Batch
 from rewrite.runtime.communication import connect, together
 from rewrite.runtime.cuda import CudaExecutor
 from rewrite.runtime.generator import Generator
+from rewrite.runtime.nccl import choose_device
 from rewrite.runtime.plan import MANIFEST, WEIGHTS, Plan
 from rewrite.runtime.sampling import Row, Sampling
 from rewrite.shards import Slice
@@ -259,6 +260,23 @@ def launches(generator: Generator, exchange: Callable[[bytes], Any]) -> list[str
     return lines
 
 
+def copy_speed(size: int = 1 << 30) -> float:
+    """Bytes a second that a copy on this rank's device reads and writes, the best of ten."""
+    import cupy
+
+    source, target, times = cupy.ones(size, np.uint8), cupy.empty(size, np.uint8), []
+    for _ in range(11):
+        events = [cupy.cuda.Event(), cupy.cuda.Event()]
+        events[0].record()
+        target[...] = source
+        events[1].record()
+        events[1].synchronize()
+        times.append(cupy.cuda.get_elapsed_time(*events) / 1e3)
+    del source, target
+    cupy.get_default_memory_pool().free_all_blocks()
+    return float(2 * size / min(times))
+
+
 class Told:
     """Prints with the time, keeps what was found, and goes on after a failure."""
 
@@ -293,6 +311,9 @@ def work(communicator: Any, options: argparse.Namespace) -> None:
         on_devices(json.loads(plan.with_suffix(".json").read_text()), rank, STD.get(plan.name.split("-")[0], 0.02))
     batches = [int(b) for b in options.batches.split(",")]
     with together(communicator):
+        choose_device()
+        if not rank:
+            said.part("copy", copy_speed, lambda speed: f"{speed / 1e9:.0f} GB/s")
         loaded = Plan(plan, device="cuda")
         layers = loaded.manifest.generator["layers"] if loaded.manifest.generator is not None else []
         each = sum(layer["kv_heads"] * (layer["size"] + layer["value_size"]) * 2 for layer in layers)
@@ -307,8 +328,8 @@ def work(communicator: Any, options: argparse.Namespace) -> None:
             generator.model.follow()
         else:
             said.found |= {"device": name, "ranks": loaded.manifest.world}
-            said.part("copy", device.copy_speed, lambda speed: f"{speed / 1e9:.0f} GB/s")
-            said.part("texts", lambda: texts(generator))
+            if not options.speed:
+                said.part("texts", lambda: texts(generator))
             said.part("logits", lambda: logits(generator, plan.with_suffix(".logits.npy")), str)
             for batch in batches:
                 for ahead in LOOKAHEADS:
@@ -345,6 +366,7 @@ def main() -> None:
     parser.add_argument("plan", type=Path)
     parser.add_argument("--batches", default="1,32")
     parser.add_argument("--repeat", type=int, default=3, help="runs, after one to warm up")
+    parser.add_argument("--speed", action="store_true", help="no texts")
     parser.add_argument("--weights", action="store_true", help="read the plan's weights (`write_weights`)")
     parser.add_argument("--limit", type=float, default=600, help="seconds after which it ends and says where it was")
     parser.add_argument("--start", type=int, default=0, help="start so many ranks, without MPI")

@@ -196,7 +196,7 @@ def run_plan(runner: Runner, name: str, plans: Path, mpi: bool) -> None:
     for world in (1, 2):
         if not (plans / f"{name}-{world}").exists():
             continue
-        more = ["--repeat", "1"] if name != "8b" else []
+        more = {"tiny": ["--repeat", "1"], "70b": ["--repeat", "1", "--speed"]}.get(name, [])
         command = [sys.executable, "ranks_decode.py", str(plans / f"{name}-{world}"), "--limit", str(LIMIT[name] - 10), *more]
         launcher = [] if world == 1 or not mpi else MPIRUN
         done = runner.run(f"{name} on {world}", [*launcher, *command, *(["--start", "2"] if world == 2 and not mpi else [])], LIMIT[name])
