@@ -32,6 +32,7 @@ from rewrite.runtime import seal
 from rewrite.runtime.batch import Batch
 from rewrite.runtime.communication import connect, together
 from rewrite.runtime.cuda import CudaExecutor
+from rewrite.runtime.cuda_ranks import DeviceRanks
 from rewrite.runtime.generator import Generator
 from rewrite.runtime.nccl import choose_device
 from rewrite.runtime.plan import MANIFEST, WEIGHTS, Plan
@@ -280,8 +281,8 @@ def copy_speed(size: int = 1 << 30) -> float:
 class Told:
     """Prints with the time, keeps what was found, and goes on after a failure."""
 
-    def __init__(self, plan: Path, quiet: bool):
-        self.plan, self.quiet, self.started, self.found = plan, quiet, time.monotonic(), dict[str, Any]()
+    def __init__(self, plan: Path, result: Path, quiet: bool):
+        self.plan, self.result, self.quiet, self.started, self.found = plan, result, quiet, time.monotonic(), dict[str, Any]()
 
     def __call__(self, text: str) -> None:
         if not self.quiet:
@@ -295,7 +296,7 @@ class Told:
             self.found[name] = {"error": f"{type(error).__name__}: {str(error)[:300]}"}
             self(f"{name} FAILS: {type(error).__name__}: {str(error)[:500]}\n{''.join(traceback.format_tb(error.__traceback__)[-4:])}")
         if not self.quiet:
-            self.plan.with_suffix(".result.json").write_text(json.dumps(self.found))
+            self.result.write_text(json.dumps(self.found))
 
 
 def told_speed(found: dict[str, Any]) -> str:
@@ -305,10 +306,12 @@ def told_speed(found: dict[str, Any]) -> str:
 
 def work(communicator: Any, options: argparse.Namespace) -> None:
     plan, rank = options.plan, communicator.rank if communicator is not None else 0
-    said = Told(plan, quiet=rank > 0)
+    said = Told(plan, options.result or plan.with_suffix(".result.json"), quiet=rank > 0)
     faulthandler.dump_traceback_later(options.limit, exit=True)  # where it hangs, if it does
     if not options.weights:
         on_devices(json.loads(plan.with_suffix(".json").read_text()), rank, STD.get(plan.name.split("-")[0], 0.02))
+    if options.nccl:
+        DeviceRanks._near = lambda self: False  # type: ignore[method-assign]
     batches = [int(b) for b in options.batches.split(",")]
     with together(communicator):
         choose_device()
@@ -366,6 +369,8 @@ def main() -> None:
     parser.add_argument("plan", type=Path)
     parser.add_argument("--batches", default="1,32")
     parser.add_argument("--repeat", type=int, default=3, help="runs, after one to warm up")
+    parser.add_argument("--result", type=Path, help="PLAN.result.json")
+    parser.add_argument("--nccl", action="store_true", help="no sums by our kernel")
     parser.add_argument("--speed", action="store_true", help="no texts")
     parser.add_argument("--weights", action="store_true", help="read the plan's weights (`write_weights`)")
     parser.add_argument("--limit", type=float, default=600, help="seconds after which it ends and says where it was")

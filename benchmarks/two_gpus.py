@@ -4,7 +4,7 @@
     python benchmarks/two_gpus.py --seconds 540                              (on two GPUs; writes results/all_reduce.json, results/ranks_decode.json)
 
 Stages: sums (all_reduce.py), tests (pytest -m gpu test_cuda_ranks.py), tiny (two layers on one GPU and on two: logits, texts, the command line), 8b
-(Llama 3.1 8B's shape, bfloat16, on one GPU and on two: ms a step), 70b (on two). The last lines are the verdicts.
+(Llama 3.1 8B's shape, bfloat16, on one GPU and on two: ms a step), 70b (on two), nccl (8b with all sums by NCCL). The last lines are the verdicts.
 """
 
 from __future__ import annotations
@@ -27,10 +27,11 @@ import numpy as np
 import record
 
 HERE = Path(__file__).parent
-STAGES = ("sums", "tests", "tiny", "8b", "70b")
+STAGES = ("sums", "tests", "tiny", "8b", "70b", "nccl")
 ASKED = {1: 1.6, 32: 1.5}  # how much faster two GPUs shall be than one, by batch
 LIMIT = {"tiny": 90, "8b": 130, "70b": 200}  # seconds of one run
 LEAST = 20  # seconds left, with which nothing is begun any more
+Run = tuple[str, int, bool]  # model, GPUs, whether all sums are by NCCL
 MPIRUN = ["mpirun", "--allow-run-as-root", "--oversubscribe", "--bind-to", "none", "-n", "2"]
 
 
@@ -60,6 +61,7 @@ class Runner:
             output = process.communicate(timeout=limit)[0]
         except subprocess.TimeoutExpired:
             self._end(process)
+            print(process.communicate()[0] or "", flush=True)
             self.verdict(f"{what}: ENDED after {limit:.0f} s without a result")
             return None
         if process.returncode:
@@ -85,10 +87,10 @@ def has_mpi(runner: Runner) -> bool:
     return bool(found)
 
 
-def compare(runner: Runner, plans: Path, name: str) -> None:
+def compare(runner: Runner, plans: Path, name: str, nccl: bool) -> None:
     """Logits and greedy texts of one GPU and two: texts may part where two tokens are as likely as the logits' difference lets them be."""
     try:
-        one, two = (json.loads((plans / f"{name}-{world}.result.json").read_text()) for world in (1, 2))
+        one, two = (json.loads(result(plans, (name, world, nccl)).read_text()) for world in (1, 2))
         a, b = (np.load(plans / f"{name}-{world}.logits.npy") for world in (1, 2))
         off, alike = float(np.abs(a - b).max()), float((a.argmax(-1) == b.argmax(-1)).mean())
         good = off < 0.04 * float(np.abs(a).max()) and np.isfinite(b).all()
@@ -110,17 +112,21 @@ def compare(runner: Runner, plans: Path, name: str) -> None:
         runner.verdict(f"{name}: cannot be compared: {type(error).__name__}: {str(error)[:200]}")
 
 
-def rows(plans: Path, name: str, world: int) -> Iterator[dict[str, Any]]:
-    file = plans / f"{name}-{world}.result.json"
+def result(plans: Path, run: Run) -> Path:
+    name, world, nccl = run
+    return plans / f"{name}-{world}{'-nccl' * nccl}.result.json"
+
+
+def rows(file: Path) -> Iterator[dict[str, Any]]:
     found = json.loads(file.read_text()) if file.exists() else {}
     for part, row in found.items():
         if part.startswith("batch ") and "error" not in row:
-            yield {"model": name, "gpus": world, "device": found["device"], "copy_gbs": found["copy"] / 1e9, **row}
+            yield {"run": file.name.split(".")[0], "device": found["device"], "copy_gbs": found["copy"] / 1e9, **row}
 
 
-def scaling(runner: Runner, plans: Path, name: str) -> None:
+def scaling(runner: Runner, plans: Path, name: str, nccl: bool) -> None:
     """How much faster two GPUs are than one."""
-    one, two = ({(r["batch"], r["lookahead"]): r["ms"] for r in rows(plans, name, world)} for world in (1, 2))
+    one, two = ({(r["batch"], r["lookahead"]): r["ms"] for r in rows(result(plans, (name, world, nccl)))} for world in (1, 2))
     for (batch, ahead), ms in two.items():
         if (batch, ahead) in one:
             ratio = one[batch, ahead] / ms
@@ -156,26 +162,31 @@ def main() -> None:
     os.environ.setdefault("REWRITE_PATIENCE", "60")  # a rank that compiles kernels may hold Python's lock
     os.environ["PYTHONUNBUFFERED"] = "1"
     runner.run("GPUs", ["sh", "-c", "nvidia-smi -L; nvidia-smi topo -m; true"], 30)
-    python = sys.executable
+    python, wrong = sys.executable, False
     with tempfile.TemporaryDirectory() as folder:
         plans = Path(folder)
         try:
             if "sums" in stages:
-                runner.verdict(f"sums: {'done' if runner.run('sums', [python, 'all_reduce.py', '--gpus', '2'], 120) is not None else 'FAILED'}")
+                output = runner.run("sums", [python, "all_reduce.py", "--gpus", "2"], 120, keep=True) or ""
+                print(output, flush=True)
+                wrong = output.count("'verdict': 'ok'") < 2
+                runner.verdict(f"sums: {'WRONG: from here on all are by NCCL' if wrong else 'ok'}")
             if "tests" in stages:
                 done = runner.run("tests", [python, "-m", "pytest", "-q", "-x", "-m", "gpu", "../tests/test_cuda_ranks.py", "-p", "no:cacheprovider"], 120)
                 runner.verdict(f"tests: {'passed' if done is not None else 'FAILED'}")
-            run_plans(runner, [s for s in stages if s in LIMIT], plans, options.archive)
+            run_plans(runner, [s for s in stages if s in LIMIT], plans, options.archive, wrong, "nccl" in stages)
         finally:
-            found = [row for name in LIMIT for world in (1, 2) for row in rows(plans, name, world)]
-            launches = {f.name.split(".")[0]: json.loads(f.read_text()).get("launches") for f in sorted(plans.glob("*.result.json"))}
+            files = sorted(plans.glob("*.result.json"))
+            found = [row for file in files for row in rows(file)]
+            launches = {file.name.split(".")[0]: json.loads(file.read_text()).get("launches") for file in files}
             if found:
                 data = {"rows": found, "launches": launches, "verdicts": runner.verdicts}
                 runner.say(f"written to {record.write('ranks_decode', found[0]['device'], record.versions('cupy-cuda13x', 'nvidia-nccl-cu13', 'mpi4py', 'numpy'), data)}")
             print("\n".join(["VERDICTS", *runner.verdicts]), flush=True)
 
 
-def run_plans(runner: Runner, names: Sequence[str], plans: Path, archive: Path) -> None:
+def run_plans(runner: Runner, names: Sequence[str], plans: Path, archive: Path, nccl: bool, both: bool) -> None:
+    """Each plan on its GPUs; with `nccl` all sums are by NCCL, with `both` in a last run of 8b."""
     from ranks_decode import make_usable
 
     if not names:
@@ -187,28 +198,31 @@ def run_plans(runner: Runner, names: Sequence[str], plans: Path, archive: Path) 
     mpi = has_mpi(runner)
     for name in names:
         try:
-            run_plan(runner, name, plans, mpi)
+            for world in [w for w in (1, 2) if (plans / f"{name}-{w}").exists()]:
+                run_plan(runner, plans, (name, world, nccl), mpi)
+            if name != "70b":
+                compare(runner, plans, name, nccl)
+                scaling(runner, plans, name, nccl)
+            if name == "tiny" and mpi:
+                command_line(runner, plans)
         except Exception as error:
             runner.verdict(f"{name}: {type(error).__name__}: {str(error)[:300]}")
+    if both and not nccl:
+        run_plan(runner, plans, ("8b", 2, True), mpi)
 
 
-def run_plan(runner: Runner, name: str, plans: Path, mpi: bool) -> None:
-    for world in (1, 2):
-        if not (plans / f"{name}-{world}").exists():
-            continue
-        more = {"tiny": ["--repeat", "1"], "70b": ["--repeat", "1", "--speed"]}.get(name, [])
-        command = [sys.executable, "ranks_decode.py", str(plans / f"{name}-{world}"), "--limit", str(LIMIT[name] - 10), *more]
-        launcher = [] if world == 1 or not mpi else MPIRUN
-        done = runner.run(f"{name} on {world}", [*launcher, *command, *(["--start", "2"] if world == 2 and not mpi else [])], LIMIT[name])
-        runner.verdict(f"{name} on {world}: {'done' if done is not None else 'FAILED'}")
-        for row in rows(plans, name, world):
-            runner.verdict(f"{name} on {world}, batch {row['batch']}, {row['lookahead']} steps a call: {row['ms']:.3f} ms, {row['tokens_per_second']:.1f} tokens/s | "
-                           f"{row['gbs']:.0f} GB/s a rank, {row['share']:.0%} of {row['copy_gbs']:.0f}")  # fmt: skip
-    if name != "70b":
-        compare(runner, plans, name)
-        scaling(runner, plans, name)
-    if name == "tiny" and mpi:
-        command_line(runner, plans)
+def run_plan(runner: Runner, plans: Path, run: Run, mpi: bool) -> None:
+    name, world, nccl = run
+    more = {"tiny": ["--repeat", "1"], "70b": ["--repeat", "1", "--speed"]}.get(name, []) + (["--nccl"] if nccl else [])
+    command = [sys.executable, "ranks_decode.py", str(plans / f"{name}-{world}"), "--limit", str(LIMIT[name] - 10), "--result", str(result(plans, run)), *more]
+    if world > 1:
+        command = [*MPIRUN, *command] if mpi else [*command, "--start", str(world)]
+    what = f"{name} on {world}{' by NCCL' if nccl else ''}"
+    done = runner.run(what, command, LIMIT[name])
+    runner.verdict(f"{what}: {'done' if done is not None else 'FAILED'}")
+    for row in rows(result(plans, run)):
+        runner.verdict(f"{what}, batch {row['batch']}, {row['lookahead']} steps a call: {row['ms']:.3f} ms, {row['tokens_per_second']:.1f} tokens/s | "
+                       f"{row['gbs']:.0f} GB/s a rank, {row['share']:.0%} of {row['copy_gbs']:.0f}")  # fmt: skip
 
 
 if __name__ == "__main__":
