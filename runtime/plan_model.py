@@ -35,7 +35,7 @@ class PlanModel:
     """Attributes: `block_size` positions a block, `blocks` in the pool, `vocabulary`, `positions` that a text may have (None: no
     limit), `window` in which all layers look back (None: some see everything).
 
-    Logits are NumPy arrays, on the GPU CuPy arrays (float32, good until the next step, on the stream of `plan.executor`); `sampler` is
+    Logits are NumPy arrays, on the GPU CuPy arrays (float32, good until the next step, on the stream of `device`); `sampler` is
     the one that takes them. On the GPU `decode` keeps the tokens of several steps on the device.
 
     Of a plan for several ranks it is all of them, in turn (on the CPU), or with a `communicator` one: rank 0 steps and copies, and `stop`s
