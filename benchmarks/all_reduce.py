@@ -10,12 +10,9 @@ graphs of 50 sums, started together on all ranks, of each graph the slowest rank
 from __future__ import annotations
 
 import argparse
-import ctypes
-import glob
 import hashlib
 import multiprocessing
 import os
-import site
 import statistics
 import struct
 import sys
@@ -55,18 +52,10 @@ def values(rank: int, seed: int, count: int, dtype: str) -> np.ndarray:
     return (np.random.default_rng([seed, rank]).standard_normal(count, np.float32) * 2).astype(dtype)
 
 
-def nccl_of_a_wheel() -> None:
-    """Load NCCL from the wheel nvidia-nccl, where CuPy does not look for it."""
-    for folder in [*site.getsitepackages(), *sys.path]:
-        for library in glob.glob(os.path.join(folder, "nvidia/nccl/lib/libnccl.so.2")):
-            ctypes.CDLL(library, ctypes.RTLD_GLOBAL)
-
-
 class Rank:
     """One process: its GPU, NCCL and our workspaces."""
 
     def __init__(self, host: Pipes):
-        nccl_of_a_wheel()
         import cupy
 
         from rewrite.plugins.cuda_collectives import OneShot

@@ -9,12 +9,13 @@ from __future__ import annotations
 import ctypes
 from typing import Any, Protocol
 
+from rewrite.errors import RewriteError
 from rewrite.plugins.cuda_launch import Launch, launcher, module
 
 RANKS, BLOCKS, SLOTS = 8, 132, 8192  # as in one_shot.cu
 WORLDS = (2, 4, 8)
 PUSH_MOST = 1 << 20  # bytes up to which a sum is pushed or pulled at all
-HANDLE = 64  # bytes of a cudaIpcMemHandle_t
+REASON = 120  # bytes of what an error says
 
 
 class Host(Protocol):
@@ -46,7 +47,7 @@ def blocks_of(vectors: int) -> tuple[int, int]:
 class OneShot:
     """The workspaces of all ranks, mapped here. Every rank makes it, and every sum, in the same order.
 
-    `most` is the size in bytes up to which it sums. Raises RewriteError if there is no kernel for so many ranks, cupy's error if the GPUs cannot reach one another.
+    `most` is the size in bytes up to which it sums. Raises RewriteError, on all ranks, if the GPUs of one cannot map the memory of the others.
     """
 
     def __init__(self, host: Host, most: int = PUSH_MOST):
@@ -59,10 +60,20 @@ class OneShot:
         self.runtime.memset(self.base, 0, total)
         self.runtime.deviceSynchronize()
         handles = host.exchange(bytes(self.runtime.ipcGetMemHandle(self.base)))
-        self.opened = {rank: self.runtime.ipcOpenMemHandle(handle) for rank, handle in enumerate(handles) if rank != host.rank}
+        self.opened: dict[int, int] = {}
+        reason = b""
+        try:
+            for rank in [r for r in range(host.size) if r != host.rank]:
+                self.opened[rank] = self.runtime.ipcOpenMemHandle(handles[rank])
+        except Exception as error:  # CUDARuntimeError, which CuPy has only where there is CUDA
+            reason = f"{error}".encode()[:REASON]
+        reasons = host.exchange(reason.ljust(REASON))  # all have mapped all, or one tells why not
+        failed = next((f"rank {r}: {text.decode(errors='replace').strip()}" for r, text in enumerate(reasons) if text.strip()), None)
+        if failed is not None:
+            self.close(host)
+            raise RewriteError(f"GPUs of this host cannot map one another's memory ({failed}); sums are left to NCCL")
         places = [self.opened.get(rank, self.base) for rank in range(host.size)]
         self.peers = _Peers(self.base, (ctypes.c_void_p * RANKS)(*places))
-        host.exchange(b" ")  # all have mapped all
 
     def close(self, host: Host) -> None:
         """Give the memory back, when all ranks are through."""
@@ -99,3 +110,20 @@ class OneShot:
         function = module("one_shot", x.dtype.name).get_function(f"push_norm_{vectors}_{self.size}")
         whole = [ctypes.c_int(n) for n in (self.rank, self.vectors, rows, width)]
         return launcher(function, (min(BLOCKS, rows),), threads, [y, z, x, bias, residual, scale, ctypes.c_float(epsilon), self.peers, *whole], keep=self)
+
+
+def add(y: Any, bias: Any, residual: Any) -> Launch | None:
+    """y += bias + residual, where y is a sum that was made elsewhere; None if there is neither. In float32 by our kernel for 16-bit floats."""
+    if bias is None and residual is None:
+        return None
+    given = [a for a in (y, bias, residual) if a is not None]
+    if y.dtype.name in ("float16", "bfloat16") and y.shape[-1] % 8 == 0 and all(a.dtype == y.dtype and a.flags.c_contiguous and a.data.ptr % 16 == 0 for a in given):
+        vectors, width = y.size // 8, y.shape[-1] // 8
+        function = module("one_shot", y.dtype.name).get_function("addRest")
+        return launcher(function, (min(8 * BLOCKS, -(-vectors // 256)),), 256, [y, bias, residual, ctypes.c_longlong(vectors), ctypes.c_int(width)])
+
+    def launch() -> None:
+        for more in given[1:]:
+            y[...] += more
+
+    return launch

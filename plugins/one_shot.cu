@@ -213,6 +213,19 @@ __device__ __forceinline__ void pull(uint4* y, const uint4* x, const uint4* bias
     end(peers, epoch);
 }
 
+// y += bias + residual, for a sum that was made elsewhere.
+extern "C" __global__ void __launch_bounds__(256) addRest(uint4* y, const uint4* bias, const uint4* residual, long long vectors, int width) {
+    letNextKernelStart();
+    waitForPrecedingKernel();
+    for (long long i = blockIdx.x * (long long)blockDim.x + threadIdx.x; i < vectors; i += (long long)gridDim.x * blockDim.x) {
+        float sum[8] = {};
+        add(sum, y[i]);
+        if (bias) add(sum, __ldg(bias + i % width));
+        if (residual) add(sum, residual[i]);
+        y[i] = narrow(sum);
+    }
+}
+
 #define FOR(WORLD) \
     extern "C" __global__ void __launch_bounds__(512, 1) push_##WORLD(uint4* y, const uint4* x, const uint4* bias, const uint4* residual, Peers peers, int rank, int capacity, int vectors, int width) { \
         push<WORLD>(y, x, bias, residual, peers, rank, capacity, vectors, width); } \

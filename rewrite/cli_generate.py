@@ -63,13 +63,13 @@ def generate(plan: str, prompts: tuple[str, ...], file: str | None, tokens: tupl
              token_budget: int | None, stats: bool, as_json: bool, ignore_eos: bool, world: int | None, key: str | None, files: tuple[str, ...], **options: Any) -> None:  # fmt: skip
     """Generate text with PLAN, made of a decoder by `rewrite optimize --generate` and `rewrite build`.
 
-    A single prompt's text is printed as it comes. A plan for several ranks is started by `mpirun -n N rewrite generate PLAN ...`.
+    A single prompt's text is printed as it comes. A plan for several ranks is started by `mpirun -n N rewrite generate PLAN ...`, on GPUs
+    one a rank.
     """
     from rewrite.registry import library
     from rewrite.runtime.communication import agree, connect, together
     from rewrite.runtime.generator import Generator
     from rewrite.runtime.plan import Plan
-    from rewrite.runtime.plan_model import PlanModel
 
     options["stop"] = list(options["stop"])
     library(list(files))
@@ -80,10 +80,10 @@ def generate(plan: str, prompts: tuple[str, ...], file: str | None, tokens: tupl
             agree(communicator, loaded)
         elif loaded.manifest.world > 1 and world is None:
             raise RewriteError(f"{plan}: the plan is for {(n := loaded.manifest.world)} ranks; start them with `mpirun -n {n} rewrite generate ...`, or compute all in this process with --world 1")
-        if communicator is not None and communicator.rank:
-            PlanModel(loaded, memory, communicator).follow()
-            return
         generator = Generator(loaded, kv_memory=memory, token_budget=token_budget, communicator=communicator)
+        if communicator is not None and communicator.rank:
+            generator.model.follow()
+            return
         _generate(generator, prompts, file, tokens, chat, system, stats, as_json, ignore_eos, options)
         generator.model.stop()
 
@@ -179,12 +179,23 @@ def _print_stats(generator: Generator, seconds: float) -> None:
 @budget_option
 @click.option("--json", "as_json", is_flag=True, help="Print JSON for programs.")
 def bench_generate(plan: str, batch: int, prompt_length: int, new_tokens: int, repeat: int, device: str, kv_memory: str | None, token_budget: int | None, as_json: bool) -> None:
-    """Measure PLAN on random prompts: reading them, then one token of each a step, beside what the memory allows."""
+    """Measure PLAN on random prompts: reading them, then one token of each a step, beside what the memory allows. Of a plan for several ranks
+    the figures of the memory are those of one: start it by `mpirun -n N rewrite bench-generate PLAN ...`.
+    """
     from rewrite.runtime.bench_generate import measure
+    from rewrite.runtime.communication import agree, connect, together
+    from rewrite.runtime.plan import Plan
 
     if min(batch, prompt_length, new_tokens - 1, repeat) < 1:
         raise RewriteError("bench-generate: --batch, --prompt-length and --repeat must be at least 1, --new-tokens at least 2")
-    found = measure(plan, batch, prompt_length, new_tokens, repeat, device, parse_memory(kv_memory), token_budget)
+    communicator = connect()
+    with together(communicator):
+        loaded = Plan(plan, device=device)
+        if communicator is not None:
+            agree(communicator, loaded)
+        found = measure(loaded, batch, prompt_length, new_tokens, repeat, device, parse_memory(kv_memory), token_budget, communicator)
+    if not found:
+        return
     if as_json:
         click.echo(json.dumps(found, indent=1))
         return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import statistics
 import time
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from rewrite.errors import RewriteError
+from rewrite.runtime.communication import Communicator
 from rewrite.runtime.generator import Generator
 from rewrite.runtime.plan import Plan
 
@@ -17,16 +19,26 @@ PROBE = 1 << 28  # bytes that are read to measure the memory
 
 
 def measure(plan: str | os.PathLike[str] | Plan, batch: int, prompt_length: int, new_tokens: int, repeat: int, device: str = "cpu",
-            kv_memory: int | None = None, token_budget: int | None = None) -> dict[str, Any]:  # fmt: skip
+            kv_memory: int | None = None, token_budget: int | None = None, communicator: Communicator | None = None) -> dict[str, Any]:  # fmt: skip
     """Medians over `repeat` runs of `batch` texts: milliseconds and tokens a second for prompts and for steps of one token each.
 
-    The weights are counted once a step, an embedding table that is only looked up not at all. Raises RewriteError if the
+    The weights are counted once a step, an embedding table that is only looked up not at all. Of a plan for several ranks all call it, each
+    with its `communicator`: rank 0 measures, the others follow and get nothing; weights and memory are those of rank 0. Raises RewriteError if the
     texts do not fit in the cache together: then they would wait for one another.
     """
     plan = plan if isinstance(plan, Plan) else Plan(plan, device=device)
-    if plan.manifest.world > 1:
-        raise RewriteError(f"{plan.directory}: it is for {plan.manifest.world} ranks, and only plans for one are measured yet")
-    generator = Generator(plan, device=device, kv_memory=kv_memory, token_budget=token_budget, seats=max(64, batch), reuse=False)
+    if plan.manifest.world > 1 and communicator is None:
+        raise RewriteError(f"{plan.directory}: the plan is for {(n := plan.manifest.world)} ranks; start them with `mpirun -n {n} rewrite bench-generate ...`")
+    generator = Generator(plan, kv_memory=kv_memory, token_budget=token_budget, seats=max(64, batch), reuse=False, communicator=communicator)
+    if communicator is not None and communicator.rank:
+        generator.model.follow()
+        return {}
+    found = _measured(generator, batch, prompt_length, new_tokens, repeat)
+    generator.model.stop()
+    return found
+
+
+def _measured(generator: Generator, batch: int, prompt_length: int, new_tokens: int, repeat: int) -> dict[str, Any]:
     needed = batch * -(-(prompt_length + new_tokens) // generator.model.block_size)
     if needed > generator.model.blocks:
         raise RewriteError(f"bench-generate: {batch} texts of {prompt_length + new_tokens} tokens need {needed} blocks, and there are {generator.model.blocks}; give more --kv-memory")
@@ -50,16 +62,16 @@ def measure(plan: str | os.PathLike[str] | Plan, batch: int, prompt_length: int,
     step, read = statistics.median(steps), statistics.median(prefill)
     size = weights_read(generator)
     return {
-        "batch": batch, "prompt_length": prompt_length, "new_tokens": new_tokens, "device": device, "prefill_ms": 1e3 * read,
+        "batch": batch, "prompt_length": prompt_length, "new_tokens": new_tokens, "device": generator.plan.device, "prefill_ms": 1e3 * read,
         "prefill_tokens_per_second": batch * prompt_length / read, "decode_ms": 1e3 * step, "decode_tokens_per_second": batch / step,
         "weight_bytes": size, "decode_gb_per_second": size / step / 1e9, "memory_gb_per_second": memory_speed(generator) / 1e9,
     }  # fmt: skip
 
 
 def weights_read(generator: Generator) -> int:
-    """Bytes of the weights that plugins read in each step."""
-    names = {n for s in generator.plan.manifest.steps if s.kind == "plugin" for n in s.inputs}
-    return sum(a.nbytes for n, a in generator.plan.weights.items() if n in names)
+    """Bytes of the weights that plugins read in each step, of rank 0."""
+    names = {n for s in generator.plan.steps_of(0) if s.kind == "plugin" for n in s.inputs}
+    return sum(kind.numpy.itemsize * math.prod(int(d or 0) for d in kind.shape) for n, kind in generator.plan.types_of(0).items() if n in names)
 
 
 def memory_speed(generator: Generator) -> float:

@@ -147,12 +147,22 @@ class CudaExecutor:
 
     def frame_at(self, sizes: Mapping[str, int], given: Mapping[str, Any], finish: Finish | None = None, measure: bool = False, ordered: Collection[str] = (),
                  without: Collection[int] = ()) -> Frame:  # fmt: skip
-        """A frame of the caller's, not kept here, whose inputs, all `given`, are CuPy arrays that lie where they will be. What `finish`
-        returns is done at its end. Its work is done three times while it is made; with `measure`, kernels are timed and the fastest taken.
+        """A frame of the caller's, not kept here and not captured yet, whose inputs, all `given`, are CuPy arrays that lie where they will be. What
+        `finish` returns is done at its end. Its work is done twice until it is captured; with `measure`, kernels are timed and the fastest taken.
         `ordered`: inputs that are 0, 1, 2, ... to the end of what they pick from; `without`: steps, by index, that are not done.
         """
         with self.stream, tuning.using(self.times, measure):
             return Frame(self, sizes, {} if measure else None, given, finish, ordered, without)
+
+    def agreed(self) -> contextlib.AbstractContextManager[None]:
+        """A context in which frames are made: of several ranks all succeed, or all raise OutOfMemory, so that all keep the same frames."""
+        return contextlib.nullcontext() if self.ranks is None else self.ranks.agreed(self.stream, (OutOfMemory, self.cupy.cuda.memory.OutOfMemoryError))
+
+    def close(self) -> None:
+        """Let captured work go, which NCCL waits for before it ends."""
+        self.frames.clear()
+        gc.collect()  # frames and their launches hold one another
+        self.stream.synchronize()
 
     def _turn_weights(self) -> set[int]:
         """Store matrices the way kernels read them, [N, K]; the steps (by index) whose `trans_w` becomes 1 by that."""
@@ -188,7 +198,9 @@ class CudaExecutor:
         if key not in self.frames:
             while len(self.frames) >= GRAPHS:
                 self.frames.popitem(last=False)
-            self.frames[key] = self._make_frame(sizes)
+            made = self._make_frame(sizes)
+            made.capture()
+            self.frames[key] = made
         self.frames.move_to_end(key)
         return self.frames[key]
 
@@ -196,7 +208,7 @@ class CudaExecutor:
         """A new frame; where memory runs out, those that were not used for longest go first."""
         while True:
             try:
-                with tuning.using(self.times):
+                with tuning.using(self.times), self.agreed():
                     return Frame(self, sizes)
             except OutOfMemory:
                 if not self.frames:
@@ -210,7 +222,9 @@ class CudaExecutor:
         arrays = {n: a if isinstance(a, np.ndarray) else self._view(a) for n, a in inputs.items()}
         sizes, known = self.plan.check(arrays), set(self.times)
         with self.stream, tuning.using(self.times, measure=True):
-            self.frames[tuple(sizes.values())] = Frame(self, sizes, arrays)
+            made = Frame(self, sizes, arrays)
+            made.capture()
+        self.frames[tuple(sizes.values())] = made
         return {key: times for key, times in self.times.items() if key not in known}
 
 
@@ -219,8 +233,8 @@ class Frame:
 
     def __init__(self, executor: CudaExecutor, sizes: Mapping[str, int], inputs: Mapping[str, Any] | None = None, given: Mapping[str, Any] | None = None,
                  finish: Finish | None = None, ordered: Collection[str] = (), without: Collection[int] = ()):  # fmt: skip
-        """`inputs` are for tuning: then each step runs before the next one's kernels are measured, on what it will read. For the
-        rest see `CudaExecutor.frame_at`.
+        """Everything is done once, and by `capture` once more. `inputs` are for tuning: then each step runs before the next one's kernels are
+        measured, on what it will read. For the rest see `CudaExecutor.frame_at`.
         """
         self.executor, self.cupy, manifest = executor, executor.cupy, executor.plan.manifest
         self.sizes, self.given = dict(sizes), dict(given or {})
@@ -229,10 +243,11 @@ class Frame:
         steps = manifest.steps
         lives = {name: (0, len(steps)) for name in (*manifest.inputs, *manifest.outputs.values())}
         for index, step in enumerate(steps):
+            until = index + 2 if executor.ranks is not None and step.name == "AllReduce" else index  # a norm in the same launch writes while it still reads
             for name in (*step.inputs, *step.outputs):
                 if name and name not in executor.weights:
                     first, last = lives.get(name, (index, index))
-                    lives[name] = (min(first, index), max(last, index))
+                    lives[name] = (min(first, index), max(last, until))
         self._in_place(lives)
         dtypes = {name: self._dtype(kind) for name, kind in types.items()}
         fixed = {*manifest.inputs, *manifest.outputs.values(), *executor.weights}
@@ -268,11 +283,17 @@ class Frame:
                 if inputs is not None:
                     launch()
             self.launches = [launch for _, launch in self.work] + (finish(self) if finish is not None else [])
-            for _ in range(2):  # first runs compile and allocate, which a capture may not
-                for launch in self.launches:
-                    launch()
-            executor.stream.synchronize()
-            executor.kernels.save()
+            for launch in self.launches:
+                launch()
+        self.graph: Any = None
+
+    def capture(self) -> None:
+        """Make the graph, if the work can be captured."""
+        with self.cupy.cuda.using_allocator(self.pool.malloc):
+            for launch in self.launches:  # first runs compile and allocate, which a capture may not
+                launch()
+            self.executor.stream.synchronize()
+            self.executor.kernels.save()
             self.graph = self._capture()
 
     def _in_place(self, lives: dict[str, tuple[int, int]]) -> None:
@@ -376,7 +397,7 @@ class Frame:
                 yield [indices[place]], self._segment(first)
                 place += 1
                 continue
-            chained = chains.at(self, indices, place) if chain else None
+            chained = self._sum_and_norm(indices, place) or (chains.at(self, indices, place) if chain else None)
             if chained is not None:
                 count, launch = chained
                 yield indices[place : place + count], launch
@@ -394,6 +415,17 @@ class Frame:
                     yield indices[place:end], made
                     place = end
                     break
+
+    def _sum_and_norm(self, indices: list[int], place: int) -> tuple[int, Launch] | None:
+        """One launch for a sum over ranks and the norm that follows; None if they are not that, or have no such kernel."""
+        ranks, steps = self.executor.ranks, [self.executor.plan.manifest.steps[i] for i in indices[place : place + 2]]
+        if ranks is None or [s.name for s in steps] != ["AllReduce", "RMSNormalization"] or self.root(steps[0].outputs[0]) != self.root(steps[1].inputs[0]):
+            return None
+        (summed, _), (normed, attributes) = self.of(indices[place]), self.of(indices[place + 1])
+        assert summed is not None
+        assert normed is not None
+        launch = ranks.sum_and_norm(*self.arguments(steps[0], summed), *self.arguments(steps[1], normed), float(attributes["epsilon"]))
+        return None if launch is None else (2, launch)
 
     def launches_of(self, indices: list[int]) -> list[Launch]:
         """The work of the steps without chains."""

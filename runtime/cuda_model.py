@@ -3,13 +3,16 @@
 A step's integers lie together at fixed addresses, filled by one copy from pinned memory; caches are the plan's inputs at their own
 addresses, updated in place. `decode` replays a graph that ends with the sampler and with `advance`, which makes the next batch of what
 was chosen: the device never waits for the host, which gets the tokens of some steps while the next ones run.
+
+Of several ranks, each with a GPU, all are told the same batches and rows (`PlanModel`). Sums and joins are in the graphs; each rank gets all
+logits and chooses the same tokens, because the sampler's depend on nothing else; rank 0 says how long they go on.
 """
 
 from __future__ import annotations
 
 import gc
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -178,7 +181,7 @@ class CudaModel:
         sizes = buckets.sizes_of(batch, self.limits)
         return sizes.tokens == sizes.sequences == sizes.rows and count <= MOST_STEPS and not self.sampler.refuses(rows)
 
-    def decode(self, batch: Batch, rows: list[Row], count: int, more: Callable[[], bool]) -> Iterator[list[Samples]]:
+    def decode(self, batch: Batch, rows: list[Row], count: int, more: Callable[[], bool]) -> Generator[list[Samples], None, None]:
         """See `requests.Decoder`. Call only where `decodes` says so."""
         bucket = self._bucket(buckets.sizes_of(batch, self.limits), True)
         with self.stream:
@@ -186,7 +189,10 @@ class CudaModel:
             bucket.state.load(rows, count)
         begun, parts = 0, deque[tuple[int, int, Any]]()
         while True:
-            while begun < count and len(parts) < 2 and (not begun or more()):
+            while begun < count and len(parts) < 2:
+                if begun and not more():
+                    count = begun
+                    break
                 until = min(begun + PART, count)
                 with self.stream:
                     for _ in range(begun, until):
@@ -249,13 +255,17 @@ class CudaModel:
             if len(self.buckets) >= FRAMES:
                 self.buckets.popitem(last=False)
             try:
-                with self.stream:
-                    self.buckets[key] = Bucket(self, sizes, decoding)
+                with self.stream, self.executor.agreed():
+                    made = Bucket(self, sizes, decoding)
             except (OutOfMemory, self.executor.cupy.cuda.memory.OutOfMemoryError) as error:
                 if not self.buckets:
                     raise OutOfMemory(f"{self.where}: no GPU memory is left for a step of {sizes.tokens} tokens ({error}); give less with --kv-memory, or a smaller token budget") from error
                 self.buckets.popitem(last=False)
                 gc.collect()
                 self.executor.cupy.get_default_memory_pool().free_all_blocks()
+                continue
+            with self.stream:
+                made.frame.capture()
+            self.buckets[key] = made
         self.buckets.move_to_end(key)
         return self.buckets[key]

@@ -1,15 +1,19 @@
 """What the CUDA executor of one rank does with the others: launches for the sums and joins of a plan, on its stream, that a graph may hold.
 
-Sums of few bytes within one host are our one-shot kernel's, with bias and residual; all else is NCCL's.
+Sums of few bytes within one host are our one-shot kernel's, with bias, residual and a norm that follows; all else is NCCL's. A rank that
+computes waits for the others on the device, so all must enqueue the same sums and joins in the same order: what a rank does alone
+(compiling, finding out that memory is short) is done in `agreed`, in which nobody waits for anybody.
 """
 
 from __future__ import annotations
 
+import contextlib
 import socket
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from rewrite.errors import RewriteError
-from rewrite.plugins.cuda_collectives import PUSH_MOST, WORLDS, Host, OneShot
+from rewrite.plugins.cuda_collectives import PUSH_MOST, WORLDS, Host, OneShot, add
 from rewrite.plugins.cuda_launch import Launch
 from rewrite.registry import library
 from rewrite.runtime import engine
@@ -28,12 +32,16 @@ class DeviceRanks:
     """
 
     def __init__(self, host: Host):
-        import cupy
+        from rewrite.runtime.cuda import device
 
-        self.cupy, self.host, self.size = cupy, host, host.size
+        self.cupy, self.host, self.size = device(), host, host.size
+        self.alone = False
         self.device = choose_device()
         self.nccl = Nccl(host)
-        self.one_shot = OneShot(host, PUSH_MOST) if self._near() else None
+        self.one_shot: OneShot | None = None
+        if self._near():
+            with contextlib.suppress(RewriteError):  # raised on all
+                self.one_shot = OneShot(host, PUSH_MOST)
 
     def _near(self) -> bool:
         """Whether all ranks are on one host, their GPUs reach one another, and there is a kernel for so many."""
@@ -44,24 +52,57 @@ class DeviceRanks:
         reached = reached and all(self.cupy.cuda.runtime.deviceCanAccessPeer(self.device, other) for other in others)
         return all(d == b"1" for d in self.host.exchange(b"1" if reached else b"0"))
 
+    @contextlib.contextmanager
+    def agreed(self, stream: Any, shortage: tuple[type[Exception], ...]) -> Iterator[None]:
+        """What is done meanwhile succeeds on all ranks, or raises on all, where one is short of memory (`shortage`: the first of these errors,
+        each of which means that). Sums and joins are left out.
+        """
+        self.alone = True
+        try:
+            yield
+            stream.synchronize()
+        except shortage:
+            self.host.exchange(b"0")
+            raise
+        finally:
+            self.alone = False
+        if b"0" in (told := self.host.exchange(b"1")):
+            raise shortage[0](f"rank {told.index(b'0')} is out of GPU memory")
+
     def launch(self, kind: str, inputs: list[Any], outputs: list[Any]) -> Launch:
         """One sum ("AllReduce": x, bias, residual) or join ("AllGather": x), whose arrays stay where they are."""
         if kind == "AllReduce":
             x, bias, residual = inputs
-            return self._sum(x, bias, residual, outputs[0])
+            return self._unless_alone(self._sum(x, bias, residual, outputs[0]))
         if kind == "AllGather":
-            return self._join(inputs[0], outputs[0])
+            return self._unless_alone(self._join(inputs[0], outputs[0]))
         raise RewriteError(f"{kind}: stages follow one another on the CPU yet; use a plan without --pipeline-parallel on GPUs")
+
+    def sum_and_norm(self, inputs: list[Any], outputs: list[Any], norm_inputs: list[Any], norm_outputs: list[Any], epsilon: float) -> Launch | None:
+        """A sum and the RMS norm of it in one launch; None where there is no kernel for these arrays."""
+        (x, bias, residual), y, z = inputs, outputs[0], norm_outputs[0]
+        if self.one_shot is None or norm_inputs[0].shape[-1] != x.shape[-1] or any(_overlap(z, a) for a in (x, residual) if a is not None):
+            return None
+        made = self.one_shot.sum_norm(x, y, z, norm_inputs[1], epsilon, bias, residual)
+        return None if made is None else self._unless_alone(made)
+
+    def _unless_alone(self, made: Launch) -> Launch:
+        def launch() -> None:
+            if not self.alone:
+                made()
+
+        return launch
 
     def _sum(self, x: Any, bias: Any, residual: Any, y: Any) -> Launch:
         made = self.one_shot.sum(x, y, bias, residual) if self.one_shot is not None else None
         if made is not None:
             return made
-        total, rest = self.cupy.empty(x.shape, x.dtype), library([]).plugins["AllReduce"].reference
+        rest = add(y, bias, residual)
 
         def launch() -> None:
-            self.nccl.all_reduce_into(x, total)
-            y[...] = rest(total, bias, residual)
+            self.nccl.all_reduce_into(x, y)
+            if rest is not None:
+                rest()
 
         return launch
 
@@ -70,18 +111,26 @@ class DeviceRanks:
         if rows == 1:  # the parts lie one after the other anyway
             return lambda: self.nccl.gather_into(x, y)
         parts = self.cupy.empty((self.size, rows, width), x.dtype)
+        bits = f"uint{8 * x.dtype.itemsize}"
+        source, target = parts.view(bits).transpose(1, 0, 2), y.reshape(rows, self.size, width).view(bits)
 
         def launch() -> None:
             self.nccl.gather_into(x, parts)
-            y.reshape(rows, self.size, width)[...] = parts.transpose(1, 0, 2)
+            target[...] = source
 
         return launch
 
     def close(self) -> None:
-        """End what waits for the other ranks, when all are through."""
+        """End what waits for the other ranks, when all are through and no captured work is left (`CudaExecutor.close`)."""
         if self.one_shot is not None:
             self.one_shot.close(self.host)
         self.nccl.close()
+
+
+def _overlap(a: Any, b: Any) -> bool:
+    """Whether two packed arrays share memory: then one that is written row by row spoils the other."""
+    first, second = sorted((int(x.data.ptr), int(x.data.ptr) + x.nbytes) for x in (a, b))
+    return bool(second[0] < first[1])
 
 
 def open_rank(plan: Plan, host: Host) -> tuple[CudaExecutor, DeviceRanks]:

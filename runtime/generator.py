@@ -70,7 +70,8 @@ class Generator:
     seats         most texts in flight; on the GPU of both no more than the plan's engines were built for
     reuse         keep keys and values for prompts that start alike
     lookahead     most steps that are begun without asking who else waits for one; None: 1, on the GPU 64, whose tokens come in parts of a few while the next are computed
-    communicator  to the other ranks of a plan for several, of which this is the first (`plan_model.PlanModel`)
+    communicator  to the other ranks of a plan for several, each of which makes one with the same options. Rank 0 generates and at the end
+                  calls `model.stop()`; the others call `model.follow()` (`plan_model.PlanModel`)
 
     It may be used from several threads, and from several coroutines of any event loop. Raises RewriteError if the plan is no
     text generator.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from typing import Any
 
 from rewrite.runtime.advance import advance
@@ -11,7 +11,7 @@ from rewrite.runtime.batch import Batch
 from rewrite.runtime.sampling import Row, Sampler, Samples
 
 
-def step_by_step(step: Callable[[Batch], Any], sampler: Sampler, batch: Batch, rows: list[Row], count: int, more: Callable[[], bool], block_size: int) -> Iterator[list[Samples]]:
+def step_by_step(step: Callable[[Batch], Any], sampler: Sampler, batch: Batch, rows: list[Row], count: int, more: Callable[[], bool], block_size: int) -> Generator[list[Samples], None, None]:
     """The samples of up to `count` steps, each a part of its own; see `requests.Decoder`."""
     rows = [dataclasses.replace(row, tokens=list(row.tokens)) for row in rows]
     for number in range(count):

@@ -6,14 +6,18 @@ Source: https://docs.nvidia.com/deeplearning/nccl/user-guide/docs/api/colls.html
 
 from __future__ import annotations
 
+import ctypes
+import glob
 import os
+import site
+import sys
 from typing import Any
 
 from rewrite.errors import RewriteError
 from rewrite.plugins.cuda_collectives import Host
 
 LOCAL = ("OMPI_COMM_WORLD_LOCAL_RANK", "SLURM_LOCALID", "MPI_LOCALRANKID", "PMI_LOCAL_RANK")  # what launchers call a rank's number on its host
-TYPES = {"float16": "FLOAT16", "bfloat16": "BFLOAT16", "float32": "FLOAT32", "float64": "FLOAT64", "int32": "INT32", "int64": "INT64"}
+TYPES = {"float16": 6, "bfloat16": 9, "float32": 7, "float64": 8, "int32": 2, "int64": 4}  # ncclDataType_t, of which CuPy does not name all
 
 
 def local_rank() -> int:
@@ -32,6 +36,14 @@ def choose_device() -> int:
     return mine
 
 
+def load_library() -> None:
+    """Load NCCL from the wheel nvidia-nccl, where CuPy does not look for it; nothing if that is not installed."""
+    for folder in [*site.getsitepackages(), *sys.path]:
+        for library in glob.glob(os.path.join(glob.escape(folder), "nvidia/nccl/lib/libnccl.so.2")):
+            ctypes.CDLL(library, ctypes.RTLD_GLOBAL)
+            return
+
+
 def _id_bytes(found: Any) -> bytes:
     """NCCL's id, of which older versions of CuPy make a tuple of signed numbers, as bytes."""
     return bytes(found) if isinstance(found, (bytes, bytearray)) else bytes(int(b) & 255 for b in found)
@@ -44,6 +56,7 @@ class Nccl:
     """
 
     def __init__(self, host: Host):
+        load_library()
         try:
             from cupy.cuda import nccl
         except ImportError as error:
@@ -58,7 +71,7 @@ class Nccl:
     def _type(self, x: Any) -> int:
         if x.dtype.name not in TYPES:
             raise RewriteError(f"NCCL sums no {x.dtype.name}; it sums {', '.join(TYPES)}")
-        return int(getattr(self.nccl, f"NCCL_{TYPES[x.dtype.name]}"))
+        return TYPES[x.dtype.name]
 
     @staticmethod
     def _stream() -> int:

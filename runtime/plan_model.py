@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import ml_dtypes  # noqa: F401  gives NumPy the names of its types
@@ -17,12 +17,16 @@ from rewrite.runtime.cpu import CpuExecutor
 from rewrite.runtime.lookahead import step_by_step
 from rewrite.runtime.plan import Plan
 from rewrite.runtime.sampling import Row, Sampler, Samples
+from rewrite.runtime.told_rows import ARRAYS, pack, unpack
 
 if TYPE_CHECKING:
+    from rewrite.runtime.cuda import CudaExecutor
     from rewrite.runtime.cuda_model import CudaModel
+    from rewrite.runtime.cuda_ranks import DeviceRanks
 
 Array = np.ndarray[Any, Any]
-STOP, STEP, COPY = range(3)  # what rank 0 tells the others to do
+STOP, STEP, COPY, DECODE = range(4)  # what rank 0 tells the others to do
+FIELDS = [f.name for f in dataclasses.fields(Batch)]
 PART = 128  # tokens of a part from which it pays that a stage computes one while the next one computes the part before: with 64 it took as long
 SHARE = 0.25  # of the free memory, for keys and values, unless the caller says how much
 
@@ -31,10 +35,10 @@ class PlanModel:
     """Attributes: `block_size` positions a block, `blocks` in the pool, `vocabulary`, `positions` that a text may have (None: no
     limit), `window` in which all layers look back (None: some see everything).
 
-    Logits are NumPy arrays, on the GPU CuPy arrays (float32, good until the next step, on the stream of `plan.executor`); `sampler` is
+    Logits are NumPy arrays, on the GPU CuPy arrays (float32, good until the next step, on the stream of `device`); `sampler` is
     the one that takes them. On the GPU `decode` keeps the tokens of several steps on the device.
 
-    Of a plan for several ranks it is all of them, in turn, or with a `communicator` one: rank 0 steps and copies, and `stop`s
+    Of a plan for several ranks it is all of them, in turn (on the CPU), or with a `communicator` one: rank 0 steps and copies, and `stop`s
     at the end; the others `follow`.
 
     tokens, sequences: the most of a step; on the GPU memory for them is kept before keys and values get theirs.
@@ -46,32 +50,43 @@ class PlanModel:
         found = plan.manifest.generator
         if found is None:
             raise RewriteError(f"{plan.directory}: not a text generator; make one with `rewrite optimize --generate` and `rewrite build`")
-        if plan.device != "cpu" and plan.manifest.world > 1:
-            raise RewriteError(f"{plan.directory}: a plan for {plan.manifest.world} ranks generates text on the CPU; device {plan.device} is not supported yet")
         self.plan, self.found, self.communicator = plan, found, communicator
         self.rank = communicator.rank if communicator is not None else 0
         alone = plan.manifest.world == 1 or communicator is not None
         self.ranks = [self.rank] if alone else list(range(plan.manifest.world))  # in this process
+        if plan.device != "cpu" and not alone:
+            raise RewriteError(f"{plan.directory}: on GPUs each of its {(n := plan.manifest.world)} ranks is a process; start them with `mpirun -n {n} rewrite generate ...`")
         self.sampler, self.device = Sampler(), None
+        self.others: DeviceRanks | None = None
         try:
             if plan.device == "cpu":
                 self.executor = CpuExecutor(plan, self.rank, communicator) if alone else AllRanks(plan)
             else:
-                self.device = self._on_device(plan, found, tokens, sequences)
+                self.device = self._on_device(self._device_executor(plan, communicator), found, tokens, sequences)
                 self.sampler = self.device.sampler
             self._make_pool(found, memory)
         except (KeyError, TypeError, ValueError) as error:
             raise RewriteError(f"{plan.directory}: its manifest does not say what a generator needs ({type(error).__name__}: {error}); build the plan again") from error
         self._in_place = frozenset(name for caches in self.caches for name in caches)
+        self._under_way: Generator[list[Samples], None, None] | None = None  # what `decode` gave last, with other ranks
+        self._enough = False  # of it
 
-    def _on_device(self, plan: Plan, found: Mapping[str, Any], tokens: int, sequences: int) -> CudaModel:
+    def _device_executor(self, plan: Plan, communicator: Communicator | None) -> CudaExecutor:
+        if communicator is None:
+            return plan.executor  # type: ignore[return-value]
+        from rewrite.runtime.cuda_ranks import open_rank
+
+        executor, self.others = open_rank(plan, communicator)
+        return executor
+
+    def _on_device(self, executor: CudaExecutor, found: Mapping[str, Any], tokens: int, sequences: int) -> CudaModel:
         from rewrite.runtime.cuda_model import CudaModel
 
         kinds = {}
         for layer in found["layers"]:
             for name, size in (("key_cache", "size"), ("value_cache", "value_size")):
                 kinds[layer[name]] = ((int(found["block_size"]), layer["kv_heads"], layer[size]), layer["dtype"])
-        return CudaModel(plan.executor, int(found["vocabulary"]), int(found["block_size"]), kinds, tokens, sequences)  # type: ignore[arg-type]
+        return CudaModel(executor, int(found["vocabulary"]), int(found["block_size"]), kinds, tokens, sequences)
 
     def _make_pool(self, found: Mapping[str, Any], memory: int | None) -> None:
         self.block_size, self.vocabulary = int(found["block_size"]), int(found["vocabulary"])
@@ -105,18 +120,49 @@ class PlanModel:
 
     def step(self, batch: Batch) -> Any:
         """Store the keys and values of the batch's tokens; returns float32 [R, vocabulary], the logits of its rows."""
-        if self.device is not None:
-            return self.device.step(batch)
-        if self.communicator is not None:
-            sent(self.communicator, [np.array([STEP])], 1)
-            sent(self.communicator, [getattr(batch, f.name) for f in dataclasses.fields(Batch)], len(dataclasses.fields(Batch)))
-        return self._step(batch)
+        self._tell(STEP, self._batch_arrays(batch))
+        return self.device.step(batch) if self.device is not None else self._step(batch)
 
-    def decode(self, batch: Batch, rows: list[Row], count: int, more: Callable[[], bool]) -> Iterator[list[Samples]]:
+    def decode(self, batch: Batch, rows: list[Row], count: int, more: Callable[[], bool]) -> Generator[list[Samples], None, None]:
         """Several steps; see `requests.Decoder`."""
         if self.device is None or not self.device.decodes(batch, rows, count):
             return step_by_step(self.step, self.sampler, batch, rows, count, more, self.block_size)
-        return self.device.decode(batch, rows, count, more)
+        if self.communicator is None:
+            return self.device.decode(batch, rows, count, more)
+        self._tell(DECODE, [*self._batch_arrays(batch), *pack(rows), np.array([count])])
+        self._under_way = self._together(self.device.decode(batch, rows, count, lambda: self._agreed(more)))
+        return self._under_way
+
+    def _together(self, parts: Iterator[list[Samples]]) -> Generator[list[Samples], None, None]:
+        """The same parts. Whoever wants no more of them must not leave the other ranks in the middle: what was begun is ended, and no more is begun."""
+        self._enough = False
+        try:
+            for part in parts:  # noqa: UP028  which `yield from` would close
+                yield part
+        finally:
+            self._enough = True
+            for _ in parts:
+                pass
+
+    def _agreed(self, more: Callable[[], bool]) -> bool:
+        """Whether more steps are begun, told to the other ranks."""
+        assert self.communicator is not None
+        answer = not self._enough and more()
+        sent(self.communicator, [np.array([answer], np.int64)], 1)
+        return answer
+
+    def _batch_arrays(self, batch: Batch) -> list[Array]:
+        return [getattr(batch, name) for name in FIELDS]
+
+    def _tell(self, what: int, arrays: Sequence[Array] = ()) -> None:
+        """Tell the other ranks what to do, and with what."""
+        if self.communicator is None:
+            return
+        if self._under_way is not None:
+            self._under_way.close()
+        sent(self.communicator, [np.array([what])], 1)
+        if arrays:
+            sent(self.communicator, arrays, len(arrays))
 
     def tune(self) -> dict[str, dict[str, float]]:
         """On the GPU, time the kernels that could do each step and use the fastest from now on; microseconds by call and kernel."""
@@ -170,16 +216,14 @@ class PlanModel:
     def copy_blocks(self, pairs: Iterable[tuple[int, int]]) -> None:
         """Copy blocks (from, to) in every layer."""
         pairs = list(pairs)
-        if self.device is not None:
-            if pairs:
-                self.device.copy_blocks(pairs)
-            return
-        if self.communicator is not None and pairs:
-            sent(self.communicator, [np.array([COPY])], 1)
-            sent(self.communicator, [np.array(pairs)], 1)
-        self._copy_blocks(pairs)
+        if pairs:
+            self._tell(COPY, [np.array(pairs)])
+            self._copy_blocks(pairs)
 
     def _copy_blocks(self, pairs: Iterable[tuple[int, int]]) -> None:
+        if self.device is not None:
+            self.device.copy_blocks(pairs)
+            return
         for source, target in pairs:
             for caches in self.caches:
                 for cache in caches.values():
@@ -187,23 +231,38 @@ class PlanModel:
 
     def follow(self) -> None:
         """Do what rank 0 does, until it stops."""
-        assert self.communicator is not None
+        communicator = self.communicator
+        assert communicator is not None
         while True:
-            what = int(sent(self.communicator, None, 1)[0][0])
+            what = int(sent(communicator, None, 1)[0][0])
             if what == STOP:
-                return
+                return self._end()
             if what == COPY:
-                self._copy_blocks([(int(a), int(b)) for a, b in sent(self.communicator, None, 1)[0]])
+                self._copy_blocks([(int(a), int(b)) for a, b in sent(communicator, None, 1)[0]])
                 continue
-            arrays = sent(self.communicator, None, len(dataclasses.fields(Batch)))
-            batch = Batch(*arrays)
+            arrays = sent(communicator, None, len(FIELDS) + (ARRAYS + 1 if what == DECODE else 0))
+            batch = Batch(*arrays[: len(FIELDS)])
             narrow = {name: getattr(batch, name).astype(np.int32) for name in ("slots", "block_tables", "query_starts", "context_lengths")}
-            self._step(dataclasses.replace(batch, **narrow))
+            batch = dataclasses.replace(batch, **narrow)
+            if self.device is None:
+                self._step(batch)
+            elif what == STEP:
+                self.device.step(batch)
+            else:
+                for _ in self.device.decode(batch, unpack(arrays[len(FIELDS) : -1]), int(arrays[-1][0]), lambda: bool(sent(communicator, None, 1)[0][0])):
+                    pass
 
     def stop(self) -> None:
-        """Of rank 0: let the others go."""
-        if self.communicator is not None:
-            sent(self.communicator, [np.array([STOP])], 1)
+        """Of rank 0: let the others go. Nothing can be computed any more."""
+        self._tell(STOP)
+        self._end()
+
+    def _end(self) -> None:
+        """What waits for the other ranks ends, on all at the same time: captured work first, for which NCCL would wait."""
+        if self.others is not None and self.device is not None:
+            self.device.close()
+            self.device.executor.close()
+            self.others.close()
 
 
 def free_memory() -> int:

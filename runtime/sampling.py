@@ -16,6 +16,7 @@ whatever else is in the batch. Of equal values the lowest token wins.
 
 from __future__ import annotations
 
+import json
 import math
 import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -33,6 +34,10 @@ Allowed = Callable[[Sequence[int]], Any]
 LARGEST_NOISE = np.float32(22.9)  # -log(E) is at most -log(2^-33)
 NEVER = np.float32(-np.inf)
 IMPOSSIBLE = "no token is possible: every logit is -inf, or one is not a number"
+TOLD = (
+    "temperature", "top_k", "top_p", "min_p", "typical_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "no_repeat_ngram", "bad_words", "min_new_tokens",
+    "max_new_tokens", "stop_tokens",
+)  # fmt: skip
 CACHED = 1 << 18  # logits worked on at once: more leave the processor's cache, which takes five times as long
 
 
@@ -158,6 +163,16 @@ class Sampling:
             self.logit_bias or self.repetition_penalty != 1 or self.presence_penalty or self.frequency_penalty or self.no_repeat_ngram
             or self.bad_words or (self.min_new_tokens and self.stop_tokens) or self.allowed
         )  # fmt: skip
+
+    @cached_property
+    def told(self) -> str:
+        """All that a token depends on, but for `allowed`, as JSON: other ranks make a Sampling of it (`from_told`)."""
+        return json.dumps([*(getattr(self, name) for name in TOLD), list(self.logit_bias.items())], default=lambda number: number.item())
+
+    @staticmethod
+    def from_told(text: str) -> Sampling:
+        *values, bias = json.loads(text)
+        return Sampling(**dict(zip(TOLD, values, strict=True)), logit_bias=dict(bias))
 
     def _wrong(self, name: str, fix: str) -> None:
         raise RewriteError(f"Sampling: {name} is {getattr(self, name)!r}; {fix}")

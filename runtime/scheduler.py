@@ -14,7 +14,7 @@ from __future__ import annotations
 import operator
 import time
 from bisect import insort
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import replace
 from heapq import merge
 from typing import Any, cast
@@ -71,7 +71,7 @@ class Scheduler:
         self._running: list[Group] = []
         self._plan: Plan = {}
         self._ahead = 1  # steps that are done at once
-        self._flight: tuple[list[Group], Iterator[list[Samples]]] | None = None  # a `decode` that has not ended, and whom it is for
+        self._flight: tuple[list[Group], Generator[list[Samples], None, None]] | None = None  # a `decode` that has not ended, and whom it is for
         self._left = token_budget  # of this step
         self._notices: list[Output] = []
 
@@ -191,6 +191,9 @@ class Scheduler:
         for i, group in enumerate(groups):
             if group.running:
                 outputs.append(self._accept(group, [int(s.tokens[i]) for s in samples], [s.logprobs[i] for s in samples], [s.errors[i] for s in samples], now))
+        if not any(group.running for group in groups):
+            parts.close()
+            self._flight = None
         return True
 
     def _goes_on(self) -> bool:

@@ -9,16 +9,17 @@ from __future__ import annotations
 import ctypes
 import dataclasses
 import types
-from contextlib import contextmanager
+from contextlib import nullcontext
 
 import numpy as np
 import onnx
 
+from rewrite.precision import widen_arrays, widen_model
 from rewrite.runtime import cuda, cuda_model, engine
 from rewrite.runtime.advance import advance
 from rewrite.runtime.batch import Batch
 from rewrite.runtime.sampling import Sampler
-from rewrite.verify import session
+from rewrite.verify import has_bfloat16, session
 
 
 class Address:
@@ -57,7 +58,7 @@ class Cupy:
         self.left, self.allocated = free, 0
         pool = types.SimpleNamespace(free_all_blocks=lambda: None)
         self.get_default_memory_pool = lambda: pool
-        nothing = contextmanager(lambda malloc: iter([None]))
+        nothing = lambda malloc: nullcontext()  # noqa: E731
         self.cuda = types.SimpleNamespace(
             Stream=lambda non_blocking: Stream(), Event=lambda disable_timing=False: Event(), MemoryPool=lambda: types.SimpleNamespace(malloc=None), using_allocator=nothing,
             alloc_pinned_memory=lambda size: bytearray(size), memory=types.SimpleNamespace(OutOfMemoryError=OutOfMemory),
@@ -123,7 +124,8 @@ class Engine:
     """A segment in ONNX Runtime."""
 
     def __init__(self, model):
-        self.model, self.runner = model, session(model)
+        self.model, self.wide = model, has_bfloat16(model)  # which ONNX Runtime has no kernels for
+        self.runner = session(widen_model(model) if self.wide else model)
         self.names = [v.name for v in (*model.graph.input, *model.graph.output)]
         self.num_io_tensors = len(self.names)
         self.get_tensor_name = self.names.__getitem__
@@ -142,9 +144,10 @@ class Context:
         graph = self.engine.model.graph
         types_ = {v.name: np.dtype(onnx.helper.tensor_dtype_to_np_dtype(v.type.tensor_type.elem_type)) for v in (*graph.input, *graph.output)}
         assert all(address % 16 == 0 for address in self.addresses.values())
-        results = self.engine.runner.run(None, {v.name: self._array(v.name, self.shapes[v.name], types_[v.name]).copy() for v in graph.input if v.name in self.shapes})
+        given = {v.name: self._array(v.name, self.shapes[v.name], types_[v.name]).copy() for v in graph.input if v.name in self.shapes}
+        results = self.engine.runner.run(None, widen_arrays(given) if self.engine.wide else given)
         for value, result in zip(graph.output, results, strict=True):
-            self._array(value.name, result.shape, types_[value.name])[...] = result
+            self._array(value.name, result.shape, types_[value.name])[...] = result.astype(types_[value.name])
         return True
 
 

@@ -160,7 +160,7 @@ def gpu(monkeypatch):
     """CuPy as far as ranks use it."""
     cupy, cuda, library_ = ModuleType("cupy"), ModuleType("cupy.cuda"), ModuleType("cupy.cuda.nccl")
     library_.NcclCommunicator, library_.get_unique_id = Communicator, lambda: bytes(range(128))
-    library_.NCCL_SUM, library_.NCCL_FLOAT32 = "sum", "kind float32"
+    library_.NCCL_SUM = "sum"
     monkeypatch.setattr(nccl.Nccl, "_type", lambda self, x: f"kind {x.dtype.name}")
     cupy.cuda, cuda.nccl, cuda.runtime = cuda, library_, Runtime()
     cuda.used = []
@@ -213,7 +213,6 @@ def test_an_id_of_signed_numbers_is_taken_too(gpu):
 def test_types_and_a_missing_library(monkeypatch, gpu):
     monkeypatch.undo()
     made = Nccl.__new__(Nccl)
-    made.nccl = SimpleNamespace(NCCL_BFLOAT16=9)
     assert made._type(SimpleNamespace(dtype=SimpleNamespace(name="bfloat16"))) == 9
     with pytest.raises(RewriteError, match="NCCL sums no complex64; it sums float16, bfloat16"):
         made._type(np.zeros(1, np.complex64))
@@ -302,6 +301,28 @@ def test_workspaces_are_mapped_and_given_back(gpu, monkeypatch):
         assert threads in (32, 128)
 
 
+def test_gpus_that_cannot_map_one_another_leave_sums_to_nccl(gpu, monkeypatch):
+    """One rank cannot; all find out."""
+    opens = gpu.cuda.runtime.ipcOpenMemHandle
+
+    def refuse(handle):
+        if threading.current_thread().name == "1":
+            raise RuntimeError("cudaErrorMapBufferObjectFailed: mapping failed")
+        return opens(handle)
+
+    monkeypatch.setattr(gpu.cuda.runtime, "ipcOpenMemHandle", refuse)
+
+    def work(host):
+        with pytest.raises(RewriteError, match=r"GPUs of this host cannot map one another's memory \(rank 1: cudaErrorMap.*\); sums are left to NCCL"):
+            OneShot(host, 1 << 12)
+
+    together(2, work)
+    assert gpu.cuda.runtime.blocks == {}
+    assert gpu.cuda.runtime.opened == []
+    monkeypatch.setattr(cuda_ranks, "choose_device", lambda: int(threading.current_thread().name))
+    assert together(2, lambda host: DeviceRanks(host).one_shot) == [None, None]
+
+
 def test_arrays_without_a_kernel_are_left_to_nccl(gpu, monkeypatch):
     launched(monkeypatch)
     ours = together(1, lambda host: OneShot(host, 1 << 12))[0]
@@ -322,6 +343,7 @@ def test_arrays_without_a_kernel_are_left_to_nccl(gpu, monkeypatch):
 @pytest.mark.parametrize("more", [(False, False), (True, True), (False, True)])
 def test_steps(gpu, monkeypatch, more):
     monkeypatch.setattr(cuda_ranks, "choose_device", lambda: int(threading.current_thread().name))
+    launched(monkeypatch)
     bias, residual = (on_device(values(9, 4)) if more[0] else None, on_device(values(8, 3, 4)) if more[1] else None)
 
     def work(host):
@@ -371,15 +393,15 @@ def half_mlp(width, inner):
 
 def gpu_rank(rank, size, lines, plan, rows, found):
     """One process of `test_a_plan_of_two_ranks_on_two_gpus`: its results and the largest difference from run to run."""
-    from all_reduce import Pipes, nccl_of_a_wheel
+    from all_reduce import Pipes
 
-    nccl_of_a_wheel()
     os.environ["OMPI_COMM_WORLD_LOCAL_RANK"] = str(rank)
     executor, ranks = open_rank(Plan(plan, device="cuda"), Pipes(rank, size, lines))
     for count in rows:
         x = (np.random.default_rng(count).standard_normal((count, 512))).astype(np.float16)
         results = [executor.run({"x": x})["y"] for _ in range(3)]
         found.put((rank, count, results[0], all(np.array_equal(r, results[0]) for r in results)))
+    executor.close()
     ranks.close()
 
 

@@ -124,10 +124,10 @@ def test_what_is_not_there_yet_is_refused(plans, tmp_path, monkeypatch):
     monkeypatch.setattr(engine, "gpu_model", lambda: "a GPU")
     with pytest.raises(RewriteError, match="it is for 2 ranks, whose kernels are not timed yet; build it without --tune"):
         rewrite.build(rewrite.optimize(decoder(), generate=True, tensor_parallel=2).model, tmp_path / "plan", tune=True)
-    for command in ("bench", "bench-generate"):
+    for command, reason in (("bench", "it is for 2 ranks, and only plans for one are measured yet"), ("bench-generate", "start them with `mpirun -n 2 rewrite bench-generate ...`")):
         done = CliRunner().invoke(main, [command, str(plans[2])])
         assert done.exit_code == 2
-        assert "it is for 2 ranks, and only plans for one are measured yet" in done.output
+        assert reason in done.output
 
 
 def test_command_in_one_process(plans):

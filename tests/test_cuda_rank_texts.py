@@ -1,0 +1,223 @@
+"""Text from plans for several ranks, each with a GPU made of NumPy: the tokens are those of one process, whatever the schedule."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from pathlib import Path
+
+import fake_gpu
+import fake_ranks
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from decoder import BY_RANGE, VOCABULARY, decoder
+from fake_ranks import together
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_ranks import needs_mpi
+
+import rewrite
+from rewrite.cli import main
+from rewrite.errors import RewriteError
+from rewrite.runtime import cuda_model
+from rewrite.runtime.cuda import OutOfMemory
+from rewrite.runtime.plan import Plan
+from rewrite.runtime.sampling import Row, Sampling
+from rewrite.runtime.told_rows import pack, unpack
+
+sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
+LENGTHS = (1, 3, 8, 5, 17, 2, 24, 11)
+NORM = "r = RMSNormalization<axis = -1, epsilon = 0.00001>(s, ones)"
+
+
+@pytest.fixture(scope="module")
+def plans(tmp_path_factory) -> Path:
+    """Plans of one decoder in float32, and of one with a norm in float16, for 1 and 2 ranks, called `float32 1` and so on."""
+    import graphs
+
+    folder = tmp_path_factory.mktemp("plans")
+    for name, source in (("float32", decoder(positions=BY_RANGE)), ("float16", graphs.half(decoder(positions=BY_RANGE, after=NORM)))):
+        for world in (1, 2):
+            model = rewrite.optimize(source, generate=True, tensor_parallel=world, block_size=4).model
+            entry = model.proto.metadata_props.add()
+            entry.key, entry.value = "rewrite.eos", "[0]"
+            rewrite.build(model, folder / f"{name} {world}", engines=False)
+    return folder
+
+
+def prompts(count=8):
+    rng = np.random.default_rng(3)
+    return [[int(t) for t in rng.integers(0, VOCABULARY, n)] for n in LENGTHS[:count]]
+
+
+def texts(plan, given, sampling, **options):
+    """What two ranks generate: generations, the frames of each, the sums of each, and the scheduler's statistics."""
+
+    def work(communicator):
+        generator = rewrite.Generator(Plan(plan, device="cuda"), communicator=communicator, **options)
+        device, ranks = generator.model.device, generator.model.others
+        seen = []
+        if communicator.rank:
+            end = generator.model._end
+            generator.model._end = lambda: (seen.extend(device.buckets), end())
+            generator.model.follow()
+            return None, seen, ranks.nccl.made + (ranks.one_shot.made if ranks.one_shot else []), None
+        made = [generator.generate(p, **s) for p, s in zip(given, sampling, strict=True)]
+        generator.scheduler.pool.check()
+        seen = list(device.buckets)
+        generator.model.stop()
+        assert not device.buckets
+        return made, seen, ranks.nccl.made + (ranks.one_shot.made if ranks.one_shot else []), generator.stats()
+
+    (made, frames, sums, stats), (_, other_frames, other_sums, _) = together(2, work)
+    assert frames == other_frames
+    assert sums == other_sums
+    return made, frames, sums, stats
+
+
+FEW = 12 * 4 * 2 * 8 * 4  # bytes of a rank for twelve blocks
+
+
+@pytest.mark.parametrize("options", [{}, {"lookahead": 1}, {"lookahead": 16, "seats": 3}, {"token_budget": 7}, {"kv_memory": FEW}, {"reuse": False, "near": False}], ids=str)
+def test_texts_are_those_of_one_process(plans, options, monkeypatch):
+    options = {"kv_memory": 1 << 18, **options}
+    generator = rewrite.Generator(plans / "float32 1", kv_memory=1 << 18)
+    expected = generator.generate(prompts(), max_new_tokens=20, ignore_eos=True)
+    fake_ranks.install(monkeypatch, near=options.pop("near", True))
+    (made,), frames, sums, stats = texts(plans / "float32 2", [prompts()], [{"max_new_tokens": 20, "ignore_eos": True}], **options)
+    assert [g.tokens for g in made] == [g.tokens for g in expected]
+    assert any(decoding for _, decoding in frames) == (options.get("lookahead") != 1)
+    assert {kind for kind, _ in sums} == {"sum", "join"}
+    if options["kv_memory"] == FEW:
+        assert stats["preempted"] > 0
+
+
+def test_every_kind_of_sampling_is_that_of_one_process(plans, monkeypatch):
+    """Steps on all ranks at once, one step at a time (beams, hooks), and what looks at earlier tokens."""
+    requests = [
+        {"temperature": 30.0, "seed": 5, "n": 3, "top_p": 0.9}, {"beams": 3, "n": 2}, {"allowed": lambda tokens: [len(tokens) % 7, 9]}, {"logprobs": 3, "temperature": np.float32(2)},
+        {"repetition_penalty": 1.3, "no_repeat_ngram": 2}, {"stop_tokens": list(range(0, 60, 5)), "min_new_tokens": 3}, {"logit_bias": {3: -np.inf, 4: 2.5}, "bad_words": [[5, 6], [7]]},
+    ]  # fmt: skip
+    requests = [{"max_new_tokens": 14, "seed": 2**64 - 1, **r} for r in requests]
+    single = rewrite.Generator(plans / "float32 1", kv_memory=1 << 18)
+    expected = [single.generate(prompts(4), **r) for r in requests]
+    fake_ranks.install(monkeypatch)
+    made, _, _, _ = texts(plans / "float32 2", [prompts(4)] * len(requests), requests, kv_memory=1 << 18, lookahead=4)
+    for got, want, request in zip(made, expected, requests, strict=True):
+        assert [(c.tokens, c.finished) for g in got for c in g.choices] == [(c.tokens, c.finished) for g in want for c in g.choices], request
+
+
+def test_all_ranks_end_at_the_same_step(plans, monkeypatch):
+    single = rewrite.Generator(plans / "float32 1", kv_memory=1 << 18)
+    expected = [single.generate(p, max_new_tokens=40) for p in prompts()]
+    stopped = sum(g.choices[0].finished == "stop" for made in expected for g in made)
+    assert stopped
+    fake_ranks.install(monkeypatch)
+    made, _, _, stats = texts(plans / "float32 2", prompts(), [{"max_new_tokens": 40}] * len(LENGTHS), kv_memory=1 << 18, lookahead=16)
+    assert [g.tokens for m in made for g in m] == [g.tokens for m in expected for g in m]
+    assert stats["generated_tokens"] <= stats["steps"] <= stats["generated_tokens"] + stopped  # one more is under way when it is seen
+
+
+@pytest.mark.parametrize("most", [1 << 20, 16 * 2 * 4], ids=["few bytes", "many bytes"])
+def test_a_norm_joins_the_sum_before_it(plans, most, monkeypatch):
+    """In float16, where norms are steps; sums of more than four tokens are NCCL's in the second case."""
+    expected = rewrite.Generator(plans / "float16 1", kv_memory=1 << 18).generate(prompts(), max_new_tokens=8, ignore_eos=True)
+    fake_ranks.install(monkeypatch, most=most)
+    (made,), _, sums, _ = texts(plans / "float16 2", [prompts()], [{"max_new_tokens": 8, "ignore_eos": True}], kv_memory=1 << 18)
+    apart = sum(a.tokens != b.tokens for a, b in zip(made, expected, strict=True))
+    assert apart <= 2  # ties, which sums of halves decide another way
+    assert "sum and norm" in {kind for kind, _ in sums} or most < 1 << 20
+    assert all(shape[1] * 32 <= most for kind, shape in sums if kind == "sum and norm")
+
+
+def test_a_rank_without_memory_makes_all_drop_the_same_frames(plans, monkeypatch):
+    expected = rewrite.Generator(plans / "float32 1", kv_memory=1 << 18).generate(prompts(), max_new_tokens=12, ignore_eos=True)
+    fake_ranks.install(monkeypatch)
+    make = cuda_model.Bucket.__init__
+
+    def scarce(self, model, *rest, **more):
+        make(self, model, *rest, **more)
+        if len(model.buckets) >= (2 if threading.current_thread().name == "1" else 4):
+            raise OutOfMemory("no more")
+
+    monkeypatch.setattr(cuda_model.Bucket, "__init__", scarce)
+    (made,), frames, _, _ = texts(plans / "float32 2", [prompts()], [{"max_new_tokens": 12, "ignore_eos": True}], kv_memory=1 << 18, token_budget=16)
+    assert [g.tokens for g in made] == [g.tokens for g in expected]
+    assert len(frames) <= 2
+
+
+def test_the_pool_is_as_large_as_the_smallest_rank_allows(plans, monkeypatch):
+    fake_ranks.install(monkeypatch)
+
+    def work(communicator):
+        model = rewrite.Generator(Plan(plans / "float32 2", device="cuda"), communicator=communicator, kv_memory=(1 << 18) >> communicator.rank).model
+        return model.blocks, len(next(iter(model.caches[0].values())))
+
+    (blocks, size), other = together(2, work)
+    assert (blocks, size) == other
+    assert blocks == size == (1 << 17) // (FEW // 12)
+
+
+def test_plans_that_gpus_do_not_run_are_refused(plans, tmp_path, monkeypatch):
+    fake_gpu.install(monkeypatch)
+    with pytest.raises(RewriteError, match="on GPUs each of its 2 ranks is a process; start them with `mpirun -n 2 rewrite generate"):
+        rewrite.Generator(plans / "float32 2", device="cuda")
+    rewrite.build(rewrite.optimize(decoder(), generate=True, pipeline_parallel=2).model, tmp_path / "stages", engines=False)
+    fake_ranks.install(monkeypatch)
+    with pytest.raises(RewriteError, match="it is for 2 stages, and there are 2 ranks with GPUs; give a plan of --tensor-parallel 2"):
+        together(2, lambda communicator: rewrite.Generator(Plan(tmp_path / "stages", device="cuda"), communicator=communicator))
+
+
+# --- rows ---------------------------------------------------------------------------------------------------------
+tokens = st.integers(0, 50)
+samplings = st.builds(
+    Sampling, temperature=st.floats(0, 5), top_k=st.integers(0, 9), top_p=st.floats(0.01, 1), min_p=st.floats(0, 1), typical_p=st.floats(0.01, 1), repetition_penalty=st.floats(0.1, 3),
+    presence_penalty=st.floats(-2, 2), frequency_penalty=st.floats(-2, 2), no_repeat_ngram=st.integers(0, 3), logit_bias=st.dictionaries(tokens, st.floats(-9, 9) | st.just(-np.inf), max_size=3),
+    bad_words=st.lists(st.lists(tokens, min_size=1, max_size=3), max_size=2), min_new_tokens=st.integers(0, 9), stop_tokens=st.lists(tokens, max_size=3),
+)  # fmt: skip
+rows = st.lists(st.builds(Row, st.just(Sampling()) | samplings, st.lists(tokens, min_size=1, max_size=9), st.just(1), st.integers(0, 2**64 - 1), st.integers(0, 3)), min_size=1, max_size=5)
+
+
+@settings(max_examples=100, deadline=None)
+@given(rows)
+def test_rows_are_told_whole(given_rows):
+    made = unpack(pack(given_rows))
+    for got, want in zip(made, given_rows, strict=True):
+        assert got.sampling == want.sampling
+        assert (got.prompt, got.seed, got.choice, len(got.tokens)) == (want.prompt, want.seed, want.choice, len(want.tokens))
+        assert got.tokens == want.tokens or not want.sampling.processed
+
+
+# --- the commands under mpirun ------------------------------------------------------------------------------------
+SCRIPT = """
+import sys
+sys.path[:0] = sys.argv[1].split(":")
+import fake_ranks, pytest
+from rewrite.cli import main
+fake_ranks.install(pytest.MonkeyPatch())
+main(sys.argv[2:])
+"""
+
+
+def commands(*arguments):
+    from test_ranks import mpirun
+
+    return mpirun(2, "-c", SCRIPT, str(Path(__file__).parent), *arguments)
+
+
+@needs_mpi
+def test_generate_on_two_gpus_of_numpy(plans):
+    arguments = [a for p in prompts(5) for a in ("--tokens", ",".join(map(str, p)))] + ["--max-new-tokens", "12", "--kv-memory", "1M"]
+    expected = CliRunner().invoke(main, ["generate", str(plans / "float32 1"), *arguments]).output
+    code, output, errors = commands("generate", str(plans / "float32 2"), "--device", "cuda", *arguments)
+    assert code == 0, errors
+    assert output == expected
+
+
+@needs_mpi
+def test_bench_generate_on_two_ranks(plans):
+    for device in ("cuda", "cpu"):
+        code, output, errors = commands("bench-generate", str(plans / "float32 2"), "--device", device, "--kv-memory", "1M", "--prompt-length", "9", "--new-tokens", "5", "--repeat", "1")
+        assert code == 0, errors
+        assert output.count("ms a step") == 1
