@@ -173,6 +173,8 @@ def takes(q: Any, k: Any, v: Any, key_cache: Any, value_cache: Any, y: Any, inte
         return False
     if any(a.dtype.name != "int32" or not a.flags.c_contiguous for a in integers) or not key_cache.flags.c_contiguous or not value_cache.flags.c_contiguous:
         return False
+    if any(a.data.ptr % 16 for a in angles if a is not None):
+        return False
     size = q.dtype.itemsize
     return all(a.strides[-1] == size and a.data.ptr % 16 == 0 and all(n % 16 == 0 for n in a.strides[1:-1]) for a in (q, k, v, y)) and all(a.data.ptr % 16 == 0 for a in (key_cache, value_cache))
 
@@ -181,6 +183,7 @@ def variant(shape: Shape, turn: Turn, fresh: bool, made: Cut | None = None, earl
     """What `cuda_launch.module` needs."""
     dtype, heads, kv_heads, size, value_size, block_size, window, cap = shape
     values = {"D": size, "E": value_size, "S": block_size, "REPEATS": heads // kv_heads, "KVHEADS": kv_heads, "CAP": int(cap), "WINDOW": int(window), "FLOAT32": int(dtype == "float32")}
+    values["PIECE"] = next((n for n in (4, 2) if size >= 32 * n and (turn.kind != 1 or turn.size % (2 * n) == 0)), 1)  # 4: all lanes of a warp have work
     if dtype != "float32":
         made = made or cut(size, value_size, heads // kv_heads)
         values |= {"WARPS": made.warps, "STAGES": made.stages, "FRESH": int(fresh), "LEAST": made.least, "EARLY": int(early), "CLUSTER": made.cluster}

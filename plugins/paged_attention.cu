@@ -68,19 +68,19 @@ extern "C" __global__ void __launch_bounds__(128) store(const __grid_constant__ 
         const Row from = queryOf(c, t, row);
         const float by = factor<D>(from, c.epsilon);
         scalar* to = c.turnedQ + row * c.ts[0] + t * c.ts[1];
-        for (int i = lane; i < D; i += 32) to[i] = narrow(turned(from, by, i));
+        for (int i = lane * PIECE; i < D; i += 32 * PIECE) *(Piece*)(to + i) = turnedPiece(from, by, i);
         return;
     }
     const int g = (row - queries) >> 1, slot = c.slots[t];
     if (g >= KVHEADS || slot < 0 || slot >= c.blocks * S) return;
     if ((row - queries) & 1) {
         const scalar* from = c.v + g * c.vs[0] + t * c.vs[1];
-        for (int i = lane; i < E; i += 32) c.values[((i64)slot * KVHEADS + g) * E + i] = from[i];
+        for (int i = lane * PIECE; i < E; i += 32 * PIECE) *(Piece*)(c.values + ((i64)slot * KVHEADS + g) * E + i) = pieceAt(from + i);
         return;
     }
     const Row from = keyOf(c, t, g);
     const float by = factor<D>(from, c.epsilon);
-    for (int i = lane; i < D; i += 32) c.keys[((i64)slot * KVHEADS + g) * D + i] = narrow(turned(from, by, i));
+    for (int i = lane * PIECE; i < D; i += 32 * PIECE) *(Piece*)(c.keys + ((i64)slot * KVHEADS + g) * D + i) = turnedPiece(from, by, i);
 }
 
 template <bool MAX>

@@ -1,6 +1,6 @@
 // A row of a head as attention reads it: normalized and turned. Constants: FLOAT32; NORM 1 for an RMS norm with weights of
 // the same type, 2 with weights of float32; ROTARY 0 nothing is turned, 1 halves,
-// 2 pairs; TURN elements are turned, by ANGLES (TURN, or half as many) cosines and sines.
+// 2 pairs; TURN elements are turned, by ANGLES (TURN, or half as many) cosines and sines. PIECE elements that `turnedPiece` reads and writes at a time.
 #if FLOAT32
 typedef float scalar;
 __device__ __forceinline__ float widen(float v) { return v; }
@@ -57,3 +57,34 @@ __device__ __forceinline__ float turned(const Row& row, float by, int i) {
     return v;
 #endif
 }
+
+#ifdef PIECE
+struct alignas(PIECE * sizeof(scalar)) Piece {
+    scalar v[PIECE];
+};
+__device__ __forceinline__ Piece pieceAt(const scalar* from) { return *(const Piece*)from; }
+// Elements i to i + PIECE - 1 of the row, to the last bit those of `turned`.
+__device__ __forceinline__ Piece turnedPiece(const Row& row, float by, int i) {
+    Piece made;
+#if ROTARY == 1
+    if (i < TURN) {
+        const bool first = i < TURN / 2;
+        const int other = first ? i + TURN / 2 : i - TURN / 2, angle = ANGLES == TURN ? i : i % (TURN / 2);
+        const Piece x = pieceAt(row.x + i), y = pieceAt(row.x + other), cos = pieceAt(row.cos + angle), sin = pieceAt(row.sin + angle);
+        #pragma unroll
+        for (int n = 0; n < PIECE; ++n) {
+#if NORM
+            const float v = widen(x.v[n]) * by * widenWeight(row.scale[i + n]), w = widen(y.v[n]) * by * widenWeight(row.scale[other + n]) * widen(sin.v[n]);
+#else
+            const float v = widen(x.v[n]), w = widen(y.v[n]) * widen(sin.v[n]);
+#endif
+            made.v[n] = narrow(v * widen(cos.v[n]) + (first ? -w : w));
+        }
+        return made;
+    }
+#endif
+    #pragma unroll
+    for (int n = 0; n < PIECE; ++n) made.v[n] = narrow(turned(row, by, i + n));
+    return made;
+}
+#endif

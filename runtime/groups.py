@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+from array import array
 
 import numpy as np
 
@@ -110,7 +111,7 @@ def arrays(planned: Plan, size: int, ahead: int) -> tuple[Batch, list[tuple[Grou
     positions = np.arange(len(tokens)) + np.repeat(np.array(lengths) - starts[1:], counts)
     slots = blocks[np.repeat(np.arange(len(tables)), counts), positions // size] * size + positions % size
     batch = Batch(
-        tokens=np.array(tokens, np.int64), positions=positions, slots=slots.astype(np.int32), block_tables=blocks, query_starts=np.array(starts, np.int32),
+        tokens=np.frombuffer(array("q", tokens), np.int64), positions=positions, slots=slots.astype(np.int32), block_tables=blocks, query_starts=np.array(starts, np.int32),
         context_lengths=np.array(lengths, np.int32), logit_rows=np.array(rows, np.int64),
     )  # fmt: skip
     return batch, wanted

@@ -206,27 +206,35 @@ class BlockPool:
         self.evictions += 1
         return block
 
-    def _allocate(self) -> int:
-        if not self._free and not self._kept:
-            raise OutOfBlocks("KV cache: no block is free")
-        block = self._free.pop() if self._free else self._evict()
-        self._references[block] = 1
-        return block
+    def _allocate(self, count: int) -> list[int]:
+        if count > self.available:
+            raise OutOfBlocks(f"KV cache: {count} blocks are needed and {self.available} are free")
+        blocks = [self._free.pop() if self._free else self._evict() for _ in range(count)]
+        for block in blocks:
+            self._references[block] = 1
+        return blocks
 
     def _acquire(self, block: int) -> None:
         if not self._references[block]:
             self._kept.pop(block, None)  # it is not there while it is the source of a copy
         self._references[block] += 1
 
-    def _release(self, block: int) -> None:
-        if self._references[block] < 1:
-            raise CacheError(f"KV cache: block {block} is freed, and nobody holds it")
-        self._references[block] -= 1
-        if self._references[block]:
-            return
-        if block in self._copies:
-            self._unpin(self._copies.pop(block))
-        self._put_back(block)
+    def _release(self, blocks: Iterable[int]) -> None:
+        references, contents = self._references, self._contents
+        for block in blocks:
+            if references[block] < 1:
+                raise CacheError(f"KV cache: block {block} is freed, and nobody holds it")
+            references[block] -= 1
+            if references[block]:
+                continue
+            if self._copies or self._pins:
+                if block in self._copies:
+                    self._unpin(self._copies.pop(block))
+                self._put_back(block)
+            elif contents[block] is None:
+                self._free.append(block)
+            else:
+                self._kept[block] = None
 
     def _unpin(self, block: int) -> None:
         self._pins[block] -= 1
@@ -296,17 +304,14 @@ class BlockTable:
             raise CacheError("KV cache: a table is extended before its last tokens were committed")
         shared = partial and count and pool._references[self.blocks[-1]] > 1
         if shared or not partial or partial + count > pool.block_size:
-            needed = pool.needed([(self, count)])
-            if needed > pool.available:
-                raise OutOfBlocks(f"KV cache: {needed} blocks are needed and {pool.available} are free")
+            blocks = pool._allocate(pool.needed([(self, count)]))
             if shared:
-                old, own = self.blocks[-1], pool._allocate()
+                old, own = self.blocks[-1], blocks.pop(0)
                 pool._copies[own] = old
                 pool._pins[old] += 1
-                pool._release(old)
+                pool._release([old])
                 self.blocks[-1] = own
-                needed -= 1
-            self.blocks.extend(pool._allocate() for _ in range(needed))
+            self.blocks.extend(blocks)
         self.length += count
 
     def commit(self, tokens: Sequence[int]) -> None:
@@ -319,8 +324,10 @@ class BlockTable:
             raise CacheError(f"KV cache: {len(tokens)} tokens are committed, and there are slots for {self.length - self.computed}")
         first = self.computed // size
         self.length = self.computed = self.computed + len(tokens)
-        while len(self.blocks) > -(-self.length // size):
-            pool._release(self.blocks.pop())
+        used = -(-self.length // size)
+        if len(self.blocks) > used:
+            pool._release(reversed(self.blocks[used:]))
+            del self.blocks[used:]
         self._open.extend(tokens)
         full = len(self._open) // size
         for number in range(full if pool.reuse else 0):
@@ -335,7 +342,7 @@ class BlockTable:
         for hidden in range(min(self.pool.first_visible(self.length), len(self.blocks)) - 1, -1, -1):
             if self.blocks[hidden] == HIDDEN:
                 break
-            self.pool._release(self.blocks[hidden])
+            self.pool._release([self.blocks[hidden]])
             self.blocks[hidden] = HIDDEN
 
     def _share(self, number: int) -> None:
@@ -349,7 +356,7 @@ class BlockTable:
         elif content.block != own:
             pool._acquire(content.block)
             self.blocks[number] = content.block
-            pool._release(own)
+            pool._release([own])
 
     def fork(self) -> BlockTable:
         """A second table with the same tokens; needs no block until one of the two is extended."""
@@ -369,9 +376,7 @@ class BlockTable:
         """Give every block back. The last ones are forgotten first, since they are of use only after the first."""
         self._alive()
         self.pool._tables.remove(self)
-        for block in reversed(self.blocks):
-            if block != HIDDEN:
-                self.pool._release(block)
+        self.pool._release(block for block in reversed(self.blocks) if block != HIDDEN)
         self.blocks = array("i")
 
     def _alive(self) -> None:

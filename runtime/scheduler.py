@@ -11,8 +11,8 @@ Nobody is admitted past one who waits for blocks. A request that would not fit e
 
 from __future__ import annotations
 
-import operator
 import time
+from array import array
 from bisect import insort
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import replace
@@ -211,13 +211,14 @@ class Scheduler:
     def _admissible(self, request: Request) -> list[int]:
         """The prompt, if the request can be served."""
         try:
-            prompt = list(map(operator.index, request.prompt))
-        except TypeError:
+            packed = array("q", request.prompt)
+        except (TypeError, OverflowError):
             raise Refused("request: the prompt has to be a list of tokens, which are whole numbers") from None
-        s, size = request.sampling, len(prompt)
+        prompt, s, size = packed.tolist(), request.sampling, len(packed)
         if not size:
             raise Refused("request: the prompt is empty; it has to have at least one token")
-        if min(prompt) < 0 or max(prompt) >= self.model.vocabulary:
+        known = np.frombuffer(packed, np.int64)
+        if known.min() < 0 or known.max() >= self.model.vocabulary:
             bad = next(t for t in prompt if not 0 <= t < self.model.vocabulary)
             raise Refused(f"request: the prompt has token {bad}; the model's tokens are 0 to {self.model.vocabulary - 1}")
         s.check(self.model.vocabulary)
