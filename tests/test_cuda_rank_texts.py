@@ -15,7 +15,7 @@ from decoder import BY_RANGE, VOCABULARY, decoder
 from fake_ranks import together
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_ranks import needs_mpi
+from test_ranks import mpirun, needs_mpi
 
 import rewrite
 from rewrite.cli import main
@@ -201,8 +201,6 @@ main(sys.argv[2:])
 
 
 def commands(*arguments):
-    from test_ranks import mpirun
-
     return mpirun(2, "-c", SCRIPT, str(Path(__file__).parent), *arguments)
 
 
@@ -221,3 +219,31 @@ def test_bench_generate_on_two_ranks(plans):
         code, output, errors = commands("bench-generate", str(plans / "float32 2"), "--device", device, "--kv-memory", "1M", "--prompt-length", "9", "--new-tokens", "5", "--repeat", "1")
         assert code == 0, errors
         assert output.count("ms a step") == 1
+
+
+RAISES = """
+import sys
+sys.path[:0] = sys.argv[2].split(":")
+import fake_ranks, pytest
+from rewrite.cli import main
+from rewrite.runtime.cuda_model import CudaModel
+from rewrite.runtime.nccl import local_rank
+fake_ranks.install(pytest.MonkeyPatch())
+decode, calls = CudaModel.decode, [0]
+def failing(self, *arguments):
+    calls[0] += 1
+    if calls[0] == 3 and local_rank() == int(sys.argv[1]):
+        raise MemoryError("no room")
+    return decode(self, *arguments)
+CudaModel.decode = failing
+main(["generate", sys.argv[3], "--device", "cuda", "--tokens", "5,6", "--max-new-tokens", "60", "--kv-memory", "1M", "--ignore-eos"])
+"""
+
+
+@needs_mpi
+@pytest.mark.parametrize("rank", [0, pytest.param(1, marks=pytest.mark.slow)])
+def test_a_rank_that_raises_ends_all(plans, rank):
+    code, _, errors = mpirun(2, "-c", RAISES, str(rank), str(Path(__file__).parent), str(plans / "float32 2"))
+    assert code != 0
+    assert f"rewrite: rank {rank}: MemoryError: no room" in errors
+    assert "Traceback" not in errors
