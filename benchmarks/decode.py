@@ -15,8 +15,10 @@ Then the divergence of the next token's distribution, KL(transformers in float32
 from __future__ import annotations
 
 import argparse
+import cProfile
 import gc
 import multiprocessing
+import pstats
 import statistics
 import tempfile
 import time
@@ -175,7 +177,7 @@ class Bench:
         self.started = time.monotonic()
         self.rows = Rows(name, self.shape, copy_bandwidth(self.device, 1 << 31 if self.device == "cuda" else 1 << 24), self.write)
         self.told: dict[str, Any] = {"copy_gbs": self.rows.bandwidth / 1e9}
-        self.tokens: dict[str, list[list[int]]] = {}
+        self.tokens: dict[int, list[list[int]]] = {}  # of ours, by batch
         random = torch.Generator().manual_seed(0)
         self.texts = torch.randint(0, self.shape.vocabulary, (max(options.batches), CONTEXT - NEW // 2), generator=random)
         self.prompt = torch.randint(0, self.shape.vocabulary, (1, PROMPT), generator=random)
@@ -190,14 +192,14 @@ class Bench:
         return {"model": self.name, "dtype": str(self.dtype).removeprefix("torch."), "context": CONTEXT, "rows": self.rows.rows, **self.told}
 
     def parts(self) -> Iterator[tuple[str, Callable[[], None]]]:
-        """What is measured, in order; the plan is made meanwhile by another process."""
+        """What is measured, in order."""
         batches, only = self.options.batches, self.options.only
+        if "ours" in only:
+            yield "ours", self.ours
         if "compile" in only:
             yield "torch.compile, prefill", self.compiled_prefill
             for batch in sorted(batches, key=lambda b: (b not in (1, 32), b)):
                 yield f"torch.compile, batch {batch}", lambda batch=batch: self.compiled(batch)
-        if "ours" in only:
-            yield "ours", self.ours
         if "generate" in only:
             yield "generate", self.generate
         if "continuous" in only:
@@ -211,9 +213,10 @@ class Bench:
             directory = llamas.make_directory(self.shape, self.folder / self.name, self.dtype, self.device)
         self.plan: Future[dict[str, float]] | None = None
         if {"ours", "kl"} & set(self.options.only):
-            self.plan = pool.submit(llamas.make_plan, directory, self.folder, BUDGET, ROWS, self.device == "cuda")
+            graph = self.options.graphs and self.options.graphs / f"{self.name}.onnx"
+            self.plan = pool.submit(llamas.make_plan, directory, self.folder, BUDGET, ROWS, self.device == "cuda", graph)
         with stages("load"):
-            self.model = peers.load(directory, self.device)
+            self.model = peers.load(directory, self.device) if set(self.options.only) != {"ours"} else None
         self.told["seconds"] = stages.seconds
         for label, part in self.parts():
             if time.monotonic() - self.started > self.options.seconds:
@@ -238,13 +241,14 @@ class Bench:
             except Exception as error:
                 self.rows.failed("decode", f"{GRAPH}, {kind}", batch, error)
                 continue
-            self.rows.decode(f"{GRAPH}, {kind}", batch, timing)
-            self.tokens[f"{GRAPH} {batch}"] = timing.tokens
+            ours = self.tokens.get(batch)
+            more = {} if ours is None else {"equal_beginnings": equal_beginnings(ours, timing.tokens)}
+            self.rows.decode(f"{GRAPH}, {kind}", batch, timing, **more)
 
     def compiled_prefill(self) -> None:
         self.rows.prefill(GRAPH, PROMPT, peers.prefill(self.model, self.prompt.to(self.device), backend=self.options.backend))
 
-    def generator(self) -> Any:
+    def generator(self, tune: bool) -> Any:
         """Ours, with room for the largest batch."""
         import rewrite
 
@@ -254,12 +258,17 @@ class Bench:
         item = self.dtype.itemsize * self.shape.layers * 2 * self.shape.kv_heads * self.shape.size
         memory = (max(*self.options.batches, 2) + 1) * (PROMPT + 2 * NEW) * item
         started = time.monotonic()
-        made = rewrite.Generator(self.folder / "plan", device=self.device, kv_memory=memory, token_budget=BUDGET, reuse=False)
+        made = rewrite.Generator(self.folder / "plan", device=self.device, kv_memory=memory, token_budget=BUDGET, reuse=False, lookahead=self.options.lookahead)
         self.told["load_seconds"] = time.monotonic() - started
+        if self.device == "cuda" and tune:
+            started = time.monotonic()
+            made.model.tune()
+            self.told["tune_seconds"] = time.monotonic() - started
+            self.say(f"tuned in {self.told['tune_seconds']:.0f} s")
         return made
 
     def ours(self) -> None:
-        generator = self.generator()
+        generator = self.generator(self.options.tune)
         self.say("ours is loaded")
         for batch in self.options.batches:
             try:
@@ -267,11 +276,18 @@ class Bench:
             except Exception as error:
                 self.rows.failed("decode", "ours", batch, error)
                 continue
-            other = self.tokens.get(f"{GRAPH} {batch}")
-            more = {} if other is None else {"equal_beginnings": equal_beginnings(timing.tokens, other)}
-            self.rows.decode("ours", batch, timing, **more)
+            self.tokens[batch] = timing.tokens
+            self.rows.decode("ours", batch, timing)
         timing = run_generator(generator, self.prompt.tolist(), 0, repeat=10)
         self.rows.prefill("ours", PROMPT, timing)
+        if self.options.parts:
+            from generate_gpu import all_bucket_times
+
+            print(*all_bucket_times(generator.model.device), sep="\n", flush=True)
+            for prompts, new, repeat in ((self.prompt, 0, 20), (self.texts, NEW, 1)):
+                profile = cProfile.Profile()
+                profile.runcall(run_generator, generator, prompts.tolist(), new, repeat)
+                pstats.Stats(profile).sort_stats("tottime").print_stats(16)
 
     def generate(self) -> None:
         for batch in self.options.batches:
@@ -290,7 +306,7 @@ class Bench:
         tokens = self.texts[0, :256].tolist()
         with torch.no_grad():
             narrow = self.model(torch.tensor([tokens], device=self.device)).logits[0].float()
-        generator = self.generator()
+        generator = self.generator(False)
         self.model.float()
         found = compare_logits(self.model, narrow, generator.model, tokens, ROWS, 64)
         self.told["divergence"] = found
@@ -307,6 +323,10 @@ def main() -> None:
     parser.add_argument("--only", default="compile,ours,generate,continuous,kl")
     parser.add_argument("--seconds", type=float, default=1e9, help="of each model: begin nothing after that")
     parser.add_argument("--folder", default=None, help="for weights and plans, three times the size of the weights; /dev/shm if it has room")
+    parser.add_argument("--parts", action="store_true", help="of ours: the time of each launch of a step, and of the host's functions, too")
+    parser.add_argument("--no-tune", dest="tune", action="store_false", help="of ours: leave out what `rewrite build --tune` does on the GPU")
+    parser.add_argument("--lookahead", type=int, default=None, help="of ours: steps that are done at once, if not the default")
+    parser.add_argument("--graphs", type=Path, default=None, help="what `llamas.py` made, so that nothing is exported here")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--backend", default="inductor", help="of torch.compile; eager in tests")
     parser.add_argument("--output", default="decode", help="results/OUTPUT_MODEL.json")

@@ -92,19 +92,29 @@ def wide_times(plan: Path) -> list[str]:
                 reads.append(ends[began][0] - ends[0][0])
                 steps += [(b[0] - a[0]) * batch / (b[1] - a[1]) for a, b in zip(ends[began:], ends[began + 1 :], strict=False) if b[1] > a[1] and (b[1] - a[1]) % batch == 0]
             lines.append(f"batch {batch}, {ahead} steps at once: {1e3 * statistics.median(steps):.3f} ms a step; prompts {1e3 * min(reads):.1f} ms")
+    return lines + all_bucket_times(device)
+
+
+def all_bucket_times(device: Any) -> list[str]:
+    """Of each step that was made so far, whose tables reach CONTEXT positions and whose texts have equally many tokens."""
+    lines = []
     for (sizes, decoding), bucket in device.buckets.items():
-        if sizes.tokens == sizes.sequences in BATCHES and sizes.table * device.block_size > CONTEXT:
+        if sizes.tokens % sizes.sequences == 0 and sizes.table * device.block_size >= CONTEXT:
             lines += bucket_times(device, sizes, decoding, bucket)
     return lines
 
 
 def bucket_times(device: Any, sizes: buckets.Sizes, decoding: bool, bucket: Any) -> list[str]:
-    """A step of texts of CONTEXT positions: its graph, and each of its launches alone, 20 in a graph."""
-    cupy, count, frame = device.executor.cupy, sizes.sequences, bucket.frame
-    tables = np.random.default_rng(0).permutation(device.blocks)[: count * sizes.table].reshape(count, sizes.table).astype(np.int32)
-    positions = np.full(count, CONTEXT - 30)
-    slots = (tables[:, positions[0] // device.block_size] * device.block_size + positions[0] % device.block_size).astype(np.int32)
-    batch = Batch(np.arange(count), positions, slots, tables, np.arange(count + 1, dtype=np.int32), (positions + 1).astype(np.int32), np.arange(count))
+    """A step of texts of CONTEXT positions, or of whole new texts: its graph, and each of its launches alone, 20 in a graph."""
+    cupy, count, frame, block = device.executor.cupy, sizes.sequences, bucket.frame, device.block_size
+    new = sizes.tokens // count
+    table = -(-max(CONTEXT, new) // block)
+    tables = np.random.default_rng(0).permutation(device.blocks)[: count * table].reshape(count, table).astype(np.int32)
+    positions = np.tile(np.arange(new) + (0 if new > 1 else CONTEXT - 30), count)
+    texts = np.repeat(np.arange(count), new)
+    slots = (tables[texts, positions // block] * block + positions % block).astype(np.int32)
+    starts = np.arange(0, count * new + 1, new, dtype=np.int32)
+    batch = Batch(np.arange(count * new), positions, slots, tables, starts, np.full(count, positions[-1] + 1, np.int32), starts[1 : sizes.rows + 1].astype(np.int64) - 1)
     with device.stream:
         if decoding:
             bucket.state.load([Row(Sampling(), [1] * 8, 8) for _ in range(count)], 400)

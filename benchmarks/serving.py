@@ -161,7 +161,8 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
         directory = llamas.make_directory(shape, folder / options.model, dtype, options.device)
         if "ours" in options.only:
             with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-                pool.submit(llamas.make_plan, directory, folder, options.budget, options.seats, options.device == "cuda").result()
+                graph = options.graphs and options.graphs / f"{options.model}.onnx"
+                pool.submit(llamas.make_plan, directory, folder, options.budget, options.seats, options.device == "cuda", graph).result()
             print(f"plan ready after {time.monotonic() - started:.0f} s", flush=True)
             systems[OURS] = stack.enter_context(ours(folder / "plan", options, shape, dtype.itemsize))
         if "transformers" in options.only:
@@ -193,6 +194,7 @@ def main() -> None:
     parser.add_argument("--seats", type=int, default=256, help="texts in flight, of ours")
     parser.add_argument("--budget", type=int, default=2048, help="tokens a step, of ours")
     parser.add_argument("--folder", default=None)
+    parser.add_argument("--graphs", type=Path, default=None, help="what `llamas.py` made, so that nothing is exported here")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--output", default="serving")
     options = parser.parse_args()

@@ -123,9 +123,11 @@ def refusal(links: Sequence[Link]) -> str | None:
             return "a product that does not read the one before it"
         if norm is not None and (norm.scale.dtype != before.x.dtype or before.x.dtype.name != "bfloat16"):
             return "a norm of another type, or of float16, for which y * scale may be too large"
-    normed = {address(link.norm.y) for link in links if link.norm}
-    if any(address(p.residual) in normed for link in links for p in link.products):
-        return "the result of a norm as a residual"
+    normed: set[int | None] = set()  # what earlier links read lay where these came later, perhaps
+    for link in links:
+        if any(address(p.residual) in normed for p in link.products):
+            return "the result of a norm as a residual"
+        normed |= {address(link.norm.y)} if link.norm else set()
     return "a norm behind the last product" if links[-1].norm is not None else None
 
 
@@ -236,15 +238,15 @@ def _layout(links: Sequence[Link], blocks: int) -> tuple[list[dict[str, int]], i
         size += ceil_div(count, 512) * 512
         return size - ceil_div(count, 512) * 512
 
-    residuals = {address(p.residual) for link in links for p in link.products} - {None}
     written: dict[int | None, int] = {}  # where y of earlier links are sent
     for index, link in enumerate(links):
         y, last = link.products[0].y, index == len(links) - 1
         before = found[-1] if found else None
+        later = {address(p.residual) for link in links[index + 1 :] for p in link.products}
         place = {
             "source": -1 if before is None else before["sent"] if links[index - 1].norm is None else before["scaled"],
             "residual": written.get(address(link.products[0].residual), -1), "normed": before["squares"] if before else -1,
-            "sent": room(y.nbytes) if not last and (link.norm is None or address(y) in residuals) else -1,
+            "sent": room(y.nbytes) if not last and (link.norm is None or address(y) in later) else -1,
             "scaled": room(y.nbytes) if link.norm else -1, "squares": room(link.tiles * TOKENS * 4) if link.norm else -1,
             "room": deal(link.tiles, link.steps, best_grain(link.tiles, link.steps, blocks), blocks)[2] - 1,
         }  # fmt: skip

@@ -10,29 +10,26 @@ import numpy as np
 
 from rewrite.plugins.cuda_launch import Launch, launcher, module
 
-POINTERS = ("chosen", "tokens", "positions", "slots", "lengths", "tables", "stops", "step", "ended", "left")
+POINTERS = ("chosen", "tokens", "positions", "slots", "lengths", "tables")
 
 
 class _Rows(ctypes.Structure):
-    _fields_ = [*((n, ctypes.c_void_p) for n in POINTERS), *((n, ctypes.c_int) for n in ("rows", "table", "stop", "block", "steps"))]
+    _fields_ = [*((n, ctypes.c_void_p) for n in POINTERS), *((n, ctypes.c_int) for n in ("rows", "table", "block"))]
 
 
 class _Cache(ctypes.Structure):
     _fields_ = [("at", ctypes.c_void_p), ("bytes", ctypes.c_longlong)]
 
 
-def advance(chosen: Any, tokens: Any, positions: Any, slots: Any, lengths: Any, tables: Any, stops: Any, step: Any, ended: Any, left: np.ndarray[Any, Any], block_size: int) -> Launch:
-    """A function that enqueues what `runtime.advance.advance` does, in place, and tells the host how many texts go on.
+def advance(chosen: Any, tokens: Any, positions: Any, slots: Any, lengths: Any, tables: Any, block_size: int) -> Launch:
+    """A function that enqueues what `runtime.advance.advance` does, in place.
 
-    CuPy arrays: chosen int64 [R], tokens and positions int64 [R], slots and lengths int32 [R], tables int32 [R, M]. stops int32 [R, S]: tokens that
-    end a row's text, -1 where there are fewer. step int32 [1]: steps done so far, counted up. ended int32 [R]: whether a row's text is over.
-    left int32 [steps], NumPy on pinned memory: element `step` gets the number of texts that go on.
+    CuPy arrays: chosen int64 [R], tokens and positions int64 [R], slots and lengths int32 [R], tables int32 [R, M].
     """
     rows, table = tables.shape
-    pointers = [int(a.data.ptr) for a in (chosen, tokens, positions, slots, lengths, tables, stops, step, ended)]
-    call = _Rows(*pointers, left.ctypes.data, rows, table, stops.shape[1], block_size, len(left))
-    keep = (chosen, tokens, positions, slots, lengths, tables, stops, step, ended, left)
-    return launcher(module("decoding", "float16").get_function("advance"), (1,), min(1024, -(-rows // 32) * 32), [call], keep=keep)
+    arrays = (chosen, tokens, positions, slots, lengths, tables)
+    call = _Rows(*[int(a.data.ptr) for a in arrays], rows, table, block_size)
+    return launcher(module("decoding", "float16").get_function("advance"), (1,), min(1024, -(-rows // 32) * 32), [call], keep=arrays)
 
 
 class BlockCopies:

@@ -48,8 +48,9 @@ def tiles(tokens: int, batch: int, span: int) -> int:
 
 
 def shared_bytes(size: int, cut: Cut) -> int:
-    """Shared memory of a block: queries, keys and values of each stage, barriers, two tiles; 1024 to align."""
-    return 1024 + (64 * cut.groups + 2 * cut.stages * cut.keys) * size * 2 + 8 * (2 + 4 * cut.stages) + 2 * 32
+    """Shared memory of a block: queries of a tile or two, keys and values of each stage, barriers, tiles; 1024 to align."""
+    ahead = 1 if size > 128 else 2
+    return 1024 + (ahead * 64 * cut.groups + 2 * cut.stages * cut.keys) * size * 2 + 8 * (2 * ahead + 4 * cut.stages) + 32 * (ahead + 1)
 
 
 def variant(size: int, page: int, pack: int, dtype: str, softcap: bool, cut: Cut) -> tuple[str, str, tuple[str, ...], tuple[tuple[str, str], ...]]:

@@ -31,6 +31,7 @@ struct Tile { int token, tokens, position, length, sequence, slice, first, end; 
 #define BLOCK (D % 64 ? 32 : 64)  // elements of a row that a box has
 #define ROW (BLOCK * 2)           // bytes
 #define BOX ((PAGE | KT) & -(PAGE | KT))  // positions that a box has: what divides both, 16 at least
+#define AHEAD (D > 128 ? 1 : 2)   // tiles whose queries are in shared memory
 #define BOXES (KT / BOX * (D / BLOCK))
 __device__ __forceinline__ float tanh(float x) {  // within 1e-6
     float y;
@@ -54,35 +55,42 @@ __device__ __forceinline__ int tilesFrom(const Sequence& s, int step) {
     return s.length <= keys ? 0 : tiles - max(0, keys - s.length + s.tokens) / SPAN;
 }
 
+// What a lane of the fetching warp knows of the batch: one sequence, and how far any tile of all reaches.
+struct Batch { Sequence mine; int tiles, steps; };
+__device__ __forceinline__ int tilesOfAll(const Prefill& c, const Sequence& mine, int step) {
+    const int lane = threadIdx.x & 31;
+    int count = lane <= c.batch ? tilesFrom(mine, step) : 0;
+    #pragma unroll 1
+    for (int b = lane + 32; b <= c.batch; b += 32) count += tilesFrom(sequenceOf(c, b), step);
+    return (int)__reduce_add_sync(~0u, (u32)count);
+}
+__device__ __forceinline__ Batch survey(const Prefill& c) {
+    const int lane = threadIdx.x & 31;
+    const Sequence mine = sequenceOf(c, min(lane, c.batch));
+    int longest = mine.length;
+    #pragma unroll 1
+    for (int b = lane + 32; b < c.batch; b += 32) longest = max(longest, c.lengths[b]);
+    longest = __reduce_max_sync(~0u, longest);
+    return {mine, tilesOfAll(c, mine, 0), min((longest + KT - 1) / KT, (c.window + SPAN) / KT + 2)};  // a window makes a tile its steps and two long at most
+}
 // Writes the index-th of all tiles, the ones with most keys first, where `to` is. One warp does it together.
-__device__ __forceinline__ void find(const Prefill& c, int index, Tile* to) {
+__device__ __forceinline__ void find(const Prefill& c, const Batch& all, int index, Tile* to) {
     const int lane = threadIdx.x & 31;
     int rank = index / c.slices;
-    auto tiles = [&](int step) {
-        int count = 0;
-        #pragma unroll 1
-        for (int b = lane; b <= c.batch; b += 32) count += tilesFrom(sequenceOf(c, b), step);
-        return (int)__reduce_add_sync(~0u, (u32)count);
-    };
-    if (rank >= tiles(0)) {
+    if (rank >= all.tiles) {
         if (lane == 0) to->tokens = to->first = to->end = 0;
         return __syncwarp();
     }
-    int longest = 0;
-    #pragma unroll 1
-    for (int b = lane; b < c.batch; b += 32) longest = max(longest, c.lengths[b]);
-    longest = __reduce_max_sync(~0u, longest);
-    // `low` is the last step that more than `rank` tiles reach. With a window tiles are not longer than its steps and two.
-    int low = 0, high = min((longest + KT - 1) / KT, (c.window + SPAN) / KT + 2) + 1, further = 0;
+    int low = 0, high = all.steps + 1, further = 0;  // `low` becomes the last step that more than `rank` tiles reach
     while (high - low > 1) {
-        const int middle = (low + high) / 2, count = tiles(middle);
+        const int middle = (low + high) / 2, count = tilesOfAll(c, all.mine, middle);
         if (count > rank) low = middle;
         else high = middle, further = count;
     }
     rank -= further;
     for (int b = lane;; b += 32) {
-        const Sequence s = sequenceOf(c, min(b, c.batch));
-        const int all = tilesFrom(s, low), count = b > c.batch ? 0 : further ? all - tilesFrom(s, high) : all;
+        const Sequence s = b == lane ? all.mine : sequenceOf(c, min(b, c.batch));
+        const int reach = tilesFrom(s, low), count = b > c.batch ? 0 : further ? reach - tilesFrom(s, high) : reach;
         int sum = count;
         #pragma unroll
         for (int o = 1; o < 32; o *= 2) {
@@ -90,7 +98,7 @@ __device__ __forceinline__ void find(const Prefill& c, int index, Tile* to) {
             if (lane >= o) sum += left;
         }
         if (sum > rank && sum - count <= rank) {
-            const int place = (tilesFrom(s, 0) - all + rank - (sum - count)) * SPAN, tokens = min(SPAN, s.tokens - place), position = s.length - s.tokens + place;
+            const int place = (tilesFrom(s, 0) - reach + rank - (sum - count)) * SPAN, tokens = min(SPAN, s.tokens - place), position = s.length - s.tokens + place;
             *to = {s.start + place, tokens, position, s.length, b, index % c.slices, max(0, position - c.window + 1) / KT, (max(0, position + tokens) + KT - 1) / KT};
         }
         if (__any_sync(~0u, sum > rank)) return __syncwarp();
@@ -171,20 +179,19 @@ __device__ __forceinline__ void round(u32 (&w)[KT / 16][4], const Scores& s) {
 // --- the kernel -----------------------------------------------------------------------------------------------------------
 extern "C" __global__ void __launch_bounds__(128 * (WGS + 1), 1)
     prefill(const __grid_constant__ TensorMap q, const __grid_constant__ TensorMap k, const __grid_constant__ TensorMap v, const __grid_constant__ Prefill c) {
-    constexpr int TILE = KT * D * 2;
+    constexpr int TILE = KT * D * 2, QUERIES = ROWS * D * 2;
     static_assert(BOXES <= 32 && BOX % 16 == 0 && SPAN > 0 && D % 32 == 0, "a lane has a box");
     extern __shared__ u8 raw[];
     u8* queries = (u8*)(((u64)raw + 1023) & ~1023ull);
-    u8* keys = queries + ROWS * D * 2;
+    u8* keys = queries + AHEAD * QUERIES;
     u8* values = keys + STAGES * TILE;
-    u64* given = (u64*)(values + STAGES * TILE);  // tile and queries
-    u64* taken = given + 1;
-    u64 *keysFull = taken + 1, *keysEmpty = keysFull + STAGES, *valuesFull = keysEmpty + STAGES, *valuesEmpty = valuesFull + STAGES;
-    Tile* tiles = (Tile*)(valuesEmpty + STAGES);  // this one and the next
+    u64 *given = (u64*)(values + STAGES * TILE), *taken = given + AHEAD;  // a tile and its queries
+    u64 *keysFull = taken + AHEAD, *keysEmpty = keysFull + STAGES, *valuesFull = keysEmpty + STAGES, *valuesEmpty = valuesFull + STAGES;
+    Tile* tiles = (Tile*)(valuesEmpty + STAGES);  // AHEAD of them with queries, and the one that is looked for
     const int group = threadIdx.x >> 7, warp = threadIdx.x >> 5 & 3, lane = threadIdx.x & 31;
     if (threadIdx.x == 0) {
         prepare(&q), prepare(&k), prepare(&v);
-        init(given, 1), init(taken, 4 * WGS);
+        for (int s = 0; s < AHEAD; ++s) init(given + s, 1), init(taken + s, 4 * WGS);
         for (int s = 0; s < STAGES; ++s) init(keysFull + s, 1), init(keysEmpty + s, 4 * WGS), init(valuesFull + s, 1), init(valuesEmpty + s, 4 * WGS);
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     }
@@ -195,17 +202,19 @@ extern "C" __global__ void __launch_bounds__(128 * (WGS + 1), 1)
         asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(WGS == 2 ? 56 : 32));
         if (warp == 0) {
             const int column = lane % (D / BLOCK) * BLOCK, key = lane / (D / BLOCK) * BOX, place = lane % (D / BLOCK) * KT * ROW + key * ROW;
+            const Batch all = survey(c);
             int i = 0;
             for (int turn = 0;; ++turn) {  // every other turn backwards: who had more to do has less now
-                const Tile& t = tiles[turn & 1];
-                find(c, turn * gridDim.x + (turn & 1 ? gridDim.x - 1 - blockIdx.x : blockIdx.x), tiles + (turn & 1));
-                if (turn) wait(taken, (turn - 1) & 1);
+                const Tile& t = tiles[turn % (AHEAD + 1)];
+                const int slot = turn % AHEAD;
+                find(c, all, turn * gridDim.x + (turn & 1 ? gridDim.x - 1 - blockIdx.x : blockIdx.x), tiles + turn % (AHEAD + 1));
+                if (turn >= AHEAD) wait(taken + slot, (turn / AHEAD - 1) & 1);
                 const int first = t.first, end = t.end, length = t.length, head = t.slice / c.share;
                 if (lane == 0 && first < end) {
-                    expect(given, SPAN * PACK * D * 2);
+                    expect(given + slot, SPAN * PACK * D * 2);
                     #pragma unroll
-                    for (int n = 0; n < D / BLOCK; ++n) fetchBox(queries + n * ROWS * ROW, &q, given, n * BLOCK, t.slice * PACK, t.token);
-                } else if (lane == 0) arrive(given);
+                    for (int n = 0; n < D / BLOCK; ++n) fetchBox(queries + slot * QUERIES + n * ROWS * ROW, &q, given + slot, n * BLOCK, t.slice * PACK, t.token);
+                } else if (lane == 0) arrive(given + slot);
                 __syncwarp();
                 if (t.tokens == 0) break;
                 const int* table = c.tables + (i64)t.sequence * c.columns;
@@ -231,7 +240,6 @@ extern "C" __global__ void __launch_bounds__(128 * (WGS + 1), 1)
     } else {
         asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(WGS == 2 ? 224 : 160));
         const int r = warp * 16 + (lane >> 2) + group * 64, p = (lane & 3) * 2, further = (r + 8) / PACK - r / PACK;
-        const u64 query = descriptor<ROW>(queries + group * 64 * ROW, 16);
         auto release = [&](u64* barrier) {
             if (lane == 0) arrive(barrier);
         };
@@ -241,8 +249,9 @@ extern "C" __global__ void __launch_bounds__(128 * (WGS + 1), 1)
         if (group == 0) asm volatile("bar.arrive 1, 256;" ::: "memory");
         int i = 0;
         for (int turn = 0;; ++turn) {
-            wait(given, turn & 1);
-            const Tile t = tiles[turn & 1];
+            const int slot = turn % AHEAD;
+            wait(given + slot, turn / AHEAD & 1);
+            const Tile t = tiles[turn % (AHEAD + 1)];
             if (t.tokens == 0) break;
             float top[2] = {-INF, -INF}, sum[2] = {0.f, 0.f}, shrink[2];
             Output o;
@@ -255,13 +264,14 @@ extern "C" __global__ void __launch_bounds__(128 * (WGS + 1), 1)
                     const int begin = step * KT;
                     softmax(s, top, sum, shrink, c, begin + KT - 1 > t.position || begin <= t.position + SPAN - 1 - c.window, t.position + r / PACK - begin, further, p);
                 };
+                const u64 query = descriptor<ROW>(queries + slot * QUERIES + group * 64 * ROW, 16);
                 int step = t.end - 1;
                 wait(keysFull + i % STAGES, i / STAGES & 1);
                 score(s, query, descriptor<ROW>(keys + i % STAGES * TILE, 16));
                 wgmmaWait<0>();
                 hold(s);
                 release(keysEmpty + i % STAGES);
-                if (step == t.first) release(taken);
+                if (step == t.first) release(taken + slot);
                 weights(step);
                 round(w, s);
                 // What a page holds past the end of its sequence is anything, and 0 * NaN is no 0.
@@ -286,7 +296,7 @@ extern "C" __global__ void __launch_bounds__(128 * (WGS + 1), 1)
                     wgmmaWait<1>();
                     hold(s);
                     release(keysEmpty + coming);
-                    if (step == t.first) release(taken);
+                    if (step == t.first) release(taken + slot);
                     weights(step);
                     if (sum[0] < 0.f || sum[1] < 0.f) __trap();  // never: without a use of it here, ptxas puts the softmax off until the product is there
                     wgmmaWait<0>();
@@ -306,7 +316,7 @@ extern "C" __global__ void __launch_bounds__(128 * (WGS + 1), 1)
                 ++i;
             } else {
                 __syncwarp();  // all lanes have read what to do
-                release(taken);
+                release(taken + slot);
             }
             #pragma unroll
             for (int h = 0; h < 2; ++h) {

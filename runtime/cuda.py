@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from rewrite.runtime.plan import Plan
 
 ALIGNMENT = 512  # bytes
-HOST_TO_DEVICE, DEVICE_TO_DEVICE = 1, 3  # cudaMemcpyKind
+HOST_TO_DEVICE, DEVICE_TO_HOST, DEVICE_TO_DEVICE = 1, 2, 3  # cudaMemcpyKind
 GRAPHS = 8  # sets of sizes kept captured; the least recently used one is dropped for a ninth
 Array = np.ndarray[Any, Any]
 Launch = Callable[[], None]

@@ -2,23 +2,23 @@
 
 A step's integers lie together at fixed addresses, filled by one copy from pinned memory; caches are the plan's inputs at their own
 addresses, updated in place. `decode` replays a graph that ends with the sampler and with `advance`, which makes the next batch of what
-was chosen: nothing leaves the device in between, and the host only looks whether all texts are over.
+was chosen: the device never waits for the host, which gets the tokens of some steps while the next ones run.
 
 Of several ranks, each with a GPU, all are told the same batches and rows (`PlanModel`). Sums and joins are in the graphs; each rank gets all
-logits and chooses the same tokens, because the sampler's depend on nothing else; so all see the same texts end, too.
+logits and chooses the same tokens, because the sampler's depend on nothing else; rank 0 says how long they go on.
 """
 
 from __future__ import annotations
 
 import gc
-from collections import OrderedDict
-from collections.abc import Iterable, Mapping, Sequence
+from collections import OrderedDict, deque
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 
-from rewrite.plugins import cuda_decoding, tuning
+from rewrite.plugins import cuda_decoding, cuda_paged, tuning
 from rewrite.plugins.cuda_launch import capability
 from rewrite.runtime import buckets
 from rewrite.runtime.batch import Batch
@@ -30,25 +30,19 @@ from rewrite.runtime.sampling import Row, Sampler, Samples
 
 Array = np.ndarray[Any, Any]
 FRAMES = 128  # kept; the least recently used one is dropped for another
-AHEAD = 2  # steps that are enqueued before the host looks whether all texts are over
-MOST_STEPS = 64  # of one `decode`
-STOPS = 8  # stop tokens of a row that the device watches; where it has more, only the scheduler sees the end
+PART = 4  # steps whose tokens the host gets together, while as many others run
+MOST_STEPS = 256  # of one `decode`
 PLACE = 256  # bytes; what TensorRT wants the addresses of inputs to be multiples of
 SHARE = 0.8  # of the free memory, for keys and values, unless the caller says how much
 MOST_SLOTS = 2**31 - 1
 
 
 class Inputs:
-    """The integers of a step in device memory, and beside them what `decode` keeps for each row; filled by one copy.
-
-    device: CuPy arrays by name, those of `buckets.shapes` and stops int32 [B, STOPS], step int32 [1], ended int32 [B].
-    """
+    """The integers of a step in device memory, filled by one copy. device: CuPy arrays by name, those of `buckets.shapes`."""
 
     def __init__(self, executor: CudaExecutor, sizes: Sizes):
         cupy, self.stream = executor.cupy, executor.stream
-        short, rows = np.dtype(np.int32), sizes.sequences
-        kinds = {**buckets.shapes(sizes), "stops": (short, (rows, STOPS)), "step": (short, (1,)), "ended": (short, (rows,))}
-        places, self.size = {}, 0
+        kinds, places, self.size = buckets.shapes(sizes), {}, 0
         for name, (dtype, shape) in kinds.items():
             places[name] = self.size
             self.size += -(-max(1, int(np.prod(shape)) * dtype.itemsize) // PLACE) * PLACE
@@ -60,15 +54,10 @@ class Inputs:
         self.copied.record(self.stream)
         self._copy = cupy.cuda.runtime.memcpyAsync
 
-    def fill(self, batch: Batch, stops: Sequence[Sequence[int]] = ()) -> None:
-        """Enqueue the copy of a batch, padded, and of the stop tokens of each row."""
+    def fill(self, batch: Batch) -> None:
+        """Enqueue the copy of a batch, padded."""
         self.copied.synchronize()  # or else the last copy still reads
         buckets.fill(self.host, batch)
-        self.host["stops"][...] = -1
-        for line, tokens in zip(self.host["stops"], stops, strict=False):
-            line[: min(len(tokens), STOPS)] = tokens[:STOPS]
-        self.host["step"][...] = 0
-        self.host["ended"][...] = 0
         self._copy(self.memory.data.ptr, self.pinned.ctypes.data, self.size, HOST_TO_DEVICE, self.stream.ptr)
         self.copied.record(self.stream)
 
@@ -81,7 +70,6 @@ class Bucket:
         self.inputs = Inputs(executor, sizes)
         self.inputs.fill(buckets.nothing())  # while the frame is made its work is done, which must change no cache
         if decoding:
-            self.left = np.frombuffer(executor.cupy.cuda.alloc_pinned_memory(4 * MOST_STEPS), np.int32, MOST_STEPS)
             self.chosen = executor.cupy.zeros(sizes.rows, np.int64)
             self.state = model.sampler.state(sizes.rows)
         named = {"tokens": sizes.tokens, "sequences": sizes.sequences, "table": sizes.table, "rows": sizes.rows, "starts": sizes.sequences + 1, "blocks": model.blocks}
@@ -92,16 +80,18 @@ class Bucket:
             def finish(frame: Frame) -> list[Launch]:
                 return self._finish(frame.values[logits].reshape(sizes.rows, -1), model.block_size)
 
-            self.frame = executor.frame_at(named, given, finish, ordered={"logit_rows"}, without=without)
+            with cuda_paged.reading_early():  # tables and lengths change between replays, and at the end of one
+                self.frame = executor.frame_at(named, given, finish, ordered={"logit_rows"}, without=without)
             return
-        self.frame = executor.frame_at(named, given, measure=measure)
+        with cuda_paged.reading_early():
+            self.frame = executor.frame_at(named, given, measure=measure)
         self.logits = self.frame.values[executor.plan.manifest.outputs["logits"]]
 
     def _finish(self, logits: Any, block_size: int) -> list[Launch]:
         """Choose the tokens, and make the next batch of them."""
         at, state, chosen = self.inputs.device, self.state, self.chosen
         batch = (at["input_ids"][0], at["position_ids"][0], at["slots"], at["context_lengths"], at["block_tables"])
-        return [lambda: state.enqueue(logits, chosen), cuda_decoding.advance(chosen, *batch, at["stops"], at["step"], at["ended"], self.left, block_size)]
+        return [lambda: state.enqueue(logits, chosen), cuda_decoding.advance(chosen, *batch, block_size)]
 
 
 class DeviceSampler(Sampler):
@@ -152,7 +142,6 @@ class CudaModel:
         self.buckets: OrderedDict[tuple[Sizes, bool], Bucket] = OrderedDict()
         self.caches: dict[str, Any] = {}
         self.copies: cuda_decoding.BlockCopies | None = None
-        self.events = [executor.cupy.cuda.Event(disable_timing=True) for _ in range(MOST_STEPS)]
         self.open(1)
         self._bucket(buckets.largest(tokens, sequences, self.limits), False)  # what its kernels and values take is taken now
         self.close()
@@ -192,21 +181,29 @@ class CudaModel:
         sizes = buckets.sizes_of(batch, self.limits)
         return sizes.tokens == sizes.sequences == sizes.rows and count <= MOST_STEPS and not self.sampler.refuses(rows)
 
-    def decode(self, batch: Batch, rows: list[Row], count: int) -> list[Samples]:
+    def decode(self, batch: Batch, rows: list[Row], count: int, more: Callable[[], bool]) -> Generator[list[Samples], None, None]:
         """See `requests.Decoder`. Call only where `decodes` says so."""
-        sizes = buckets.sizes_of(batch, self.limits)
-        bucket, stops = self._bucket(sizes, True), [row.sampling.stop_tokens for row in rows]
+        bucket = self._bucket(buckets.sizes_of(batch, self.limits), True)
         with self.stream:
-            bucket.inputs.fill(batch, stops)
+            bucket.inputs.fill(batch)
             bucket.state.load(rows, count)
-            for index in range(count):
-                if index >= AHEAD and any(stops):
-                    self.events[index - AHEAD].synchronize()
-                    if not bucket.left[index - AHEAD]:
-                        break
-                bucket.frame.replay()
-                self.events[index].record(self.stream)
-            return bucket.state.samples()
+        begun, parts = 0, deque[tuple[int, int, Any]]()
+        while True:
+            while begun < count and len(parts) < 2:
+                if begun and not more():
+                    count = begun
+                    break
+                until = min(begun + PART, count)
+                with self.stream:
+                    for _ in range(begun, until):
+                        bucket.frame.replay()
+                    parts.append((begun, until, bucket.state.fetch()))
+                begun = until
+            if not parts:
+                return
+            first, last, fetched = parts.popleft()
+            fetched.synchronize()
+            yield bucket.state.samples(first, last)
 
     @cached_property
     def narrow_logits(self) -> tuple[str, set[int]]:

@@ -27,6 +27,7 @@ import numpy as np
 
 from rewrite.errors import RewriteError, blame
 from rewrite.plugins.cuda_launch import Launch, capability, launcher, module
+from rewrite.runtime.cuda import DEVICE_TO_HOST
 from rewrite.runtime.sampling import IMPOSSIBLE, Logprob, Row, Sampler, Samples, Sampling, likeliest, permitted
 
 Array = np.ndarray[Any, Any]
@@ -98,8 +99,7 @@ class CudaSampler(Sampler):
         state = self._state(len(rows), logits.shape[1])
         state.load(rows, index=index, out=out)
         state.enqueue(logits, state.tokens[: len(rows)])
-        errors = state.samples()[0].errors
-        return out.get(), errors
+        return out.get(), state.samples()[0].errors
 
     def _state(self, rows: int, vocabulary: int) -> SamplerState:
         found = self._states.get(vocabulary)
@@ -124,6 +124,7 @@ class SamplerState:
         self._table = -(-seats * ROW.itemsize // 256) * 256
         self._fixed = cupy.zeros(self._table + ROOM, np.uint8)
         self.tokens = cupy.zeros(seats, np.int64)  # of single steps: at one address, so that launches are made once
+        self._fetched = np.zeros(0, np.uint8)  # pinned
         self._more: Any = None  # lists for which the fixed room is too small
         self._host = np.frombuffer(cupy.cuda.alloc_pinned_memory(len(self._fixed)), np.uint8, len(self._fixed))
         self._copied = cupy.cuda.Event(disable_timing=True)
@@ -198,12 +199,29 @@ class SamplerState:
             launch = self._launches[key] = self._launch(logits, tokens)
         launch()
 
-    def samples(self) -> list[Samples]:
-        """What was chosen in each step since `load`, as `Sampler.sample` gives it. Waits for the device.
+    def fetch(self) -> Any:
+        """Enqueue the copy of what was chosen so far to the host, and return an event after it. Steps that one copy brought may be read while
+        the next one is on its way.
+        """
+        import cupy
+
+        count = self._records.nbytes
+        if len(self._fetched) < count:
+            self._fetched = np.frombuffer(cupy.cuda.alloc_pinned_memory(2 * count), np.uint8, 2 * count)
+        cupy.cuda.runtime.memcpyAsync(self._fetched.ctypes.data, self._records.data.ptr, count, DEVICE_TO_HOST, cupy.cuda.get_current_stream().ptr)
+        event = cupy.cuda.Event(disable_timing=True)
+        event.record()
+        return event
+
+    def samples(self, first: int = 0, last: int | None = None) -> list[Samples]:
+        """What was chosen in the steps [first, last) since `load`, as `Sampler.sample` gives it: of steps that were fetched, or, without
+        `last`, of all that were enqueued, which is waited for.
 
         Raises RewriteError if there were more steps than it was loaded for.
         """
-        return unpack(self._records.get().view(np.int32), self._loaded, self._errors)
+        if last is None:
+            self.fetch().synchronize()
+        return unpack(self._fetched[: self._records.nbytes].view(np.int32), self._loaded, self._errors, first, last)
 
     def _template(self, s: Sampling) -> Any:
         found = self._templates.get(id(s))
@@ -367,20 +385,21 @@ def entry(row: Any) -> int:
     return 1 + 2 * int(row["logprobs"])
 
 
-def unpack(words: Array, made: Array, errors: Sequence[str | None]) -> list[Samples]:
-    """The samples of each step from the records, int32; `made` is what `pack` made of the rows."""
+def unpack(words: Array, made: Array, errors: Sequence[str | None], first: int = 0, last: int | None = None) -> list[Samples]:
+    """The samples of the steps [first, last), without `last` of all, from the records, int32; `made` is what `pack` made of the rows."""
     if not len(made):
         return []
     count, steps = len(made), int(made["steps"][0])
     done = int(words[:count].max()) or int(all(error is not None for error in errors))  # rows that a hook ended count no steps
     if done > steps:
         raise RewriteError(f"SamplerState: {done} steps were done; it was loaded for {steps}. Load it again in time, or for more")
-    tokens = words[count : count * (1 + done)].reshape(done, count).astype(np.int64)
+    last = done if last is None else last
+    tokens = words[count * (1 + first) : count * (1 + last)].reshape(last - first, count).astype(np.int64)
     tokens[:, [error is not None for error in errors]] = -1
     wanted = np.nonzero(made["logprobs"] >= 0)[0].tolist()
     base = int(made["record"][0])
     result = []
-    for step, chosen in enumerate(tokens):
+    for step, chosen in enumerate(tokens, first):
         reasons = list(errors) if chosen.min() >= 0 else [error or (IMPOSSIBLE if token < 0 else None) for error, token in zip(errors, chosen, strict=True)]
         logprobs: list[Logprob | None] = [None] * count
         for i in wanted:

@@ -9,7 +9,7 @@ import threading
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from rewrite.errors import RewriteError
 from rewrite.runtime.communication import Communicator
@@ -69,7 +69,7 @@ class Generator:
     token_budget  most tokens of a step: longer prompts are read in chunks, between the other texts' tokens; None: 256, on the GPU 2048
     seats         most texts in flight; on the GPU of both no more than the plan's engines were built for
     reuse         keep keys and values for prompts that start alike
-    lookahead     most tokens that come at once; None: 1, on the GPU 8, which then stay on the device until all are chosen
+    lookahead     most steps that are begun without asking who else waits for one; None: 1, on the GPU 64, whose tokens come in parts of a few while the next are computed
     communicator  to the other ranks of a plan for several, each of which makes one with the same options. Rank 0 generates and at the end
                   calls `model.stop()`; the others call `model.follow()` (`plan_model.PlanModel`)
 
@@ -85,7 +85,7 @@ class Generator:
         if self.model.device is not None:  # engines take so much at most
             budget, seats = min(budget, self.model.device.limits.tokens[1]), min(seats, self.model.device.limits.rows[1])
         pool = BlockPool(self.model.blocks, self.model.block_size, self.model.window, reuse)
-        ahead = lookahead if lookahead is not None else (8 if self.plan.device == "cuda" else 1)
+        ahead = lookahead if lookahead is not None else (64 if self.plan.device == "cuda" else 1)
         self.scheduler = Scheduler(self.model, pool, budget, seats, context=self.model.positions, lookahead=ahead, sampler=self.model.sampler)
         ends = (int(i) for i in self.model.found.get("eos") or ())
         self.eos = tuple(i for i in ends if 0 <= i < self.model.vocabulary)  # a configuration may name another vocabulary's
@@ -191,7 +191,7 @@ class Generator:
             return self.tokenizer.encode(prompt)
         if prompt and isinstance(prompt[0], dict):
             return self.tokenizer.encode_chat([m for m in prompt if isinstance(m, dict)])
-        return [t for t in prompt if not isinstance(t, dict)]
+        return cast(list[int], list(prompt))
 
     def add(self, request: Request, sink: Callable[[Output], None]) -> int:
         """Queue a request, whose outputs go to `sink`, in whatever thread steps; returns its number. Raises RewriteError if it can never be served."""

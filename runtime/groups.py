@@ -39,11 +39,16 @@ class Sequence:
     def remaining(self) -> int:
         return len(self.row.tokens) - (self.table.length if self.table is not None else 0)
 
-    def commit(self, count: int, more: list[int] | None = None) -> None:
-        """Its next tokens are written, and after them some that it does not know yet."""
+    def commit(self, count: int) -> None:
+        """Its next tokens are written; slots for more are given back."""
         assert self.table is not None
         start = self.table.computed
-        self.table.commit([*self.row.tokens[start : start + count], *(more or ())])
+        self.table.commit(self.row.tokens[start : start + count])
+
+    def settle(self) -> None:
+        """After steps that were done at once all its tokens but the last are written."""
+        assert self.table is not None
+        self.commit(max(0, len(self.row.tokens) - 1 - self.table.computed))
 
 
 class Group:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import ml_dtypes  # noqa: F401  gives NumPy the names of its types
@@ -68,6 +68,8 @@ class PlanModel:
         except (KeyError, TypeError, ValueError) as error:
             raise RewriteError(f"{plan.directory}: its manifest does not say what a generator needs ({type(error).__name__}: {error}); build the plan again") from error
         self._in_place = frozenset(name for caches in self.caches for name in caches)
+        self._under_way: Generator[list[Samples], None, None] | None = None  # what `decode` gave last, with other ranks
+        self._enough = False  # of it
 
     def _device_executor(self, plan: Plan, communicator: Communicator | None) -> CudaExecutor:
         if communicator is None:
@@ -121,13 +123,33 @@ class PlanModel:
         self._tell(STEP, self._batch_arrays(batch))
         return self.device.step(batch) if self.device is not None else self._step(batch)
 
-    def decode(self, batch: Batch, rows: list[Row], count: int) -> list[Samples]:
+    def decode(self, batch: Batch, rows: list[Row], count: int, more: Callable[[], bool]) -> Generator[list[Samples], None, None]:
         """Several steps; see `requests.Decoder`."""
         if self.device is None or not self.device.decodes(batch, rows, count):
-            return step_by_step(self.step, self.sampler, batch, rows, count, self.block_size)
-        if self.communicator is not None:
-            self._tell(DECODE, [*self._batch_arrays(batch), *pack(rows), np.array([count])])
-        return self.device.decode(batch, rows, count)
+            return step_by_step(self.step, self.sampler, batch, rows, count, more, self.block_size)
+        if self.communicator is None:
+            return self.device.decode(batch, rows, count, more)
+        self._tell(DECODE, [*self._batch_arrays(batch), *pack(rows), np.array([count])])
+        self._under_way = self._together(self.device.decode(batch, rows, count, lambda: self._agreed(more)))
+        return self._under_way
+
+    def _together(self, parts: Iterator[list[Samples]]) -> Generator[list[Samples], None, None]:
+        """The same parts. Whoever wants no more of them must not leave the other ranks in the middle: what was begun is ended, and no more is begun."""
+        self._enough = False
+        try:
+            for part in parts:  # noqa: UP028  which `yield from` would close
+                yield part
+        finally:
+            self._enough = True
+            for _ in parts:
+                pass
+
+    def _agreed(self, more: Callable[[], bool]) -> bool:
+        """Whether more steps are begun, told to the other ranks."""
+        assert self.communicator is not None
+        answer = not self._enough and more()
+        sent(self.communicator, [np.array([answer], np.int64)], 1)
+        return answer
 
     def _batch_arrays(self, batch: Batch) -> list[Array]:
         return [getattr(batch, name) for name in FIELDS]
@@ -136,6 +158,8 @@ class PlanModel:
         """Tell the other ranks what to do, and with what."""
         if self.communicator is None:
             return
+        if self._under_way is not None:
+            self._under_way.close()
         sent(self.communicator, [np.array([what])], 1)
         if arrays:
             sent(self.communicator, arrays, len(arrays))
@@ -207,15 +231,16 @@ class PlanModel:
 
     def follow(self) -> None:
         """Do what rank 0 does, until it stops."""
-        assert self.communicator is not None
+        communicator = self.communicator
+        assert communicator is not None
         while True:
-            what = int(sent(self.communicator, None, 1)[0][0])
+            what = int(sent(communicator, None, 1)[0][0])
             if what == STOP:
                 return self._end()
             if what == COPY:
-                self._copy_blocks([(int(a), int(b)) for a, b in sent(self.communicator, None, 1)[0]])
+                self._copy_blocks([(int(a), int(b)) for a, b in sent(communicator, None, 1)[0]])
                 continue
-            arrays = sent(self.communicator, None, len(FIELDS) + (ARRAYS + 1 if what == DECODE else 0))
+            arrays = sent(communicator, None, len(FIELDS) + (ARRAYS + 1 if what == DECODE else 0))
             batch = Batch(*arrays[: len(FIELDS)])
             narrow = {name: getattr(batch, name).astype(np.int32) for name in ("slots", "block_tables", "query_starts", "context_lengths")}
             batch = dataclasses.replace(batch, **narrow)
@@ -224,7 +249,8 @@ class PlanModel:
             elif what == STEP:
                 self.device.step(batch)
             else:
-                self.device.decode(batch, unpack(arrays[len(FIELDS) : -1]), int(arrays[-1][0]))
+                for _ in self.device.decode(batch, unpack(arrays[len(FIELDS) : -1]), int(arrays[-1][0]), lambda: bool(sent(communicator, None, 1)[0][0])):
+                    pass
 
     def stop(self) -> None:
         """Of rank 0: let the others go. Nothing can be computed any more."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
@@ -38,9 +38,10 @@ class Model(Protocol):
 class Decoder(Model, Protocol):
     """A model that can do several steps at once, so that tokens need not leave the device in between."""
 
-    def decode(self, batch: Batch, rows: list[Row], count: int) -> list[Samples]:
-        """The samples of `count` steps: what `step` and `Sampler.sample` would give, one after the other; fewer, but at least one, if
-        all texts have come to a stop token before.
+    def decode(self, batch: Batch, rows: list[Row], count: int, more: Callable[[], bool]) -> Generator[list[Samples], None, None]:
+        """The samples of up to `count` steps: what `step` and `Sampler.sample` would give, one after the other. They come in parts of one step or
+        more, while the next steps may already be on their way; `more` is asked before any that follow the first part are begun. Closed when no
+        more are wanted.
 
         The batch is the first step: one token a sequence, one row each. In the next steps each sequence gets the token just
         chosen, one position on; block_tables have the blocks for them. No row has an `allowed` hook.

@@ -14,7 +14,8 @@ from __future__ import annotations
 import operator
 import time
 from bisect import insort
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
+from dataclasses import replace
 from heapq import merge
 from typing import Any, cast
 
@@ -40,8 +41,9 @@ class Scheduler:
     seats         most sequences of a step; at most the token budget
     patience      how many steps one unit of priority is worth
     context       most tokens of a sequence, prompt included; None: what fits in the cache
-    lookahead     most tokens that each output gets in one call of the model's `decode`, if it has one: while nobody waits and
-                  no prompt is unread, or whoever waits could not be admitted. Tokens after an output's end are thrown away
+    lookahead     most steps of one call of the model's `decode`, if it has one: while nobody waits and no prompt is unread, or whoever waits
+                  could not be admitted. It goes on from call to call of `step`, and ends early if this changes, or more than a quarter of its
+                  outputs are over. What it computed after an output's end is thrown away
     sampler       chooses tokens; the NumPy reference, if none is given
     clock         seconds, for the metrics
     """
@@ -69,6 +71,7 @@ class Scheduler:
         self._running: list[Group] = []
         self._plan: Plan = {}
         self._ahead = 1  # steps that are done at once
+        self._flight: tuple[list[Group], Generator[list[Samples], None, None]] | None = None  # a `decode` that has not ended, and whom it is for
         self._left = token_budget  # of this step
         self._notices: list[Output] = []
 
@@ -110,6 +113,8 @@ class Scheduler:
         If the model or the sampler raises, the sequences of the step are computed again later, and the error goes on to the caller.
         """
         outputs, self._notices = self._notices, []
+        if self._fly(outputs):
+            return outputs
         self._schedule()
         if not self._plan:
             if self._running or self._waiting:
@@ -122,7 +127,7 @@ class Scheduler:
             if copies:
                 self.model.copy_blocks(copies)
             if self._ahead > 1:
-                samples = cast(Decoder, self.model).decode(batch, [group.sequences[0].row for group in planned], self._ahead)
+                parts = cast(Decoder, self.model).decode(batch, [group.sequences[0].row for group in planned], self._ahead, self._goes_on)
             else:
                 logits = self.model.step(batch)
         except BaseException:
@@ -130,17 +135,13 @@ class Scheduler:
             for group in planned:
                 self._preempt(group)
             raise
-        m, now = self.metrics, self._clock()
-        done = len(samples) if self._ahead > 1 else 1
-        m.steps += done
-        m.computed_tokens += len(batch.tokens) * done
-        m.copied_blocks += len(copies)
-        m.cache_used = self.pool.used / self.pool.blocks
-        m.cache_peak = max(m.cache_peak, m.cache_used)
+        self.metrics.copied_blocks += len(copies)
         if self._ahead > 1:
-            assert samples
-            self._speak_ahead(outputs, planned, samples, now)
+            self._flight = list(planned), parts
+            self._fly(outputs)
             return outputs
+        self._count(1, len(batch.tokens))
+        now = self._clock()
         for sequence, count in (part for parts in planned.values() for part in parts):
             sequence.commit(count)
         try:
@@ -157,19 +158,67 @@ class Scheduler:
         while self.unfinished:
             yield from self.step()
 
+    def _count(self, steps: int, tokens: int) -> None:
+        m = self.metrics
+        m.steps += steps
+        m.computed_tokens += steps * tokens
+        m.cache_used = self.pool.used / self.pool.blocks
+        m.cache_peak = max(m.cache_peak, m.cache_used)
+
+    # Several steps at once
+
+    def _fly(self, outputs: list[Output]) -> bool:
+        """Take the next tokens of what is under way; False if nothing is, or if it has come to its end."""
+        if self._flight is None:
+            return False
+        groups, parts = self._flight
+        try:
+            samples = next(parts, None)
+        except BaseException:
+            self._flight, self._notices = None, outputs
+            for group in groups:
+                if group.running:
+                    self._preempt(group)
+            raise
+        if samples is None:
+            self._flight = None
+            for group in groups:
+                if group.running:
+                    group.sequences[0].settle()
+            return False
+        now = self._clock()
+        self._count(len(samples), len(groups))
+        for i, group in enumerate(groups):
+            if group.running:
+                outputs.append(self._accept(group, [int(s.tokens[i]) for s in samples], [s.logprobs[i] for s in samples], [s.errors[i] for s in samples], now))
+        if not any(group.running for group in groups):
+            parts.close()
+            self._flight = None
+        return True
+
+    def _goes_on(self) -> bool:
+        """Whether what is under way is worth its while: nobody waits who could be admitted, and most outputs are not over."""
+        assert self._flight is not None
+        groups = self._flight[0]
+        return 4 * sum(not group.running for group in groups) <= len(groups) and not self._one_comes()
+
+    def _one_comes(self) -> bool:
+        """Whether somebody waits who could be admitted, as far as seats are concerned."""
+        return bool(self._waiting) and (self._waiting[0].key < self._running[-1].key or self._taken() + self._waiting[0].seats <= self.seats)
+
     # What can be served
 
     def _admissible(self, request: Request) -> list[int]:
         """The prompt, if the request can be served."""
         try:
-            prompt = [operator.index(t) for t in request.prompt]
+            prompt = list(map(operator.index, request.prompt))
         except TypeError:
             raise Refused("request: the prompt has to be a list of tokens, which are whole numbers") from None
         s, size = request.sampling, len(prompt)
         if not size:
             raise Refused("request: the prompt is empty; it has to have at least one token")
-        bad = next((t for t in prompt if not 0 <= t < self.model.vocabulary), None)
-        if bad is not None:
+        if min(prompt) < 0 or max(prompt) >= self.model.vocabulary:
+            bad = next(t for t in prompt if not 0 <= t < self.model.vocabulary)
             raise Refused(f"request: the prompt has token {bad}; the model's tokens are 0 to {self.model.vocabulary - 1}")
         s.check(self.model.vocabulary)
         if s.stop and request.decode is None:
@@ -221,9 +270,7 @@ class Scheduler:
 
     def _steps_ahead(self) -> int:
         """How many steps can be done at once: nobody waits who could be admitted, everyone draws, nothing has to be asked in between."""
-        if self.lookahead == 1 or not self._running:
-            return 1
-        if self._waiting and (self._waiting[0].key < self._running[-1].key or self._taken() + self._waiting[0].seats <= self.seats):
+        if self.lookahead == 1 or not self._running or self._one_comes():
             return 1
         left = []
         for group in self._running:
@@ -322,7 +369,6 @@ class Scheduler:
     def _preempt(self, group: Group) -> None:
         self._left += sum(count for _, count in self._plan.pop(group, ()))
         self._release(group)
-        group.running = False
         insort(self._waiting, group, key=order)
         self.metrics.preempted += 1
 
@@ -333,9 +379,12 @@ class Scheduler:
                 sequence.table = None
         if group.running:
             self._running.remove(group)
+            group.running = False
 
     def _finish(self, group: Group) -> bool:
         """It is over; True if this was the last of its request."""
+        if self._flight is not None and group in self._flight[0]:
+            group.sequences[0].settle()
         if not group.running:
             self._waiting.remove(group)
         self._release(group)
@@ -356,21 +405,10 @@ class Scheduler:
         if speakers:
             samples = self._sampler.sample(logits, [i for _, i in speakers], [g.sequences[0].row for g, _ in speakers])
             for i, (group, _) in enumerate(speakers):
-                outputs.append(self._accept(group, int(samples.tokens[i]), samples.logprobs[i], samples.errors[i], now))
+                outputs.append(self._accept(group, [int(samples.tokens[i])], [samples.logprobs[i]], [samples.errors[i]], now))
         for group, at in wanted:
             if group.beams is not None:
                 outputs += self._search(group, logits, at, now)
-
-    def _speak_ahead(self, outputs: list[Output], planned: Plan, samples: list[Samples], now: float) -> None:
-        """The tokens of several steps, of each output up to its end."""
-        for i, (group, parts) in enumerate(planned.items()):
-            tokens = [int(s.tokens[i]) for s in samples]
-            good = next((n for n, token in enumerate(tokens) if token < 0), len(tokens))
-            parts[0][0].commit(1, tokens[:-1][:good])
-            for token, s in zip(tokens, samples, strict=True):
-                outputs.append(self._accept(group, token, s.logprobs[i], s.errors[i], now))
-                if outputs[-1].finished:
-                    break
 
     def _fork(self, group: Group) -> list[Group]:
         """The group, and before its first token the other outputs of the request; who finds no seat waits for one."""
@@ -384,30 +422,39 @@ class Scheduler:
             self._enter(Group(job, Row(row.sampling, list(row.tokens), row.prompt, row.seed, choice), table.fork() if seat else None))
         return list(job.groups)
 
-    def _accept(self, group: Group, token: int, logprob: Logprob | None, error: str | None, now: float) -> Output:
-        """One more token, or the reason why there is none."""
+    def _accept(self, group: Group, tokens: list[int], logprobs: list[Logprob | None], errors: list[str | None], now: float) -> Output:
+        """More tokens, those of steps that follow one another, up to the output's end, or the reason why there are none."""
         job, row, s = group.job, group.sequences[0].row, group.job.request.sampling
+        begin, text, finished, error = len(row.tokens), "", None, None
+        for token, error in zip(tokens, errors, strict=True):
+            if error is not None:
+                break
+            row.tokens.append(token)
+            if token in s.stop_tokens:
+                finished = "stop"
+            elif len(row.tokens) - row.prompt >= s.max_new_tokens:
+                finished = "length"
+            try:
+                if group.text is not None:
+                    text += group.text.add(token) if finished != "stop" else ""
+                    if finished:
+                        text += group.text.end()
+                    if group.text.found is not None:
+                        finished = "stop"
+            except Exception as wrong:  # of the user's decode: it ends this output and no other
+                row.tokens.pop()
+                error = f"decode: {blame(wrong)}"
+            if finished or error is not None:
+                break
+        new = tuple(row.tokens[begin:])
+        said = tuple(p for p in logprobs[: len(new)] if p)
+        if new:
+            self._timed(group, now, len(new))
         if error is not None:
-            return self._fail(group, error)
-        row.tokens.append(token)
-        self._timed(group, now, 1)
-        text, finished = "", None
-        if token in s.stop_tokens:
-            finished = "stop"
-        elif len(row.tokens) - row.prompt >= s.max_new_tokens:
-            finished = "length"
-        try:
-            if group.text is not None:
-                text = group.text.add(token) if finished != "stop" else ""
-                if finished:
-                    text += group.text.end()
-                if group.text.found is not None:
-                    finished = "stop"
-        except Exception as wrong:  # of the user's decode: it ends this output and no other
-            return self._fail(group, f"decode: {blame(wrong)}")
+            return replace(self._fail(group, error), tokens=new, text=text, logprobs=said)
         done = self._finish(group) if finished else False
         self.metrics.finished += done
-        return Output(job.number, row.choice, (token,), text, (logprob,) if logprob else (), finished, done=done)
+        return Output(job.number, row.choice, new, text, said, finished, done=done)
 
     def _fail(self, group: Group, error: str) -> Output:
         done = self._finish(group)
@@ -416,7 +463,7 @@ class Scheduler:
 
     def _timed(self, group: Group, now: float, tokens: int) -> None:
         if group.last:
-            self.metrics.between.append(now - group.last)
+            self.metrics.between.extend([(now - group.last) / tokens] * tokens)
         if not group.job.spoke:
             self.metrics.first_token.append(now - group.job.arrived)
         group.last, group.job.spoke = now, True

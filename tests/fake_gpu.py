@@ -169,8 +169,11 @@ class State:
         for row, token in zip(self.rows, self.done[-1].tokens, strict=True):
             row.tokens.append(int(token))
 
-    def samples(self):
-        return self.done
+    def fetch(self):
+        return Event()
+
+    def samples(self, first=0, last=None):
+        return self.done[first:last]
 
 
 class DeviceSampler(Sampler):
@@ -193,16 +196,12 @@ class DeviceSampler(Sampler):
         return self.states.setdefault(rows, State(rows))
 
 
-def enqueue_advance(chosen, tokens, positions, slots, lengths, tables, stops, step, ended, left, block_size):
+def enqueue_advance(chosen, tokens, positions, slots, lengths, tables, block_size):
     """`cuda_decoding.advance` by its twin."""
 
     def launch():
         starts = np.arange(len(tokens) + 1)
         made = advance(Batch(tokens, positions, slots, tables, starts, lengths, starts[:-1]), chosen, block_size)
-        real = slots >= 0
-        ended[...] = np.where(real, ended | (chosen[:, None] == stops).any(1), ended)
-        left[min(int(step[0]), len(left) - 1)] = (real & (ended == 0)).sum()
-        step[0] += 1
         for array, new in ((tokens, made.tokens), (positions, made.positions), (slots, made.slots), (lengths, made.context_lengths)):
             array[...] = new
 

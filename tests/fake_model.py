@@ -11,7 +11,7 @@ import random
 import sys
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -92,11 +92,16 @@ class FakeModel:
             raise ConnectionError("after it was written")
         return np.stack([logits_of(values[t]) for t in batch.logit_rows]) if len(batch.logit_rows) else np.zeros((0, VOCABULARY), np.float32)
 
-    def decode(self, batch: Batch, rows: list[Row], count: int) -> list[Samples]:
-        """Several steps; a step may fail in between."""
-        rows = [replace(row, tokens=list(row.tokens)) for row in rows]
-        every = []
-        for _ in range(count):
+    def decode(self, batch: Batch, rows: list[Row], count: int, more: Callable[[], bool]) -> Iterator[list[Samples]]:
+        """Several steps, in parts of several, of which the next is done before one is told; a step may fail in between."""
+        rows, every, told, part = [replace(row, tokens=list(row.tokens)) for row in rows], list[Samples](), 0, self.random.randint(1, 3)
+        for number in range(count):
+            if number and number % part == 0:
+                if number > part:
+                    yield every[told : told + part]
+                    told += part
+                if not more():
+                    break
             every.append(Sampler().sample(self.step(batch), range(len(rows)), rows))
             tokens, positions = every[-1].tokens, batch.positions + 1
             for row, token in zip(rows, tokens, strict=True):
@@ -104,7 +109,9 @@ class FakeModel:
             at = np.arange(len(rows)), np.minimum(positions // self.block_size, batch.block_tables.shape[1] - 1)
             slots = (batch.block_tables[at] * self.block_size + positions % self.block_size).astype(np.int32)
             batch = replace(batch, tokens=tokens, positions=positions, slots=slots, context_lengths=batch.context_lengths + np.int32(1))
-        return every
+        while told < len(every):
+            yield every[told : told + part]
+            told += part
 
     def spoil(self, blocks: list[int]) -> None:
         """Overwrite blocks that nobody may read any more."""
@@ -223,7 +230,7 @@ def run_schedule(seed: int) -> Counter[str]:
     fails = rng.choice([0, 0, 0.1])
     model = FakeModel(blocks + rng.randint(0, 2), size, window, fails, seed)
     scheduler = Scheduler(model, pool, token_budget=rng.choice([3, 5, 16, 64]), seats=rng.choice([3, 4, 8]), patience=rng.choice([1, 5, 50]),
-                          lookahead=rng.choice([1, 1, 2, 5]), sampler=FailingSampler(fails / 2, seed))  # fmt: skip
+                          lookahead=rng.choice([1, 1, 2, 5, 12]), sampler=FailingSampler(fails / 2, seed))  # fmt: skip
     alone = Alone(window)
     families = [[rng.randrange(VOCABULARY) for _ in range(rng.randint(4, 30))] for _ in range(3)]
     expected: dict[int, list[tuple[list[int], str, str]]] = {}

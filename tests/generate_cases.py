@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from pathlib import Path
 
@@ -182,3 +183,8 @@ def enqueue_us(plan: Path) -> float:
             times.append(time.perf_counter() - started)
             device.stream.synchronize()
     return 1e6 * float(np.median(times))
+
+
+if __name__ == "__main__":
+    for name, dtype in CASES:
+        make_plan(name, dtype, Path(sys.argv[1], f"{name}-{dtype}"))

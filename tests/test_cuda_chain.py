@@ -98,6 +98,9 @@ def test_what_the_kernel_cannot_do_is_refused(hopper, monkeypatch):
     normed = layer()
     normed[3].products[0].residual = normed[1].y
     assert cuda_chain.refusal(compose(normed)[0]) == "the result of a norm as a residual"
+    reused = layer()
+    reused[0].products[0].residual = reused[1].y  # read before the norm is there: another value that lay where the norm goes
+    assert cuda_chain.refusal(compose(reused)[0]) is None
     half = layer()
     for item in half:
         for array in [item.x, *([item.scale, item.y] if isinstance(item, Norm) else [a for p in item.products for a in (p.y, p.w, p.residual) if a])]:

@@ -21,7 +21,10 @@ from rewrite.runtime.advance import advance
 from rewrite.runtime.batch import Batch
 from rewrite.runtime.bench_generate import measure
 from rewrite.runtime.buckets import Limits, Sizes, few, many, sizes_of
+from rewrite.runtime.cuda import Frame
+from rewrite.runtime.lookahead import step_by_step
 from rewrite.runtime.plan_model import PlanModel
+from rewrite.runtime.sampling import Row, Sampling
 
 LENGTHS = (1, 3, 8, 5, 17, 2, 24, 11)
 ANY = Limits((1, 4096), (1, 4096))
@@ -235,6 +238,26 @@ def test_every_kind_of_sampling_is_that_of_the_cpu(plans, monkeypatch):
         assert [c.tokens for c in got[0].choices] == [c.tokens for c in want[0].choices], options
         assert [c.finished for c in got[0].choices] == [c.finished for c in want[0].choices]
         assert [p.token for c in got[0].choices for p in c.logprobs] == [p.token for c in want[0].choices for p in c.logprobs]
+
+
+def test_the_next_steps_are_on_their_way_before_tokens_are_told(plans, monkeypatch):
+    fake_gpu.install(monkeypatch)
+    monkeypatch.setattr(cuda_model, "PART", 3)
+    model = PlanModel(rewrite.Plan(plans / "range", device="cuda"), 1 << 18)
+    batch = Batch(np.array([3, 4]), np.zeros(2, np.int64), np.array([0, 40], np.int32), np.array([[0, 1, 2, 3], [10, 11, 12, 13]], np.int32), np.arange(3, dtype=np.int32),
+                  np.ones(2, np.int32), np.arange(2))  # fmt: skip
+    rows = [Row(Sampling(max_new_tokens=20), [t], 1) for t in (3, 4)]
+    replays, replay = [], Frame.replay
+    monkeypatch.setattr(Frame, "replay", lambda self: (replays.append(1), replay(self)))
+    for asked, told, begun in (([True] * 9, [3, 3, 2], [6, 8, 8]), ([True, False, False], [3, 3], [6, 6]), ([False, False], [3], [3])):
+        answers, found, seen = iter(asked), [], []
+        replays.clear()
+        for samples in model.decode(batch, [dataclasses.replace(r, tokens=list(r.tokens)) for r in rows], 8, lambda answers=answers: next(answers)):
+            found += samples
+            seen.append((len(samples), len(replays)))
+        assert seen == list(zip(told, begun, strict=True))
+        want = [s for part in step_by_step(model.step, model.sampler, batch, rows, len(found), lambda: True, 4) for s in part]
+        assert [s.tokens.tolist() for s in found] == [s.tokens.tolist() for s in want]
 
 
 def test_nothing_is_allocated_once_the_frames_are_there(plans, monkeypatch):

@@ -91,7 +91,7 @@ int main() {{
         Tile t;
         warp([&] {{
             for (int i = 0; i < room; ++i) {{
-                find(c, i, &t);
+                find(c, survey(c), i, &t);
                 if (threadIdx.x == 0) printf("%d %d %d %d %d %d %d %d\\n", t.token, t.tokens, t.position, t.length, t.sequence, t.slice, t.first, t.end);
                 __syncwarp();
             }}

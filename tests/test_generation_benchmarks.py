@@ -38,6 +38,16 @@ def made(tmp_path_factory):
     return directory, folder / "plan"
 
 
+def test_weights_put_into_a_graph_without_any_give_the_same_plan(made, tmp_path):
+    llamas.make_graph(SHAPE, tmp_path / "tiny.onnx", torch.float32)
+    seconds = llamas.make_plan(made[0], tmp_path, BUDGET, 8, engines=False, graph=tmp_path / "tiny.onnx")
+    assert list(seconds) == ["weights", "build"]
+    prompts = [[1, 2, 3, 4], [5, 6, 7]]
+    found, expected = (rewrite.Generator(plan, token_budget=BUDGET).generate(prompts, max_new_tokens=8) for plan in (tmp_path / "plan", made[1]))
+    assert [t.tokens for t in found] == [t.tokens for t in expected]
+    assert len(set(expected[0].tokens)) > 2
+
+
 @pytest.fixture(scope="module")
 def model(made):
     return peers.load(made[0], "cpu")
@@ -190,8 +200,8 @@ def test_the_script_measures_everything_it_was_asked_for(made, tmp_path, monkeyp
     monkeypatch.setattr(decode, "PROMPT", 40)
     monkeypatch.setattr(decode, "CONTEXT", 40)
     monkeypatch.setattr(llamas, "make_plan", lambda *_: {"export": 1.0})
-    options = argparse.Namespace(batches=[1], kinds=["grouped"], only=["compile", "ours", "generate", "continuous"], seconds=1e9, device="cpu", backend="eager", output="x",
-                                 continuous={"num_blocks": 64, "max_batch_tokens": 64})  # fmt: skip
+    options = argparse.Namespace(batches=[1], kinds=["grouped"], only=["compile", "ours", "generate", "continuous"], seconds=1e9, device="cpu", backend="eager", output="x", graphs=None,
+                                 parts=False, lookahead=None, tune=False, continuous={"num_blocks": 64, "max_batch_tokens": 64})  # fmt: skip
 
     class Pool:
         def submit(self, function, *arguments):

@@ -62,7 +62,7 @@ def first_logits(*plan):
     return batch, [(group, [0] * len(at)) for group, at in wanted]
 
 
-ARRAYS, COMMIT, PREEMPT, FREE, OPEN, COPIES = scheduling.arrays, scheduling.Sequence.commit, Scheduler._preempt, BlockTable.free, BlockPool.open, BlockPool.take_copies
+ARRAYS, PREEMPT, FREE, OPEN, COPIES = scheduling.arrays, Scheduler._preempt, BlockTable.free, BlockPool.open, BlockPool.take_copies
 BUGS = {
     "copies are not made": (FakeModel, "copy_blocks", lambda self, pairs: None),
     "copies are forgotten": (BlockPool, "take_copies", lambda self: COPIES(self)[1:]),
@@ -73,7 +73,7 @@ BUGS = {
     "the last token is taken from the cache": (BlockPool, "open", lambda self, tokens: OPEN(self, [*tokens, 0])),
     "blocks are forgotten too early": (BlockPool, "first_visible", lambda self, length: 0 if self.window is None else max(0, length - self.window + 2) // self.block_size),
     "all choices draw the same": (scheduling.Group, "__init__", lambda self, job, row, table=None, init=scheduling.Group.__init__: (init(self, job, row, table), setattr(row, "choice", 0))[0]),
-    "tokens of later steps are committed one too early": (scheduling.Sequence, "commit", lambda self, count, more=None: COMMIT(self, count, more and [*more[1:], more[0]])),
+    "tokens of later steps are committed one too early": (scheduling.Sequence, "settle", lambda self: self.table.commit(self.row.tokens[self.table.computed + 1 :])),
     "nobody is preempted": (Scheduler, "_preempt_after", lambda self, group: False),
 }  # fmt: skip
 
@@ -166,7 +166,7 @@ def test_several_steps_at_once_while_nobody_waits():
     scheduler, model = served(lookahead=4, token_budget=8)
     calls = []
     decoded = model.decode
-    model.decode = lambda batch, rows, count: (calls.append((len(rows), count)), decoded(batch, rows, count))[1]
+    model.decode = lambda batch, rows, count, more: (calls.append((len(rows), count)), decoded(batch, rows, count, more))[1]
     stop = alone(Request([1, 2], Sampling(max_new_tokens=9)))[0][5]
     requests = [Request([1, 2], Sampling(max_new_tokens=9, stop_tokens=[stop])), Request([3, 4, 5], Sampling(max_new_tokens=12, temperature=1.0, seed=3))]
     numbers = [scheduler.add(request) for request in requests]
@@ -192,32 +192,87 @@ def test_several_steps_at_once_while_those_who_wait_find_no_seat():
     scheduler, model = served(lookahead=4, seats=2)
     calls = []
     decoded = model.decode
-    model.decode = lambda batch, rows, count: (calls.append((len(rows), count)), decoded(batch, rows, count))[1]
+    model.decode = lambda batch, rows, count, more: (calls.append((len(rows), count)), decoded(batch, rows, count, more))[1]
     requests = [Request([n, 2], Sampling(max_new_tokens=9)) for n in range(3)]
     numbers = [scheduler.add(r) for r in requests]
     scheduler.step()
-    assert [len(o.tokens) for o in scheduler.step()] == [1] * 8
+    outputs = []
+    while len(outputs) < 2 or sum(len(o.tokens) for o in outputs) < 8:
+        outputs += scheduler.step()
+    assert sum(len(o.tokens) for o in outputs) == 8
     urgent = Request([5, 6], Sampling(max_new_tokens=3), priority=5)
     numbers.append(scheduler.add(urgent))
-    outputs = scheduler.step()
+    outputs += scheduler.step()
     assert calls == [(2, 4)], "one who comes first takes a seat at once"
     outputs += scheduler.run()
     assert tokens_of(outputs)[numbers[3], 0] == alone(urgent)[0]
     scheduler.pool.check()
 
 
+def test_what_is_under_way_ends_when_somebody_comes():
+    """Steps that were begun are used, no more are begun, and then the newcomer is served; in between requests may end or be cancelled."""
+    scheduler, model = served(lookahead=40, blocks=64, seats=4)
+    model.random.randint = lambda low, high: 2
+    steps, step = [], model.step
+    model.step = lambda batch: (steps.append(len(batch.context_lengths)), step(batch))[1]
+    requests = [Request([n, 2], Sampling(max_new_tokens=30)) for n in range(3)]
+    numbers = [scheduler.add(r) for r in requests]
+    outputs = scheduler.step()
+    outputs += scheduler.step()
+    assert len(steps) == 1 + 4, "while two steps are told, the next two are done"
+    assert [len(o.tokens) for o in outputs] == [1, 1, 1, 2, 2, 2]
+    assert scheduler.pool.used == 3 * scheduler.pool.blocks_for(31), "what the steps will write has its place"
+    scheduler.cancel(numbers[1])
+    late = Request([5, 6, 7], Sampling(max_new_tokens=4))
+    numbers.append(scheduler.add(late))
+    outputs += scheduler.step()
+    assert len(steps) == 5
+    outputs += scheduler.step()
+    assert len(steps) == 6, "the newcomer's prompt, with those who are left"
+    assert steps[-1] == 3
+    scheduler.pool.check()
+    outputs += scheduler.run()
+    got = tokens_of(outputs)
+    for number, request in zip(numbers, [*requests, late], strict=True):
+        if number != numbers[1]:
+            assert got[number, 0] == alone(request)[0]
+    assert got[numbers[1], 0] == alone(requests[1])[0][:3]
+    assert scheduler.pool.used == 0
+    scheduler.pool.check()
+
+
+def test_a_decoding_error_in_the_middle_of_several_steps_ends_its_output():
+    scheduler, _ = served(lookahead=8, blocks=64)
+    calls = []
+
+    def failing(tokens):
+        calls.append(len(tokens))
+        if len(calls) == 7:  # twice for each token
+            raise ValueError("no such character")
+        return decode(tokens)
+
+    bad, good = (Request([n, 2], Sampling(max_new_tokens=12), decode=d) for n, d in ((1, failing), (2, decode)))
+    numbers = [scheduler.add(r) for r in (bad, good)]
+    outputs = list(scheduler.run())
+    assert tokens_of(outputs)[numbers[0], 0] == alone(bad)[0][:3]
+    (end,) = [o for o in outputs if o.request == numbers[0] and o.done]
+    assert (end.finished, "no such character" in end.error) == ("error", True)
+    assert tokens_of(outputs)[numbers[1], 0] == alone(good)[0]
+    assert scheduler.metrics.failed == scheduler.metrics.finished == 1
+
+
 def test_a_quarter_of_the_outputs_may_end_before_the_steps_do():
     scheduler, model = served(lookahead=8, blocks=64)
     calls = []
     decoded = model.decode
-    model.decode = lambda batch, rows, count: (calls.append((len(rows), count)), decoded(batch, rows, count))[1]
+    model.decode = lambda batch, rows, count, more: (calls.append((len(rows), count)), decoded(batch, rows, count, more))[1]
     requests = [Request([n, 2], Sampling(max_new_tokens=4 if n == 1 else 20)) for n in range(5)]
     numbers = [scheduler.add(r) for r in requests]
     outputs = list(scheduler.run())
     assert [tokens_of(outputs)[n, 0] for n in numbers] == [alone(r)[0] for r in requests]
     assert calls[0] == (5, 8)
     scheduler.context, ends = 24, []
-    model.decode = lambda batch, rows, count: (ends.append(int(batch.positions.max()) + count), decoded(batch, rows, count))[1]
+    model.decode = lambda batch, rows, count, more: (ends.append(int(batch.positions.max()) + count), decoded(batch, rows, count, more))[1]
     for n in range(5):
         scheduler.add(Request([n, 3], Sampling(max_new_tokens=5 if n == 1 else 22)) if n else Request([1] * 20, Sampling(max_new_tokens=4)))
     list(scheduler.run())
@@ -230,7 +285,7 @@ def test_no_more_steps_at_once_than_there_are_blocks():
     scheduler, model = served(blocks=3, size=4, lookahead=8)
     calls = []
     decoded = model.decode
-    model.decode = lambda batch, rows, count: (calls.append(count), decoded(batch, rows, count))[1]
+    model.decode = lambda batch, rows, count, more: (calls.append(count), decoded(batch, rows, count, more))[1]
     requests = [Request([1, 2], Sampling(max_new_tokens=10)), Request([3], Sampling(max_new_tokens=4))]
     numbers = [scheduler.add(request) for request in requests]
     outputs = list(scheduler.run())
