@@ -126,11 +126,11 @@ def rows(file: Path) -> Iterator[dict[str, Any]]:
 
 def scaling(runner: Runner, plans: Path, name: str, nccl: bool) -> None:
     """How much faster two GPUs are than one."""
-    one, two = ({(r["batch"], r["lookahead"]): r["ms"] for r in rows(result(plans, (name, world, nccl)))} for world in (1, 2))
-    for (batch, ahead), ms in two.items():
-        if (batch, ahead) in one:
-            ratio = one[batch, ahead] / ms
-            runner.verdict(f"{name}, batch {batch}, {ahead} steps a call: {one[batch, ahead]:.3f} ms on one, {ms:.3f} ms on two: {ratio:.2f} times, asked {ASKED.get(batch, 1)}: "
+    one, two = ({r["batch"]: r["ms"] for r in rows(result(plans, (name, world, nccl)))} for world in (1, 2))
+    for batch, ms in two.items():
+        if batch in one:
+            ratio = one[batch] / ms
+            runner.verdict(f"{name}, batch {batch}: {one[batch]:.3f} ms on one, {ms:.3f} ms on two: {ratio:.2f} times, asked {ASKED.get(batch, 1)}: "
                            f"{'reached' if ratio >= ASKED.get(batch, 1) else 'MISSED'}")  # fmt: skip
 
 
@@ -258,7 +258,7 @@ def run_plan(runner: Runner, plans: Path, run: Run, mpi: bool) -> None:
     done = runner.run(what, command, LIMIT[name])
     runner.verdict(f"{what}: {'done' if done is not None else 'FAILED'}")
     for row in rows(result(plans, run)):
-        runner.verdict(f"{what}, batch {row['batch']}, {row['lookahead']} steps a call: {row['ms']:.3f} ms, {row['tokens_per_second']:.1f} tokens/s | "
+        runner.verdict(f"{what}, batch {row['batch']}: {row['ms']:.3f} ms, {row['tokens_per_second']:.1f} tokens/s | "
                        f"{row['gbs']:.0f} GB/s a rank, {row['share']:.0%} of {row['copy_gbs']:.0f}")  # fmt: skip
 
 
