@@ -232,7 +232,9 @@ def launches(generator: Generator, exchange: Callable[[bytes], Any]) -> list[str
     assert device is not None
     steps = generator.plan.manifest.steps
     for (sizes, decoding), bucket in list(device.buckets.items()):
-        if not decoding or sizes.table * device.block_size < CONTEXT:
+        if bucket.frame.graph is None:
+            lines.append(f"{sizes}: NOT CAPTURED")
+        if not decoding or sizes.table * device.block_size < CONTEXT or bucket.frame.graph is None:
             continue
         frame, parts, count = bucket.frame, dict[str, list[float]](), sizes.sequences
         tables = np.arange(count * sizes.table).reshape(count, sizes.table).astype(np.int32) % device.blocks
