@@ -16,6 +16,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ from rewrite.export.torch_export import export
 from rewrite.runtime import rank_model, seal, weights
 from rewrite.shards import shards_of
 
-SHAPES = {**llamas.SHAPES, "70b": llamas.Shape(80, 8192, 64, 8, 128, 28672, 128256, False)}
+SHAPES = {**llamas.SHAPES, "tiny": replace(llamas.SHAPES["tiny"], vocabulary=1024), "70b": llamas.Shape(80, 8192, 64, 8, 128, 28672, 128256, False)}
 TOKENS, ROWS = 2048, 64  # of a step, at most
 
 

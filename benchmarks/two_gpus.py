@@ -126,11 +126,11 @@ def rows(file: Path) -> Iterator[dict[str, Any]]:
 
 def scaling(runner: Runner, plans: Path, name: str, nccl: bool) -> None:
     """How much faster two GPUs are than one."""
-    one, two = ({(r["batch"], r["lookahead"]): r["ms"] for r in rows(result(plans, (name, world, nccl)))} for world in (1, 2))
-    for (batch, ahead), ms in two.items():
-        if (batch, ahead) in one:
-            ratio = one[batch, ahead] / ms
-            runner.verdict(f"{name}, batch {batch}, {ahead} steps a call: {one[batch, ahead]:.3f} ms on one, {ms:.3f} ms on two: {ratio:.2f} times, asked {ASKED.get(batch, 1)}: "
+    one, two = ({r["batch"]: r["ms"] for r in rows(result(plans, (name, world, nccl)))} for world in (1, 2))
+    for batch, ms in two.items():
+        if batch in one:
+            ratio = one[batch] / ms
+            runner.verdict(f"{name}, batch {batch}: {one[batch]:.3f} ms on one, {ms:.3f} ms on two: {ratio:.2f} times, asked {ASKED.get(batch, 1)}: "
                            f"{'reached' if ratio >= ASKED.get(batch, 1) else 'MISSED'}")  # fmt: skip
 
 
@@ -148,8 +148,45 @@ def command_line(runner: Runner, plans: Path) -> None:
         one, two = ([g["choices"][0]["tokens"] for g in json.loads(o)] for o in outputs)  # type: ignore[arg-type]
         same = [next((i for i, (x, y) in enumerate(zip(s, t, strict=True)) if x != y), len(s)) for s, t in zip(one, two, strict=True)]
         runner.verdict(f"rewrite generate: of texts of 24 tokens the first {same} are the same on one GPU and two")
+    killed_rank(runner, plans / "tiny-2")
     found = runner.run("rewrite bench-generate, two GPUs", [*MPIRUN, *cli, "bench-generate", str(plans / "tiny-2"), *memory], 60, keep=True)
     runner.verdict(f"rewrite bench-generate: {' / '.join(found.splitlines()) if found else 'FAILED'}")
+
+
+def ranks_of(plan: Path) -> dict[int, int]:
+    """Processes that generate with this plan, by rank."""
+    found = {}
+    for entry in Path("/proc").iterdir():
+        try:
+            if entry.name.isdecimal() and str(plan).encode() in (entry / "cmdline").read_bytes().split(b"\0"):
+                variables = dict(v.split(b"=", 1) for v in (entry / "environ").read_bytes().split(b"\0") if b"=" in v)
+                if b"OMPI_COMM_WORLD_RANK" in variables:
+                    found[int(variables[b"OMPI_COMM_WORLD_RANK"])] = int(entry.name)
+        except OSError:
+            continue
+    return found
+
+
+def killed_rank(runner: Runner, plan: Path) -> None:
+    """A rank that is killed while both generate ends the other one, too."""
+    runner.say("killed: rank 1 of two that generate")
+    arguments = ["generate", str(plan), "--device", "cuda", "--kv-memory", "4G", "--tokens", "5,6", "--max-new-tokens", "100000", "--ignore-eos"]
+    process = subprocess.Popen([*MPIRUN, sys.executable, "-m", "rewrite.cli", *arguments], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True, cwd=HERE)
+    time.sleep(14)  # until they generate
+    victims = ranks_of(plan)
+    if len(victims) != 2 or process.poll() is not None:
+        runner._end(process)
+        runner.verdict(f"killed: FAILED, they did not run: {victims} {(process.communicate()[1] or '')[-500:]}")
+        return
+    os.kill(victims[1], signal.SIGKILL)
+    began = time.monotonic()
+    try:
+        errors = process.communicate(timeout=20)[1]
+    except subprocess.TimeoutExpired:
+        runner._end(process)
+        errors = "it had to be ended"
+    lines = [line for line in errors.splitlines() if "rank" in line.lower()]
+    runner.verdict(f"killed: ended {time.monotonic() - began:.2f} s after rank 1 was killed, exit code {process.returncode}, left: {ranks_of(plan)}; {lines[:2]}")
 
 
 def main() -> None:
@@ -221,7 +258,7 @@ def run_plan(runner: Runner, plans: Path, run: Run, mpi: bool) -> None:
     done = runner.run(what, command, LIMIT[name])
     runner.verdict(f"{what}: {'done' if done is not None else 'FAILED'}")
     for row in rows(result(plans, run)):
-        runner.verdict(f"{what}, batch {row['batch']}, {row['lookahead']} steps a call: {row['ms']:.3f} ms, {row['tokens_per_second']:.1f} tokens/s | "
+        runner.verdict(f"{what}, batch {row['batch']}: {row['ms']:.3f} ms, {row['tokens_per_second']:.1f} tokens/s | "
                        f"{row['gbs']:.0f} GB/s a rank, {row['share']:.0%} of {row['copy_gbs']:.0f}")  # fmt: skip
 
 

@@ -35,7 +35,7 @@ class DeviceRanks:
         from rewrite.runtime.cuda import device
 
         self.cupy, self.host, self.size = device(), host, host.size
-        self.alone = False
+        self.alone: Any = None  # the stream, in `agreed`
         self.device = choose_device()
         self.nccl = Nccl(host)
         self.one_shot: OneShot | None = None
@@ -55,9 +55,9 @@ class DeviceRanks:
     @contextlib.contextmanager
     def agreed(self, stream: Any, shortage: tuple[type[Exception], ...]) -> Iterator[None]:
         """What is done meanwhile succeeds on all ranks, or raises on all, where one is short of memory (`shortage`: the first of these errors,
-        each of which means that). Sums and joins are left out.
+        each of which means that). Sums and joins are left out, their results zero.
         """
-        self.alone = True
+        self.alone = stream
         try:
             yield
             stream.synchronize()
@@ -65,7 +65,7 @@ class DeviceRanks:
             self.host.exchange(b"0")
             raise
         finally:
-            self.alone = False
+            self.alone = None
         if b"0" in (told := self.host.exchange(b"1")):
             raise shortage[0](f"rank {told.index(b'0')} is out of GPU memory")
 
@@ -73,9 +73,9 @@ class DeviceRanks:
         """One sum ("AllReduce": x, bias, residual) or join ("AllGather": x), whose arrays stay where they are."""
         if kind == "AllReduce":
             x, bias, residual = inputs
-            return self._unless_alone(self._sum(x, bias, residual, outputs[0]))
+            return self._unless_alone(self._sum(x, bias, residual, outputs[0]), outputs)
         if kind == "AllGather":
-            return self._unless_alone(self._join(inputs[0], outputs[0]))
+            return self._unless_alone(self._join(inputs[0], outputs[0]), outputs)
         raise RewriteError(f"{kind}: stages follow one another on the CPU yet; use a plan without --pipeline-parallel on GPUs")
 
     def sum_and_norm(self, inputs: list[Any], outputs: list[Any], norm_inputs: list[Any], norm_outputs: list[Any], epsilon: float) -> Launch | None:
@@ -84,12 +84,15 @@ class DeviceRanks:
         if self.one_shot is None or norm_inputs[0].shape[-1] != x.shape[-1] or any(_overlap(z, a) for a in (x, residual) if a is not None):
             return None
         made = self.one_shot.sum_norm(x, y, z, norm_inputs[1], epsilon, bias, residual)
-        return None if made is None else self._unless_alone(made)
+        return None if made is None else self._unless_alone(made, [y, z])
 
-    def _unless_alone(self, made: Launch) -> Launch:
+    def _unless_alone(self, made: Launch, results: list[Any]) -> Launch:
         def launch() -> None:
-            if not self.alone:
+            if self.alone is None:
                 made()
+                return
+            for array in results:
+                self.cupy.cuda.runtime.memsetAsync(array.data.ptr, 0, array.nbytes, self.alone.ptr)
 
         return launch
 

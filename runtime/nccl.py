@@ -61,6 +61,8 @@ class Nccl:
             from cupy.cuda import nccl
         except ImportError as error:
             raise RewriteError(f"NCCL cannot be used ({str(error)[:200]}); install nvidia-nccl-cu13 beside CuPy") from error
+        if not getattr(nccl, "available", True):  # CuPy's own word for a library that it did not find
+            raise RewriteError("NCCL cannot be used (CuPy does not find it); install nvidia-nccl-cu13 beside CuPy")
         self.nccl, self.rank, self.size = nccl, host.rank, host.size
         mine = _id_bytes(nccl.get_unique_id()) if host.rank == 0 else bytes(128)
         try:

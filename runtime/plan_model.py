@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import ml_dtypes  # noqa: F401  gives NumPy the names of its types
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from rewrite.runtime.cuda_ranks import DeviceRanks
 
 Array = np.ndarray[Any, Any]
-STOP, STEP, COPY, DECODE = range(4)  # what rank 0 tells the others to do
+STOP, STEP, COPY, DECODE, MORE, ENOUGH = range(6)  # what rank 0 tells the others to do; in the middle of a `decode` whether more steps are begun
 FIELDS = [f.name for f in dataclasses.fields(Batch)]
 PART = 128  # tokens of a part from which it pays that a stage computes one while the next one computes the part before: with 64 it took as long
 SHARE = 0.25  # of the free memory, for keys and values, unless the caller says how much
@@ -69,7 +69,7 @@ class PlanModel:
             raise RewriteError(f"{plan.directory}: its manifest does not say what a generator needs ({type(error).__name__}: {error}); build the plan again") from error
         self._in_place = frozenset(name for caches in self.caches for name in caches)
         self._under_way: Generator[list[Samples], None, None] | None = None  # what `decode` gave last, with other ranks
-        self._enough = False  # of it
+        self._told: int | None = None  # by rank 0, and not done yet
 
     def _device_executor(self, plan: Plan, communicator: Communicator | None) -> CudaExecutor:
         if communicator is None:
@@ -129,27 +129,20 @@ class PlanModel:
             return step_by_step(self.step, self.sampler, batch, rows, count, more, self.block_size)
         if self.communicator is None:
             return self.device.decode(batch, rows, count, more)
-        self._tell(DECODE, [*self._batch_arrays(batch), *pack(rows), np.array([count])])
-        self._under_way = self._together(self.device.decode(batch, rows, count, lambda: self._agreed(more)))
+        self._under_way = self._decode_together(batch, rows, count, more)
         return self._under_way
 
-    def _together(self, parts: Iterator[list[Samples]]) -> Generator[list[Samples], None, None]:
-        """The same parts. Whoever wants no more of them must not leave the other ranks in the middle: what was begun is ended, and no more is begun."""
-        self._enough = False
-        try:
-            for part in parts:  # noqa: UP028  which `yield from` would close
-                yield part
-        finally:
-            self._enough = True
-            for _ in parts:
-                pass
+    def _decode_together(self, batch: Batch, rows: list[Row], count: int, more: Callable[[], bool]) -> Generator[list[Samples], None, None]:
+        """The same on all ranks. Nothing has to be done where it is given up: what was begun all have begun, and the next that the others are told ends it."""
+        assert self.device is not None
 
-    def _agreed(self, more: Callable[[], bool]) -> bool:
-        """Whether more steps are begun, told to the other ranks."""
-        assert self.communicator is not None
-        answer = not self._enough and more()
-        sent(self.communicator, [np.array([answer], np.int64)], 1)
-        return answer
+        def goes_on() -> bool:
+            answer = more()
+            self._tell(MORE if answer else ENOUGH)
+            return answer
+
+        self._tell(DECODE, [*self._batch_arrays(batch), *pack(rows), np.array([count])])
+        yield from self.device.decode(batch, rows, count, goes_on)
 
     def _batch_arrays(self, batch: Batch) -> list[Array]:
         return [getattr(batch, name) for name in FIELDS]
@@ -158,8 +151,6 @@ class PlanModel:
         """Tell the other ranks what to do, and with what."""
         if self.communicator is None:
             return
-        if self._under_way is not None:
-            self._under_way.close()
         sent(self.communicator, [np.array([what])], 1)
         if arrays:
             sent(self.communicator, arrays, len(arrays))
@@ -234,7 +225,7 @@ class PlanModel:
         communicator = self.communicator
         assert communicator is not None
         while True:
-            what = int(sent(communicator, None, 1)[0][0])
+            what = self._next_command()
             if what == STOP:
                 return self._end()
             if what == COPY:
@@ -249,11 +240,25 @@ class PlanModel:
             elif what == STEP:
                 self.device.step(batch)
             else:
-                for _ in self.device.decode(batch, unpack(arrays[len(FIELDS) : -1]), int(arrays[-1][0]), lambda: bool(sent(communicator, None, 1)[0][0])):
+                for _ in self.device.decode(batch, unpack(arrays[len(FIELDS) : -1]), int(arrays[-1][0]), self._is_told_more):
                     pass
+
+    def _next_command(self) -> int:
+        """What rank 0 tells next, or told already."""
+        assert self.communicator is not None
+        what, self._told = self._told, None
+        return int(sent(self.communicator, None, 1)[0][0]) if what is None else what
+
+    def _is_told_more(self) -> bool:
+        """Whether more steps are begun. Whatever else rank 0 tells means that they are not, and is done next."""
+        what = self._next_command()
+        self._told = None if what in (MORE, ENOUGH) else what
+        return what == MORE
 
     def stop(self) -> None:
         """Of rank 0: let the others go. Nothing can be computed any more."""
+        if self._under_way is not None:
+            self._under_way.close()  # it holds captured work
         self._tell(STOP)
         self._end()
 

@@ -5,6 +5,7 @@ Every sum is an exchange that all ranks wait for: whoever makes another one, or 
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import threading
 from types import SimpleNamespace
@@ -120,6 +121,7 @@ def install(monkeypatch, near=True, free=1 << 30, most=1 << 20):
     """Plans for several ranks run with `device="cuda"`, a rank a process or thread. Near ones have our kernel for up to `most` bytes. Returns `cupy`."""
     cupy = fake_gpu.install(monkeypatch, free)
     cupy.cuda.runtime.deviceCanAccessPeer = lambda mine, other: near
+    cupy.cuda.runtime.memsetAsync = lambda address, value, size, stream: ctypes.memset(address, value, size)
     monkeypatch.setattr(cuda_ranks, "choose_device", lambda: int(name) if (name := threading.current_thread().name).isdecimal() else local_rank())
     monkeypatch.setattr(cuda_ranks, "check_engines", lambda *_: None)
     monkeypatch.setattr(cuda_ranks, "Nccl", Nccl)

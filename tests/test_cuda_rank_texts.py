@@ -15,7 +15,7 @@ from decoder import BY_RANGE, VOCABULARY, decoder
 from fake_ranks import together
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_ranks import needs_mpi
+from test_ranks import mpirun, needs_mpi
 
 import rewrite
 from rewrite.cli import main
@@ -201,8 +201,6 @@ main(sys.argv[2:])
 
 
 def commands(*arguments):
-    from test_ranks import mpirun
-
     return mpirun(2, "-c", SCRIPT, str(Path(__file__).parent), *arguments)
 
 
@@ -221,3 +219,129 @@ def test_bench_generate_on_two_ranks(plans):
         code, output, errors = commands("bench-generate", str(plans / "float32 2"), "--device", device, "--kv-memory", "1M", "--prompt-length", "9", "--new-tokens", "5", "--repeat", "1")
         assert code == 0, errors
         assert output.count("ms a step") == 1
+
+
+RAISES = """
+import sys
+sys.path[:0] = sys.argv[2].split(":")
+import fake_ranks, pytest
+from rewrite.cli import main
+from rewrite.runtime.cuda_model import CudaModel
+from rewrite.runtime.nccl import local_rank
+fake_ranks.install(pytest.MonkeyPatch())
+decode = CudaModel.decode
+def failing(self, *arguments):
+    for number, part in enumerate(decode(self, *arguments)):
+        if number == 2 and local_rank() == int(sys.argv[1]):
+            raise MemoryError("no room")
+        yield part
+CudaModel.decode = failing
+main(["generate", sys.argv[3], "--device", "cuda", "--tokens", "5,6", "--max-new-tokens", "60", "--kv-memory", "1M", "--ignore-eos"])
+"""
+
+
+@needs_mpi
+@pytest.mark.parametrize("rank", [0, pytest.param(1, marks=pytest.mark.slow)])
+def test_a_rank_that_raises_ends_all(plans, rank):
+    code, _, errors = mpirun(2, "-c", RAISES, str(rank), str(Path(__file__).parent), str(plans / "float32 2"))
+    assert code != 0
+    assert f"rewrite: rank {rank}: MemoryError: no room" in errors
+    assert "Traceback" not in errors
+
+
+# --- steps under way that are given up ----------------------------------------------------------------------------
+def on_two_ranks(plan, work, **options):
+    """What `work(generator)` gives on rank 0, while the other one follows."""
+
+    def run(communicator):
+        generator = rewrite.Generator(Plan(plan, device="cuda"), communicator=communicator, kv_memory=1 << 18, **options)
+        if communicator.rank:
+            return generator.model.follow()
+        found = work(generator)
+        generator.model.stop()
+        assert not generator.model.device.buckets
+        return found
+
+    return together(2, run)[0]
+
+
+@pytest.mark.parametrize("read", [1, 5, 9, 17])
+def test_a_text_given_up_under_way_leaves_the_other_rank_where_it_belongs(plans, read, monkeypatch):
+    expected = rewrite.Generator(plans / "float32 1", kv_memory=1 << 18).generate(prompts(4), max_new_tokens=20, ignore_eos=True)
+    fake_ranks.install(monkeypatch)
+
+    def work(generator):
+        for _ in range(2):
+            tokens = []
+            for output in generator.iterate(prompts()[3], max_new_tokens=60, ignore_eos=True):
+                tokens += output.tokens
+                if len(tokens) >= read:
+                    break
+            assert len(tokens) >= read
+        made = generator.generate(prompts(4), max_new_tokens=20, ignore_eos=True)
+        generator.scheduler.pool.check()
+        assert generator.scheduler.pool.used == 0
+        iterator = generator.iterate(prompts()[3], max_new_tokens=60, ignore_eos=True)
+        first = [next(iterator).tokens for _ in range(2)]  # the second comes while more are under way; the ranks stop then
+        return made, [t for tokens in first for t in tokens]
+
+    made, first = on_two_ranks(plans / "float32 2", work)
+    assert [g.tokens for g in made] == [g.tokens for g in expected]
+    assert first == expected[3].tokens[: len(first)]
+
+
+@pytest.mark.parametrize("what", ["more", "step", "not begun"])
+def test_an_error_under_way_leaves_the_other_rank_where_it_belongs(plans, what, monkeypatch):
+    """Rank 0 goes on with something else, when it was asked whether more are begun, when it had a part, or before any."""
+    expected = rewrite.Generator(plans / "float32 1", kv_memory=1 << 18).generate(prompts(4), max_new_tokens=20, ignore_eos=True)
+    fake_ranks.install(monkeypatch)
+
+    def work(generator):
+        scheduler, model, calls = generator.scheduler, generator.model, [0]
+        goes_on, decode = scheduler._goes_on, model.decode
+
+        def failing():
+            calls[0] += 1
+            if calls[0] == 2:
+                raise ArithmeticError(what)
+            return goes_on()
+
+        def broken(found):
+            if what == "step":
+                yield next(found)
+            raise ArithmeticError(what)
+
+        def parts(*arguments):
+            calls[0] += 1
+            return broken(decode(*arguments)) if calls[0] == 1 else decode(*arguments)
+
+        if what == "more":
+            monkeypatch.setattr(scheduler, "_goes_on", failing)
+        else:
+            monkeypatch.setattr(model, "decode", parts)
+        with pytest.raises(ArithmeticError, match=what):
+            generator.generate(prompts(4), max_new_tokens=20, ignore_eos=True)
+        made = generator.generate(prompts(4), max_new_tokens=20, ignore_eos=True)
+        scheduler.pool.check()
+        assert scheduler.pool.used == 0
+        return made
+
+    assert [g.tokens for g in on_two_ranks(plans / "float32 2", work)] == [g.tokens for g in expected]
+
+
+def test_who_comes_while_steps_are_under_way_is_served(plans, monkeypatch):
+    single = rewrite.Generator(plans / "float32 1", kv_memory=1 << 18)
+    expected = [single.generate(p, max_new_tokens=30, ignore_eos=True)[0].tokens for p in prompts(4)]
+    fake_ranks.install(monkeypatch)
+
+    def work(generator):
+        made = [[] for _ in range(4)]
+        for number, prompt in enumerate(prompts(4)):
+            generator.add(generator.request(prompt, None, True, {"max_new_tokens": 30}), lambda output, number=number: made[number].extend(output.tokens))
+            for _ in range(2):
+                generator.step()
+        while generator.scheduler.unfinished:
+            generator.step()
+        return made
+
+    assert on_two_ranks(plans / "float32 2", work) == expected

@@ -222,6 +222,12 @@ def test_types_and_a_missing_library(monkeypatch, gpu):
         Nccl(Host(0, 1, None))
 
 
+def test_a_library_that_cupy_does_not_find_is_one_line(gpu):
+    gpu.cuda.nccl.available = False
+    with pytest.raises(RewriteError, match=r"NCCL cannot be used \(CuPy does not find it\); install nvidia-nccl-cu13"):
+        together(1, Nccl)
+
+
 def test_what_nccl_refuses_names_the_rank(gpu):
     def refuse(*_):
         raise RuntimeError("NCCL_ERROR_INVALID_USAGE: invalid\nusage")
