@@ -47,28 +47,21 @@ struct Row {
 
 struct Shared {
     Row row;
-    union {
-        u32 histogram[2][BINS];  // used in turn
-        u64 likeliest[MOST_RANKS * MOST_LOGPROBS];
-    };
-    u64 warp[32], block[2], top[MOST_LOGPROBS];
+    u32 histogram[2][BINS];  // used in turn
+    u64 warp[2][32], block[2][2], top[MOST_LOGPROBS];
     u32 count, edgeCount, keptCount, bound, foundBin, foundBefore;
     // Lists: of all that may stay, of those at the edge, of all blocks' edges, and of what one block goes on with.
     float value[FEW], edgeDepth[FEW], depth[FEW], kept[FEW];
     u32 token[FEW], edgeWeight[FEW], weight[FEW], keptToken[FEW];
 };
 static_assert(sizeof(Shared) <= HEAD && sizeof(Row) == 184, "cuda_sampling.py says otherwise");
+static_assert(MOST_RANKS * MOST_LOGPROBS * 8 <= sizeof(Shared::histogram) || FEW < 512, "likeliest tokens of all blocks lie there");
 
 struct Team { u32 ranks, rank, page, turn; };
+struct Part { float* line; const u32* tokens; u32 first, size; };  // token i is tokens[i], or without a list first + i
 
 extern __shared__ __align__(16) u8 memory[];
 __device__ __forceinline__ Shared& common() { return *(Shared*)memory; }
-// What this block has of the row: its tokens from `first` on, or the list of those that are left.
-struct Part {
-    bool listed;
-    u32 first, size;
-    __device__ __forceinline__ float* line() const { return listed ? common().kept : (float*)(memory + HEAD); }
-};
 __device__ __forceinline__ u32 lane() { return threadIdx.x & 31; }
 __device__ __forceinline__ bool finite(float v) { return fabsf(v) < INFINITE; }
 __device__ __forceinline__ void meet(const Team& team) {
@@ -90,29 +83,33 @@ __device__ __forceinline__ u32 tokenOf(u64 key) { return ~(u32)key; }
 // --- sums and maxima ------------------------------------------------------------------------------------------------------
 template <bool LARGEST> __device__ __forceinline__ u64 joined(u64 a, u64 b) { return LARGEST ? (a > b ? a : b) : a + b; }
 template <bool LARGEST> __device__ __forceinline__ u64 overLanes(u64 v, int width = 32) {
-    #pragma unroll 1
     for (int o = width / 2; o; o >>= 1) v = joined<LARGEST>(v, __shfl_xor_sync(~0u, v, o));
     return v;
 }
 // Of all threads of the block, for all of them. Another one may come after a barrier.
-template <bool LARGEST> __device__ __noinline__ u64 overBlock(u64 v) {
-    v = overLanes<LARGEST>(v);
-    if (lane() == 0) common().warp[threadIdx.x >> 5] = v;
-    __syncthreads();
-    return overLanes<LARGEST>(lane() < WARPS ? common().warp[lane()] : 0);
-}
-template <bool LARGEST> __device__ __noinline__ u64 overCluster(Team& team, u64 v) {
-    v = overBlock<LARGEST>(v);
-    if (team.ranks == 1) {
-        __syncthreads();
-        return v;
+template <bool LARGEST, int N> __device__ __forceinline__ void overBlock(u64 (&v)[N]) {
+    #pragma unroll
+    for (int n = 0; n < N; ++n) {
+        v[n] = overLanes<LARGEST>(v[n]);
+        if (lane() == 0) common().warp[n][threadIdx.x >> 5] = v[n];
     }
-    u64* mine = common().block + team.turn;
+    __syncthreads();
+    #pragma unroll
+    for (int n = 0; n < N; ++n) v[n] = overLanes<LARGEST>(lane() < WARPS ? common().warp[n][lane()] : 0);
+}
+template <bool LARGEST, int N> __device__ __forceinline__ void overCluster(Team& team, u64 (&v)[N]) {
+    overBlock<LARGEST>(v);
+    if (team.ranks == 1) return __syncthreads();
+    u64* mine = common().block[team.turn];
     team.turn ^= 1;  // so that nobody overwrites what others still read
-    if (threadIdx.x == 0) *mine = v;
+    if (threadIdx.x == 0)
+        for (int n = 0; n < N; ++n) mine[n] = v[n];
     meet(team);
-    v = overLanes<LARGEST>(lane() < team.ranks ? remote(mine, lane()) : 0, MOST_RANKS);
-    return __shfl_sync(~0u, v, 0);
+    #pragma unroll
+    for (int n = 0; n < N; ++n) {
+        v[n] = overLanes<LARGEST>(lane() < team.ranks ? remote(mine + n, lane()) : 0, MOST_RANKS);
+        v[n] = __shfl_sync(~0u, v[n], 0);
+    }
 }
 
 // --- lists ------------------------------------------------------------------------------------------------------------------
@@ -155,13 +152,13 @@ struct Lists {
 __device__ __forceinline__ float asFloat(const u32* p, u32 rank) { return __uint_as_float(remote(p, rank)); }
 
 // The edge among the candidates in `depth` and `weight`: the largest depth that less than `target` comes before.
-__device__ __noinline__ float edgeOfFew(u32 size, u32 before, u32 target) {
+__device__ __forceinline__ float edgeOfFew(u32 size, u32 before, u32 target) {
     const Shared& c = common();
     if (!size) return LARGEST_FLOAT;  // all of them weigh less
     u32 width = 1;
     while (width < size) width *= 2;
     const u32 split = min(32u, max(1u, THREADS / width));  // so many threads share a candidate
-    u64 edge = 0;
+    u64 edge[1] = {0};
     for (u32 from = 0; from < size; from += THREADS / split) {
         const u32 i = from + threadIdx.x / split;
         const float mine = i < size ? c.depth[i] : 0.f;
@@ -171,11 +168,11 @@ __device__ __noinline__ float edgeOfFew(u32 size, u32 before, u32 target) {
             for (u32 j = threadIdx.x % split; j < size; j += split) sum += c.depth[j] < mine ? c.weight[j] : 0;
         }
         for (u32 o = 1; o < split; o *= 2) sum += __shfl_xor_sync(~0u, sum, o);
-        if (i < size && before + sum < target) edge = max(edge, (u64)__float_as_uint(mine));
+        if (i < size && before + sum < target) edge[0] = max(edge[0], (u64)__float_as_uint(mine));
     }
-    edge = overBlock<true>(edge);
+    overBlock<true>(edge);
     __syncthreads();
-    return __uint_as_float((u32)edge);
+    return __uint_as_float((u32)edge[0]);
 }
 
 // Adds up the bins of all blocks and notes the one in which `target` is reached, and what is before it. Returns the sum of all.
@@ -199,9 +196,9 @@ __device__ __forceinline__ u32 findBin(const Team& team, const u32* histogram, u
         const u32 left = __shfl_up_sync(~0u, until, o);
         if (lane() >= o) until += left;
     }
-    if (lane() == 31) c.warp[threadIdx.x >> 5] = until;
+    if (lane() == 31) c.warp[0][threadIdx.x >> 5] = until;
     __syncthreads();
-    const u64 warps = lane() < WARPS ? c.warp[lane()] : 0;
+    const u64 warps = lane() < WARPS ? c.warp[0][lane()] : 0;
     const u32 whole = before + (u32)overLanes<false>(warps);
     u32 at = before + (u32)overLanes<false>(lane() < threadIdx.x >> 5 ? warps : 0) + until - all;
     #pragma unroll
@@ -216,39 +213,21 @@ __device__ __forceinline__ u32 findBin(const Team& team, const u32* histogram, u
 
 struct Four {
     float each[4];
-    __device__ __forceinline__ Four(float first = INFINITE) : each{first, INFINITE, INFINITE, INFINITE} {}
+    __device__ __forceinline__ Four() : each{INFINITE, INFINITE, INFINITE, INFINITE} {}
     __device__ __forceinline__ Four(const float* line, u32 group) {
         const float4 v = ((const float4*)line)[group];
         each[0] = v.x, each[1] = v.y, each[2] = v.z, each[3] = v.w;
     }
-    __device__ __forceinline__ float at(u32 j) const { return j & 2 ? (j & 1 ? each[3] : each[2]) : (j & 1 ? each[1] : each[0]); }
-};
-
-// exp to about six digits, and 0 for what is below 2^-126.
-__device__ __forceinline__ float quickExp(float v) {
-#if __CUDA_ARCH__
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(v) : "f"(v * 1.44269504f));
-    return v;
-#else
-    return expf(v);
-#endif
-}
-// What a restriction puts in order and adds up. The order is by how far depth + log, which is -log(probability), is from the entropy, with
-// typical-p; else both are 0, and it is by the depth. The weight is the probability, or with a slope of 0 instead of -1 always 1.
-struct Measure {
-    float slope, log, entropy, scale;
-    __device__ __forceinline__ float depth(float v) const { return fabsf(v + log - entropy); }
-    __device__ __forceinline__ u32 weight(float v) const { return __float2uint_rn(quickExp(slope * v - log) * scale); }
 };
 
 // The edge in all blocks: the largest depth that less than `target` comes before. `reach`: where it is expected at most; the bins are
-// chosen by it, and not the result. `few`: the lists of all blocks hold all that is within the edge.
-__device__ __forceinline__ float findEdge(Team& team, const Part part, u32 target, float reach, const Measure& m, bool& few) {
+// chosen by it, and not the result. `few`: the lists of all blocks hold all that is within the edge. COUNT: all weigh 1.
+template <bool COUNT, class Depth, class Weight>
+__device__ __forceinline__ float findEdge(Team& team, const Part& part, u32 target, float reach, Depth depth, Weight weight, bool& few) {
     Shared& c = common();
-    const float* line = part.line();
     if (team.ranks == 1 && part.size <= FEW) {
         __syncthreads();
-        for (u32 i = threadIdx.x; i < part.size; i += THREADS) c.depth[i] = m.depth(line[i]), c.weight[i] = m.weight(line[i]);
+        for (u32 i = threadIdx.x; i < part.size; i += THREADS) c.depth[i] = depth(part.line[i]), c.weight[i] = COUNT ? 1 : weight(part.line[i]);
         __syncthreads();
         return edgeOfFew(part.size, 0, target);
     }
@@ -262,22 +241,20 @@ __device__ __forceinline__ float findEdge(Team& team, const Part part, u32 targe
         __syncthreads();
         u32 shift = 0;
         while ((high - low) >> shift >= BINS) ++shift;
-        if (first) {
-            for (u32 g = threadIdx.x; g < part.size / 4; g += THREADS) {
-                const Four v(line, g);
-                #pragma unroll
-                for (u32 j = 0; j < 4; ++j) {
-                    const float at = m.depth(v.each[j]) * scale;
-                    const u32 w = m.weight(v.each[j]);
-                    if (at < BINS - 1) atomicAdd(histogram + __float2uint_rz(at), w);  // what is beyond reach, as most of them may be, is left out
+        for (u32 g = threadIdx.x; g < part.size / 4; g += THREADS) {
+            const Four v(part.line, g);
+            #pragma unroll
+            for (u32 j = 0; j < 4; ++j) {
+                const float d = depth(v.each[j]), at = d * scale;
+                u32 b = __float2uint_rz(at);
+                if (first) {
+                    if (!(at < BINS - 1)) continue;  // beyond reach, as most of them, perhaps
+                } else {
+                    const u32 bits = __float_as_uint(d);
+                    if (min(b, BINS - 1u) != bin || bits < low || bits > high) continue;
+                    b = (bits - low) >> shift;
                 }
-            }
-        } else {
-            #pragma unroll 1
-            for (u32 i = threadIdx.x; i < part.size; i += THREADS) {
-                const float d = m.depth(line[i]);
-                const u32 bits = __float_as_uint(d);
-                if (min(__float2uint_rz(d * scale), BINS - 1u) == bin && bits >= low && bits <= high) atomicAdd(histogram + ((bits - low) >> shift), m.weight(line[i]));
+                atomicAdd(histogram + b, COUNT ? 1 : weight(v.each[j]));
             }
         }
         meet(team);
@@ -297,23 +274,23 @@ __device__ __forceinline__ float findEdge(Team& team, const Part part, u32 targe
         }
         bool full = false, edgeFull = false;
         for (u32 from = 0; from < part.size / 4; from += THREADS) {
-            const Four v = from + threadIdx.x < part.size / 4 ? Four(line, from + threadIdx.x) : Four();
+            const Four v = from + threadIdx.x < part.size / 4 ? Four(part.line, from + threadIdx.x) : Four();
             bool near = false;
             #pragma unroll
             for (u32 j = 0; j < 4; ++j) {
-                const float d = m.depth(v.each[j]);
+                const float d = depth(v.each[j]);
                 near |= d <= __uint_as_float(high) && (!full || d >= __uint_as_float(low));
             }
             if (!__any_sync(~0u, near)) continue;
-            #pragma unroll 1
+            #pragma unroll
             for (u32 j = 0; j < 4; ++j) {
-                const float value = v.at(j), d = m.depth(value);
+                const float d = depth(v.each[j]);
                 const u32 b = min(__float2uint_rz(d * scale), BINS - 1u), bits = __float_as_uint(d);
                 const bool inside = b < bin || (b == bin && bits <= high), edge = b == bin && bits >= low && bits <= high;
                 u32 place = slot(inside, &c.count, full);
-                if (place != NONE) c.value[place] = value, c.token[place] = part.first + 4 * (from + threadIdx.x) + j;
+                if (place != NONE) c.value[place] = v.each[j], c.token[place] = part.first + 4 * (from + threadIdx.x) + j;
                 place = slot(edge, &c.edgeCount, edgeFull);
-                if (place != NONE) c.edgeDepth[place] = d, c.edgeWeight[place] = m.weight(value);
+                if (place != NONE) c.edgeDepth[place] = d, c.edgeWeight[place] = COUNT ? 1 : weight(v.each[j]);
             }
         }
         meet(team);
@@ -333,37 +310,34 @@ __device__ __forceinline__ float findEdge(Team& team, const Part part, u32 targe
 }
 
 // Excludes what is beyond the edge. False: another block goes on with the few that are left, and this one is done.
-__device__ __noinline__ bool restrictTo(Team& whole, Part& all, u32 target, float reach, const Measure m) {
+template <bool COUNT, class Depth, class Weight>
+__device__ __forceinline__ bool restrictTo(Team& team, Part& part, u32 target, float reach, Depth depth, Weight weight) {
     Shared& c = common();
-    Team team = whole;  // what is known by reference would be read again after each write
-    const Part part = all;
     bool few = false;
-    const float edge = findEdge(team, part, target, reach, m, few);
-    whole = team;
+    const float edge = findEdge<COUNT>(team, part, target, reach, depth, weight, few);
     if (!few) {
-        float* line = part.line();
         for (u32 i = threadIdx.x; i < part.size; i += THREADS)
-            if (!(m.depth(line[i]) <= edge)) line[i] = INFINITE;
+            if (!(depth(part.line[i]) <= edge)) part.line[i] = INFINITE;
         return true;
     }
     if (team.rank == 0) {
-        const Lists lists(team, &c.count);
+        const Lists all(team, &c.count);
         if (threadIdx.x == 0) c.keptCount = 0;
         __syncthreads();
         bool full = false;
-        for (u32 from = 0; from < lists.total; from += THREADS) {
+        for (u32 from = 0; from < all.total; from += THREADS) {
             u32 i = from + threadIdx.x;
-            const bool there = i < lists.total;
-            const u32 rank = lists.find(team, i);
+            const bool there = i < all.total;
+            const u32 rank = all.find(team, i);
             const float v = there ? asFloat((const u32*)c.value + i, rank) : INFINITE;
-            const u32 place = slot(there && m.depth(v) <= edge, &c.keptCount, full);
+            const u32 place = slot(there && depth(v) <= edge, &c.keptCount, full);
             if (place != NONE) c.kept[place] = v, c.keptToken[place] = remote(c.token + i, rank);
         }
     }
     meet(team);  // nobody leaves while its lists are read
     if (team.rank) return false;
-    whole.ranks = 1;
-    all = {true, 0, c.keptCount};
+    team.ranks = 1;
+    part = {c.kept, c.keptToken, 0, c.keptCount};
     return true;
 }
 
@@ -375,18 +349,25 @@ __device__ __forceinline__ float logitAt(const void* logits, u64 i) {
     return widen(((const u16*)logits)[i]);
 #endif
 }
-__device__ __forceinline__ float4 fourAt(const void* logits, u64 i) {
+// Four logits from place i of a row that begins at `start`; -inf where the row, or the block's part, has ended.
+__device__ __forceinline__ float4 four(const void* logits, u64 start, u32 i, u32 end, bool aligned) {
+    if (aligned && i + 4 <= end) {
 #if LOGITS == 32
-    return *(const float4*)((const float*)logits + i);
+        return *(const float4*)((const float*)logits + start + i);
 #else
-    const uint2 raw = *(const uint2*)((const u16*)logits + i);
-    const float2 a = unpack(raw.x), b = unpack(raw.y);
-    return make_float4(a.x, a.y, b.x, b.y);
+        const uint2 raw = *(const uint2*)((const u16*)logits + start + i);
+        const float2 a = unpack(raw.x), b = unpack(raw.y);
+        return make_float4(a.x, a.y, b.x, b.y);
 #endif
+    }
+    float v[4];
+    #pragma unroll
+    for (u32 j = 0; j < 4; ++j) v[j] = i + j < end ? logitAt(logits, start + i + j) : -INFINITE;
+    return make_float4(v[0], v[1], v[2], v[3]);
 }
 
 // Everything before the temperature, on tokens first to first + count.
-__device__ __noinline__ void change(const Row& row, float* line, u32 first, u32 count) {
+__device__ __forceinline__ void change(const Row& row, float* line, u32 first, u32 count) {
     for (u32 i = threadIdx.x; i < row.biasCount; i += THREADS) {
         const int2 e = row.bias[i];
         const u32 at = e.x - first;
@@ -430,7 +411,7 @@ __device__ __noinline__ void change(const Row& row, float* line, u32 first, u32 
 __device__ __forceinline__ bool allowed(const Row& row, u32 token) { return row.mask[token >> 5] >> (token & 31) & 1; }
 
 // The largest of a part, with its token; what is no number counts as the largest.
-__device__ __noinline__ u64 best(const float* line, u32 first, u32 count) {
+__device__ __forceinline__ u64 best(const float* line, u32 first, u32 count) {
     u64 found = 0;
     for (u32 i = threadIdx.x; i < count; i += THREADS) found = max(found, key(line[i], first + i));
     return found;
@@ -449,32 +430,38 @@ __device__ __forceinline__ uint4 philox(u32 a, u32 b, u32 c, u64 seed) {
 }
 // What the noise -log(E) of a word is at most; the smaller the word, the more.
 __device__ __forceinline__ float most(u32 word) { return 0.6932f * (__clz(word) + 1) + 1e-4f; }
-__device__ __noinline__ u64 draw(const Row& row, const Part part) {
+__device__ __forceinline__ void tryToken(float depth, u32 token, u32 word, u64& winner) {
+    if (!finite(depth) || order(most(word) - depth) < *(volatile u32*)&common().bound) return;
+    const float v = fminf(__fmul_rn(__fadd_rn(__uint2float_rn(word), 0.5f), 0x1p-32f), 0x1.fffffep-1f);
+    const u64 mine = key(__fsub_rn(-depth, logf(-log1pf(-v))), token);
+    if (mine <= winner) return;
+    winner = mine;
+    atomicMax(&common().bound, (u32)(mine >> 32));
+}
+__device__ __forceinline__ u64 draw(const Row& row, const Part& part) {
+    u64 winner = 0;
     const u32 length = row.length, choice = row.choice;
     const u64 seed = row.seed;
-    volatile u32& bound = common().bound;
-    u64 winner = 0;
-    const float* line = part.line();
-    const u32 each = part.listed ? 1 : 4;  // tokens that share random bits, one after the other
-    for (u32 g = threadIdx.x; g < part.size / each; g += THREADS) {
-        const Four d = part.listed ? Four(line[g]) : Four(line, g);
-        const float nearest = fminf(fminf(d.each[0], d.each[1]), fminf(d.each[2], d.each[3]));
-        // 22.9: the largest noise there is
-        if (!finite(nearest) || order(22.9f - nearest) < bound) continue;
-        const u32 token = part.listed ? common().keptToken[g] : part.first + 4 * g;
-        const uint4 w = philox(token / 4, length, choice, seed);
-        if (order(most(min(min(w.x, w.y), min(w.z, w.w))) - nearest) < bound) continue;
-        #pragma unroll 1
-        for (u32 j = 0; j < each; ++j) {
-            const u32 at = token + j & 3, word = at & 2 ? (at & 1 ? w.w : w.z) : (at & 1 ? w.y : w.x);
-            const float depth = d.at(j);
-            if (!finite(depth) || order(most(word) - depth) < bound) continue;
-            const float v = fminf(__fmul_rn(__fadd_rn(__uint2float_rn(word), 0.5f), 0x1p-32f), 0x1.fffffep-1f);
-            const u64 mine = key(__fsub_rn(-depth, logf(-log1pf(-v))), token + j);
-            if (mine <= winner) continue;
-            winner = mine;
-            atomicMax(&common().bound, (u32)(mine >> 32));
+    if (part.tokens) {
+        for (u32 i = threadIdx.x; i < part.size; i += THREADS) {
+            const u32 token = part.tokens[i];
+            const uint4 w = philox(token / 4, length, choice, seed);
+            tryToken(part.line[i], token, token & 2 ? (token & 1 ? w.w : w.z) : (token & 1 ? w.y : w.x), winner);
         }
+        return winner;
+    }
+    for (u32 g = threadIdx.x; g < part.size / 4; g += THREADS) {
+        const float4 d = ((const float4*)part.line)[g];
+        // 22.9: the largest noise there is
+        const float nearest = fminf(fminf(d.x, d.y), fminf(d.z, d.w));
+        if (!finite(nearest) || order(22.9f - nearest) < *(volatile u32*)&common().bound) continue;
+        const u32 token = part.first + 4 * g;
+        const uint4 w = philox(token / 4, length, choice, seed);
+        if (order(most(min(min(w.x, w.y), min(w.z, w.w))) - nearest) < *(volatile u32*)&common().bound) continue;
+        tryToken(d.x, token, w.x, winner);
+        tryToken(d.y, token + 1, w.y, winner);
+        tryToken(d.z, token + 2, w.z, winner);
+        tryToken(d.w, token + 3, w.w, winner);
     }
     return winner;
 }
@@ -540,60 +527,54 @@ extern "C" __global__ void __launch_bounds__(THREADS) choose(const void* logits,
     float top = -INFINITE;
     u32 at = NONE;
     bool wrong = false;
-    const auto look = [&](float v, u32 token) {
-        if (v > top) top = v, at = token;
-        wrong |= v != v;
-    };
-    if (aligned) {
-        for (u32 from = threadIdx.x; from < size / 4; from += 4 * THREADS) {
-            float4 v[4];
+    for (u32 from = threadIdx.x; from < size / 4; from += 4 * THREADS) {
+        float4 v[4];
+        #pragma unroll
+        for (u32 k = 0; k < 4; ++k) v[k] = four(logits, start + first, 4 * (from + k * THREADS), count, aligned);
+        #pragma unroll
+        for (u32 k = 0; k < 4; ++k) {
+            const u32 i = 4 * (from + k * THREADS);
+            if (i >= size) break;
+            if (!plain) *(float4*)(line + i) = v[k];
+            const float each[4] = {v[k].x, v[k].y, v[k].z, v[k].w};
             #pragma unroll
-            for (u32 k = 0; k < 4; ++k)
-                if (from + k * THREADS < size / 4) v[k] = fourAt(logits, start + first + 4 * (from + k * THREADS));
-            #pragma unroll
-            for (u32 k = 0; k < 4; ++k) {
-                const u32 g = from + k * THREADS, token = first + 4 * g;
-                if (g >= size / 4) break;
-                if (!plain) ((float4*)line)[g] = v[k];
-                look(v[k].x, token), look(v[k].y, token + 1), look(v[k].z, token + 2), look(v[k].w, token + 3);
+            for (u32 j = 0; j < 4; ++j) {
+                if (each[j] > top) top = each[j], at = first + i + j;
+                wrong |= each[j] != each[j];
             }
         }
-    } else {
-        for (u32 i = threadIdx.x; i < size; i += THREADS) {
-            const float v = i < count ? logitAt(logits, start + first + i) : -INFINITE;
-            if (!plain) line[i] = v;
-            look(v, first + i);
-        }
     }
-    u64 winner = wrong ? (u64)NONE << 32 : key(top, at);
+    u64 winner[1] = {wrong ? (u64)NONE << 32 : key(top, at)};
 
     // Log-probabilities of the model itself: of all tokens to `out`, or of the chosen and the likeliest ones.
     float highest = 0.f, logTotal = 0.f;
     if (model) {
-        highest = valueOf(overCluster<true>(team, winner));
-        u64 total = 0;
+        u64 whole[1] = {winner[0]};
+        overCluster<true>(team, whole);
+        highest = valueOf(whole[0]);
+        whole[0] = 0;
         if (finite(highest))
-            #pragma unroll 1
-            for (u32 i = threadIdx.x; i < size; i += THREADS) total += __float2ull_rn(expf(line[i] - highest) * 0x1p40f);
-        total = overCluster<false>(team, total);
-        logTotal = finite(highest) ? logf((float)total * 0x1p-40f) : __int_as_float(0x7fc00000);
+            for (u32 i = threadIdx.x; i < size; i += THREADS) whole[0] += __float2ull_rn(expf(line[i] - highest) * 0x1p40f);
+        overCluster<false>(team, whole);
+        logTotal = finite(highest) ? logf((float)((double)whole[0] * 0x1p-40)) : __int_as_float(0x7fc00000);
         if (row.logprobs > 0) {
             // Each block finds its likeliest, one after the other, and one block those of all.
             u64 mine = best(line, first, count);
             for (int k = 0; k < row.logprobs; ++k) {
-                const u64 next = overBlock<true>(mine);
-                if (threadIdx.x == 0) c.top[k] = next;
-                if (next && mine == next) {
+                u64 next[1] = {mine};
+                overBlock<true>(next);
+                if (threadIdx.x == 0) c.top[k] = next[0];
+                if (next[0] && mine == next[0]) {
                     mine = 0;
                     for (u32 i = threadIdx.x; i < count; i += THREADS) {
                         const u64 other = key(line[i], first + i);
-                        if (other < next) mine = max(mine, other);
+                        if (other < next[0]) mine = max(mine, other);
                     }
                 }
                 __syncthreads();
             }
             meet(team);
-            u64* all = c.likeliest;
+            u64* all = (u64*)c.histogram;
             const u32 found = team.ranks * row.logprobs;
             if (team.rank == 0)
                 for (u32 i = threadIdx.x; i < found; i += THREADS) all[i] = remote(c.top + i % row.logprobs, i / row.logprobs);
@@ -602,7 +583,6 @@ extern "C" __global__ void __launch_bounds__(THREADS) choose(const void* logits,
             if (team.rank == 0)
                 for (u32 i = threadIdx.x; i < found; i += THREADS) {
                     int place = 0;
-                    #pragma unroll 4
                     for (u32 j = 0; j < found; ++j) place += all[j] > all[i];
                     if (place < row.logprobs && all[i]) said[2 * place] = tokenOf(all[i]), said[2 * place + 1] = __float_as_uint(valueOf(all[i]) - highest - logTotal);
                 }
@@ -617,80 +597,85 @@ extern "C" __global__ void __launch_bounds__(THREADS) choose(const void* logits,
         if (row.mask)
             for (u32 i = threadIdx.x; i < count; i += THREADS)
                 if (!allowed(row, first + i)) line[i] = -INFINITE;
-        winner = best(line, first, count);
+        winner[0] = best(line, first, count);
     }
-    winner = overCluster<true>(team, winner);
-    if (row.mask && valueOf(winner) == -INFINITE) {  // all that is allowed is impossible: it becomes possible
+    overCluster<true>(team, winner);
+    if (row.mask && valueOf(winner[0]) == -INFINITE) {  // all that is allowed is impossible: it becomes possible
         for (u32 i = threadIdx.x; i < count; i += THREADS)
             if (allowed(row, first + i)) line[i] = 0.f;
-        winner = best(line, first, count);
-        winner = overCluster<true>(team, winner);
+        winner[0] = best(line, first, count);
+        overCluster<true>(team, winner);
     }
     if (row.out)
         for (u32 i = threadIdx.x; i < count; i += THREADS) row.out[first + i] = line[i];
 
-    const float largest = valueOf(winner);
+    const float largest = valueOf(winner[0]);
     const bool possible = finite(row.out ? highest : largest);
     if (possible && row.temperature > 0.f && !row.out) {
         const float temperature = row.temperature;
         const bool fewest = row.topK && row.topK < (u32)vocabulary, mass = row.topP != 1. && !fewest;
-        u64 total = 0;
+        u64 sums[2] = {0, 0};
         float together = 0.f;
-        u32 some = 0;
         for (u32 g = threadIdx.x; g < size / 4; g += THREADS) {
             Four v(line, g);
             #pragma unroll
             for (u32 j = 0; j < 4; ++j) {
                 v.each[j] = fabsf(v.each[j] - largest);
                 if (temperature != 1.f) v.each[j] = __fdiv_rn(v.each[j], temperature);
-                if (mass) total += __float2uint_rn(quickExp(-v.each[j]) * 0x1p31f);
-                if (fewest && finite(v.each[j])) together += fminf(v.each[j], 1e5f), ++some;
+                if (mass) sums[0] += __float2uint_rn(__expf(-v.each[j]) * 0x1p31f);
+                if (fewest && finite(v.each[j])) together += fminf(v.each[j], 1e5f), ++sums[1];
             }
             ((float4*)line)[g] = make_float4(v.each[0], v.each[1], v.each[2], v.each[3]);
         }
         __syncthreads();
-        Part part{false, first, size};
+        Part part{line, nullptr, first, size};
+        const auto depth = [](float v) { return v; };
         if (fewest) {
-            const u64 both = overCluster<false>(team, (u64)some << 40 | __float2uint_rn(together * 16.f));
-            const float mean = (float)(both & (1ull << 40) - 1) / 16.f / (float)(both >> 40);
-            if (!restrictTo(team, part, row.topK, mean, {0.f, 0.f, 0.f, 1.f})) return;
+            sums[0] = __float2ull_rn(together * 1024.f);
+            overCluster<false>(team, sums);
+            const float mean = (float)sums[0] / 1024.f / (float)sums[1];
+            if (!restrictTo<true>(team, part, row.topK, mean, depth, depth)) return;
         }
         if (row.topP != 1.) {
-            if (fewest)
-                for (u32 i = threadIdx.x; i < part.size; i += THREADS) total += __float2uint_rn(quickExp(-part.line()[i]) * 0x1p31f);
-            total = overCluster<false>(team, total);
+            u64 total[1] = {sums[0]};
+            if (fewest) {
+                total[0] = 0;
+                for (u32 i = threadIdx.x; i < part.size; i += THREADS) total[0] += __float2uint_rn(__expf(-part.line[i]) * 0x1p31f);
+            }
+            overCluster<false>(team, total);
             u32 shift = 0;
-            while (total >> shift >> 31) ++shift;
-            const float scale = __uint_as_float((127 + 31 - shift) << 23);  // 2^(31 - shift): the weights of all fit into 32 bits
+            while (total[0] >> shift >> 31) ++shift;
+            const float scale = __uint_as_float((127 + 31 - shift) << 23);  // 2^(31 - shift)
+            const auto weight = [=](float v) { return __float2uint_rn(__expf(-v) * scale); };
+            const double whole = (double)total[0] * 0x1p-31;
             // those below a share of (1 - p) / V have less than 1 - p together, so none of them stays
-            const float reach = -logf((float)(1. - row.topP) * ((float)total * 0x1p-31f) / vocabulary);
-            if (!restrictTo(team, part, (u32)ceil(row.topP * ((double)total * 0x1p-31 * scale)), reach + 1e-3f, {-1.f, 0.f, 0.f, scale})) return;
+            const float reach = -logf((float)((1. - row.topP) * whole / vocabulary));
+            if (!restrictTo<false>(team, part, (u32)ceil(row.topP * whole * scale), reach + 1e-3f, depth, weight)) return;
         }
         if (row.minP > 0.f)
             for (u32 i = threadIdx.x; i < part.size; i += THREADS)
-                if (!(expf(-part.line()[i]) >= row.minP)) part.line()[i] = INFINITE;
+                if (!(expf(-part.line[i]) >= row.minP)) part.line[i] = INFINITE;
         if (row.typicalP != 1.) {
-            u64 informed = 0;
-            total = 0;
-            #pragma unroll 1
+            u64 total[2] = {0, 0};
             for (u32 i = threadIdx.x; i < part.size; i += THREADS) {
-                const float v = part.line()[i], e = expf(-v) * 0x1p40f;
-                if (finite(v)) total += __float2ull_rn(e), informed += __float2ull_rn(e * v);
+                const float v = part.line[i], e = expf(-v);
+                if (finite(v)) total[0] += __float2ull_rn(e * 0x1p40f), total[1] += __float2ull_rn(e * v * 0x1p40f);
             }
-            total = overCluster<false>(team, total);
-            informed = overCluster<false>(team, informed);
-            const float log = logf((float)total * 0x1p-40f), entropy = (float)informed / (float)total + log;
-            const float reach = fmaxf(entropy, logf(vocabulary / (float)(1. - row.typicalP)) - entropy);
-            if (!restrictTo(team, part, (u32)ceil(row.typicalP * 0x1p31), reach + 1e-3f, {-1.f, log, entropy, 0x1p31f})) return;
+            overCluster<false>(team, total);
+            const float log = logf((float)((double)total[0] * 0x1p-40)), entropy = (float)((double)total[1] / (double)total[0]) + log;
+            const float reach = fmaxf(entropy, logf((float)(vocabulary / (1. - row.typicalP))) - entropy);
+            const auto distance = [=](float v) { return fabsf(v + log - entropy); };
+            const auto probability = [=](float v) { return __float2uint_rn(__expf(-v - log) * 0x1p31f); };
+            if (!restrictTo<false>(team, part, (u32)ceil(row.typicalP * 0x1p31), reach + 1e-3f, distance, probability)) return;
         }
         __syncthreads();
-        winner = draw(row, part);
-        winner = overCluster<true>(team, winner);
+        winner[0] = draw(row, part);
+        overCluster<true>(team, winner);
     }
     // The others leave when their share of the result has been read.
     if (team.ranks > 1) clusterArrive();
     if (team.rank == 0) {
-        const u32 token = !possible ? NONE : row.out ? 0 : tokenOf(winner);
+        const u32 token = !possible ? NONE : row.out ? 0 : tokenOf(winner[0]);
         const float logprob = possible && row.logprobs >= 0 ? logitAt(logits, start + token) - highest - logTotal : 0.f;
         finish(global, tokens, wide, token, logprob);
     }

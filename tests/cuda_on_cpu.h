@@ -16,7 +16,6 @@
 #define __global__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
-#define __noinline__
 typedef unsigned char u8;
 typedef unsigned short u16;
 typedef unsigned int u32;
@@ -113,6 +112,7 @@ inline u32 __ballot_sync(u32, bool v) {
 
 inline bool __any_sync(u32, bool v) { return __ballot_sync(~0u, v); }
 
+inline float __expf(float x) { return expf(x); }
 inline float __int_as_float(int v) { float f; memcpy(&f, &v, 4); return f; }
 inline float __uint_as_float(u32 v) { float f; memcpy(&f, &v, 4); return f; }
 inline u32 __float_as_uint(float f) { u32 v; memcpy(&v, &f, 4); return v; }
