@@ -15,10 +15,8 @@ Then the divergence of the next token's distribution, KL(transformers in float32
 from __future__ import annotations
 
 import argparse
-import cProfile
 import gc
 import multiprocessing
-import pstats
 import statistics
 import tempfile
 import time
@@ -89,6 +87,37 @@ def run_generator(generator: Any, prompts: Sequence[list[int]], new: int, repeat
             timing.steps.append((last - all_began) / (at - counted))
         timing.tokens = [t[: new + 1] for t in tokens]
     return timing
+
+
+def host_times(work: Callable[[], Any]) -> str:
+    """Mean microseconds on the clock in each function on the way from a request to its tokens, while `work` runs; callers include callees."""
+    from rewrite.runtime import cuda, cuda_model, cuda_sampling, generator, groups, scheduler
+
+    spent: dict[str, list[float]] = {}
+
+    def timed(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any, **options: Any) -> Any:
+            started = time.perf_counter()
+            result = function(*arguments, **options)
+            spent.setdefault(name, []).append(time.perf_counter() - started)
+            return result
+
+        return call
+
+    places: list[tuple[Any, str]] = [
+        (generator.Generator, "request"), (generator.Generator, "add"), (generator.Generator, "step"), (scheduler.Scheduler, "_schedule"), (scheduler, "arrays"), (scheduler.Scheduler, "_accept"),
+        (cuda_model.CudaModel, "step"), (cuda_model.Inputs, "fill"), (cuda.Frame, "replay"), (cuda_sampling.SamplerState, "load"), (cuda_sampling.SamplerState, "enqueue"),
+        (cuda_sampling.SamplerState, "fetch"), (cuda_sampling, "unpack"), (groups.Sequence, "settle"),
+    ]  # fmt: skip
+    kept = [(owner, name, getattr(owner, name)) for owner, name in places]
+    try:
+        for owner, name, function in kept:
+            setattr(owner, name, timed(f"{getattr(owner, '__name__', '').rsplit('.')[-1]}.{name}", function))
+        work()
+    finally:
+        for owner, name, function in kept:
+            setattr(owner, name, function)
+    return ", ".join(f"{name} {1e6 * statistics.mean(times):.0f} ({len(times)})" for name, times in spent.items())
 
 
 def plan_logits(model: Any, tokens: Sequence[int], chunk: int, singles: int) -> np.ndarray[Any, Any]:
@@ -284,10 +313,8 @@ class Bench:
             from generate_gpu import all_bucket_times
 
             print(*all_bucket_times(generator.model.device), sep="\n", flush=True)
-            for prompts, new, repeat in ((self.prompt, 0, 20), (self.texts, NEW, 1)):
-                profile = cProfile.Profile()
-                profile.runcall(run_generator, generator, prompts.tolist(), new, repeat)
-                pstats.Stats(profile).sort_stats("tottime").print_stats(16)
+            print("host, us a call, of 20 prompts:", host_times(lambda: run_generator(generator, self.prompt.tolist(), 0, 20)), flush=True)
+            print("host, us a call, of all texts:", host_times(lambda: run_generator(generator, self.texts.tolist(), NEW, 1)), flush=True)
 
     def generate(self) -> None:
         for batch in self.options.batches:

@@ -48,11 +48,13 @@ def logits_of(kind: str, sets: int, batch: int, vocabulary: int) -> list[Any]:
 
 def time_of(kind: dict[str, Any], logits: list[Any], batch: int, vocabulary: int) -> float:
     """Median microseconds of a step."""
+    cupy.cuda.Device().synchronize()  # logits are made on another stream
     rng = np.random.default_rng(0)
     rows = [Row(Sampling(**kind), rng.integers(0, vocabulary, 1280).tolist(), 1024, seed=i) for i in range(batch)]
     state = cuda_sampling.CudaSampler().state(batch, vocabulary)
     tokens = cupy.full(batch, -1, np.int64)
     stream, times = cupy.cuda.Stream(non_blocking=True), []
+    cupy.cuda.Device().synchronize()
     with stream:
         state.load(rows, steps=LAUNCHES * (2 * len(logits) + REPLAYS))
         graphs = []
