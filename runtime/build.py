@@ -146,6 +146,7 @@ def _write(work: Path, source: Model, cut: Partition, profile: Profile, engines:
     with (work / WEIGHTS).open("wb") as file:
         writer = seal.Writer(file)
         weights.write(writer, cut.weights, {"format": "np", "model": source.name})
+        digests = writer.digests()
     import onnxruntime
 
     versions = {"rewrite": rewrite.__version__, "onnx": onnx.__version__, "onnxruntime": onnxruntime.__version__, "numpy": np.__version__}
@@ -159,7 +160,7 @@ def _write(work: Path, source: Model, cut: Partition, profile: Profile, engines:
     manifest.plugins = {name: fingerprint(plugins[name]) for name in sorted({s.name for s in cut.steps if s.kind == "plugin"})}
     for path in sorted(p for p in work.rglob("*") if p.is_file()):
         name = path.relative_to(work).as_posix()
-        manifest.files[name] = (path.stat().st_size, writer.digests() if name == WEIGHTS else seal.digests(path.read_bytes()))
+        manifest.files[name] = (path.stat().st_size, digests if name == WEIGHTS else seal.digests(path.read_bytes()))
     (work / MANIFEST).write_text(manifest.to_json())
 
 

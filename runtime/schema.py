@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import types
 import typing
@@ -53,8 +54,11 @@ def typed(value: Any, kind: Any, where: str = "") -> Any:
     return _is(value, kind, where)
 
 
+_hints = functools.cache(typing.get_type_hints)  # it compiles the text of each annotation anew
+
+
 def _record(value: Any, kind: type, where: str) -> Any:
-    given, hints = _is(value, dict, where), typing.get_type_hints(kind)
+    given, hints = _is(value, dict, where), _hints(kind)
     fields = {f.name: f for f in dataclasses.fields(kind)}
     for name in given:
         if name not in fields:

@@ -17,7 +17,7 @@ import os
 import re
 import stat
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import BinaryIO
 
@@ -63,29 +63,59 @@ def digests(data: bytes | mmap.mmap) -> list[str]:
 
 
 class Writer:
-    """A file whose digests a thread of its own computes while it is written: a large file is not read again for them."""
+    """A file whose digests are computed while it is written, by as many threads as there are processors, and which goes to the disk meanwhile.
+
+    What is written must not change before `digests`.
+    """
 
     def __init__(self, file: BinaryIO):
-        self.file, self.size = file, 0
-        self.pieces = [hashlib.sha256()]
-        self.thread = ThreadPoolExecutor(1)
+        self.file, self.size, self.parts = file, 0, list[memoryview]()
+        self.hashes: list[Future[str]] = []
+        self.flush: Future[None] | None = None
+        self.pool = ThreadPoolExecutor(os.cpu_count() or 1)
+        self.flusher = ThreadPoolExecutor(1)
 
     def write(self, data: bytes | memoryview) -> None:
         rest = memoryview(data)
         while len(rest):
-            room = PIECE - self.size % PIECE
-            if room == PIECE and self.size:
-                self.pieces.append(hashlib.sha256())
-            part, rest = rest[:room], rest[room:]
-            pending = self.thread.submit(self.pieces[-1].update, part)
+            part, rest = rest[: PIECE - self.size % PIECE], rest[PIECE - self.size % PIECE :]
             self.file.write(part)
-            pending.result()
+            self.parts.append(part)
             self.size += len(part)
+            if self.size % PIECE == 0:
+                self._hash()
+                self._flush()
+
+    def _hash(self) -> None:
+        self.hashes.append(self.pool.submit(_hashed, self.parts))
+        self.parts = []
+        if len(self.hashes) > 2 * (os.cpu_count() or 1):
+            self.hashes[-1 - 2 * (os.cpu_count() or 1)].result()  # so that not all of a file is waiting in memory
+
+    def _flush(self) -> None:
+        if self.flush is not None and not self.flush.done():
+            return
+        if self.flush is not None:
+            self.flush.result()
+        self.flush = self.flusher.submit(os.fdatasync, self.file.fileno())
 
     def digests(self) -> list[str]:
-        """As the function of this name gives them."""
-        self.thread.shutdown()
-        return [piece.hexdigest() for piece in self.pieces]
+        """As the function of this name gives them; before the file is closed. Raises OSError if the disk did not take what was written."""
+        if self.parts or not self.hashes:
+            self._hash()
+        found = [piece.result() for piece in self.hashes]
+        if self.flush is not None:
+            self.flush.result()
+        self.pool.shutdown()
+        self.flusher.shutdown()
+        return found
+
+
+def _hashed(parts: list[memoryview]) -> str:
+    found = hashlib.sha256()
+    for part in parts:
+        found.update(part)
+    return found.hexdigest()
 
 
 @contextlib.contextmanager

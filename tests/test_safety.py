@@ -565,7 +565,7 @@ def test_views_and_strides_do_not_matter(built):
     assert np.isnan(plan.run({"x": nan})["y"]).all()  # NaN is a value: it is not refused, and comes out
 
 
-def test_hashes_of_large_files_are_of_pieces(monkeypatch):
+def test_hashes_of_large_files_are_of_pieces(tmp_path, monkeypatch):
     data = bytes(range(256)) * 5
     assert seal.digests(data) == seal.digests(bytes(data))
     whole = seal.digests(data)
@@ -577,14 +577,24 @@ def test_hashes_of_large_files_are_of_pieces(monkeypatch):
     changed[700] ^= 1
     assert [a == b for a, b in zip(pieces, seal.digests(bytes(changed)), strict=True)] == [True, False, True]
     for cuts in ([], [1], [499], [500], [501], [1000], [0, 500, 1000], [3, 1100]):
-        with io.BytesIO() as file:
+        with (tmp_path / "file").open("wb") as file:
             writer = seal.Writer(file)
             for start, end in itertools.pairwise([0, *cuts, len(data)]):
                 writer.write(data[start:end])
             assert writer.digests() == pieces
-            assert file.getvalue() == data
+        assert (tmp_path / "file").read_bytes() == data
     assert seal.Writer(io.BytesIO()).digests() == seal.digests(b"")
     assert seal.digests(b"") == [seal.hashlib.sha256().hexdigest()]
+
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fdatasync", full)  # what is written goes to the disk meanwhile; if that fails, the writer says so
+    with (tmp_path / "file").open("wb") as file:
+        writer = seal.Writer(file)
+        writer.write(data[:600])
+        with pytest.raises(OSError, match="No space left"):
+            writer.digests()
 
 
 def test_weights_without_elements(tmp_path):
