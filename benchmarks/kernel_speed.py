@@ -144,7 +144,7 @@ def time_products(limits: dict[str, float], all_layouts: bool) -> list[dict[str,
                         if activation != "none":
                             library.append(cuda_matmul.elementwise(cuda_matmul.ACTIVATIONS[activation], j.y, j.y))
                 row: dict[str, Any] = {"model": name, "what": what, "tokens": tokens, "features": features * parts, "inner": inner, "library_us": median_us(library) * len(library) / sets}
-                chosen = cuda_gemm.choose(tokens, features * parts, inner)[0]
+                chosen = cuda_gemm.choose(tokens, [features] * parts, inner)[0]
                 times = {}
                 for shape in cuda_gemm.shapes(tokens, features * parts, inner) if all_layouts else [chosen]:
                     times[str(shape)] = median_us([cuda_gemm.product(x, jobs, activation, shape=shape) for jobs in calls])
@@ -184,7 +184,7 @@ def time_decoding(limits: dict[str, float], all_layouts: bool) -> list[dict[str,
             library += [library_product(j.y[None], x[None], j.w[None], trans_w=True, residual=None if residual is None else residual[None]) for j in jobs]
         activation = "swish" if gated else "none"
         times = {str(s): median_us([cuda_gemm.product(x, jobs, activation, gated, s) for jobs in calls]) for s in layouts}
-        best, chosen = min(times, key=times.__getitem__), str(cuda_gemm.choose(tokens, features, inner)[0])
+        best, chosen = min(times, key=times.__getitem__), str(cuda_gemm.choose(tokens, [features] if gated else parts, inner)[0])
         moved = 2 * (features * inner + tokens * (inner + features))
         row = {"model": name, "what": what, "tokens": tokens, "features": features, "inner": inner, "library_us": median_us(library) * len(library) / sets, "layouts_us": times}
         row |= {"best": best, "best_us": times[best], "chosen": chosen, "chosen_us": times[chosen], "gbs": moved / times[best] / 1e3}

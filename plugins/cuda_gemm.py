@@ -73,21 +73,22 @@ def shapes(tokens: int, features: int, inner: int) -> list[Shape]:
     return found or [Shape("narrow", tiles[-1])]  # few tokens of very many features: a head of 262,144 words
 
 
-def choose(tokens: int, features: int, inner: int) -> list[Shape]:
-    """The layouts worth trying, best first by estimate: the waves of blocks, each with the time of its tile."""
-    return sorted(shapes(tokens, features, inner), key=lambda s: estimate(s, tokens, features, inner))[:TRIED]
+def choose(tokens: int, widths: Sequence[int], inner: int) -> list[Shape]:
+    """The layouts worth trying for products of one input and so many features each, best first by estimate: the waves of blocks, each with
+    the time of its tile."""
+    return sorted(shapes(tokens, sum(widths), inner), key=lambda s: estimate(s, tokens, widths, inner))[:TRIED]
 
 
-def estimate(shape: Shape, tokens: int, features: int, inner: int) -> float:
-    """About how many microseconds a layout takes on an H100."""
-    steps, moved = ceil_div(inner, 64), (features * inner + tokens * (inner + features)) * 2  # bytes
-    memory = 1.47e-8 * moved
+def estimate(shape: Shape, tokens: int, widths: Sequence[int], inner: int) -> float:
+    """About how many microseconds a layout takes on an H100. A tile is of one product."""
+    features, steps = sum(widths), ceil_div(inner, 64)
+    memory = 1.47e-8 * (features * inner + tokens * (inner + features)) * 2  # bytes
     if shape.kind == "wide":
-        waves = ceil_div(ceil_div(tokens, 128) * ceil_div(features, shape.tile), 132)
+        waves = ceil_div(ceil_div(tokens, 128) * sum(ceil_div(w, shape.tile) for w in widths), 132)
         return max(memory, waves * (steps * shape.tile * 0.00236 + 2.55 + 0.0095 * shape.tile))
     per, stages = ceil_div(steps, shape.split), _stages(shape, inner)
     together = max(1, min(12, MOST_SHARED // (_shared(shape, stages) + 1024)))  # blocks of a multiprocessor
-    blocks = ceil_div(tokens, shape.tile) * ceil_div(features, 64) * shape.split
+    blocks = ceil_div(tokens, shape.tile) * sum(ceil_div(w, 64) for w in widths) * shape.split
     active, waves = min(together, max(1.0, blocks / 132)), ceil_div(blocks, 132 * together)
     step = max(0.249 + 0.00009 * shape.tile, active * (8192 + 128 * shape.tile) * 1.9e-5)
     return 0.14 + 1.29 * (shape.split > 1) + 0.36 * shape.split + max(memory, waves * (per * step + 1.6 * active**0.486))
@@ -121,8 +122,8 @@ def variant(shape: Shape, dtype: str, activation: str, gated: bool) -> tuple[str
 def candidates(x: Any, products: Sequence[Product], activation: str, gated: bool = False) -> dict[str, Callable[[], Launch]]:
     """The layouts of `product` worth trying by name, best first by estimate."""
     tokens, inner = x.shape
-    features = sum(p.w.shape[0] for p in products)
-    return {str(s): partial(product, x, products, activation, gated, s) for s in choose(tokens, features, inner)}
+    widths = [p.w.shape[0] for p in products]
+    return {str(s): partial(product, x, products, activation, gated, s) for s in choose(tokens, [sum(widths)] if gated else widths, inner)}
 
 
 def key(x: Any, products: Sequence[Product], activation: str, gated: bool = False) -> str:
@@ -139,8 +140,7 @@ def product(x: Any, products: Sequence[Product], activation: str = "none", gated
     """
     tokens, inner = x.shape
     outputs = products[:1] if gated else products
-    features = sum(p.w.shape[0] for p in outputs)
-    shape = shape or choose(tokens, features * (2 if gated else 1), inner)[0]
+    shape = shape or choose(tokens, [p.w.shape[0] * (2 if gated else 1) for p in outputs], inner)[0]
     narrow = shape.kind == "narrow"
     width = (64 if narrow else shape.tile) // (2 if gated else 1)
     feature_tiles = sum(ceil_div(p.w.shape[0], width) for p in outputs)
