@@ -169,7 +169,7 @@ def time_decoding(limits: dict[str, float], all_layouts: bool) -> list[dict[str,
     for name, (width, heads, hidden, words) in DECODERS.items():
         products = [("qkv", heads, width), ("out", (width,), width), ("gate, up", (hidden, hidden), width), ("down", (width,), hidden), ("head", (words,), width)]
         for (what, parts, inner), tokens in itertools.product(products, (1, 8, 32, 64)):
-            layouts = (cuda_gemm.shapes if all_layouts else cuda_gemm.choose)(tokens, sum(parts), inner)
+            layouts = cuda_gemm.shapes(tokens, sum(parts), inner) if all_layouts else cuda_gemm.choose(tokens, [sum(parts)] if what == "gate, up" else parts, inner)
             cases.append((name, what, parts, inner, tokens, layouts))
     compile_all(cuda_gemm.variant(s, dtype, "swish" if what == "gate, up" else "none", what == "gate, up") for _, what, _, _, _, layouts in cases for s in layouts)
     print(f"{'decoding':38} {'library':>8} {'ours':>8} {'layout':>14} {'chosen':>8} {'GB/s':>6} {'of copy':>8}")

@@ -152,7 +152,7 @@ def test_neighbours_that_read_one_value_share_a_launch(tmp_path):
     executor = CudaExecutor.__new__(CudaExecutor)
     plugins = library().plugins
     executor.plugins = {**plugins, "MatMulAct": dataclasses.replace(plugins["MatMulAct"], merged=lambda calls, **_: f"{len(calls)} at once")}
-    executor.plan, executor.turned = plan, set()
+    executor.plan, executor.turned, executor.ranks = plan, set(), None
     frame = Frame.__new__(Frame)
     frame.executor, frame.copied = executor, {}
     frame._segment = lambda step: step.name
