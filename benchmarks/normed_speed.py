@@ -34,10 +34,10 @@ ONE_BY_ONE = (*LATE, ("if (MASK == 2 && c.pairs && step", "if (false && step"))
 
 
 def variants() -> Iterator[tuple[Any, ...]]:
-    for dtype, activation in itertools.product(("float16", "bfloat16"), ("none", "gelu")):
+    for dtype, activation in (("float16", "none"), ("float16", "gelu"), ("bfloat16", "none")):
         yield from (cuda_gemm.variant(s, dtype, activation, False) for s in TURNS + (LAYOUTS if dtype == "float16" else []))
     for width, kind, dtype in itertools.product((384, 768, 1024), ("layer", "rms"), ("float16", "bfloat16")):
-        if kind == "layer" or width == 768:
+        if (kind, dtype) == ("layer", "float16") or width == 768:
             yield from (cuda_gemm.variant(s, dtype, "none", False, kind) for s in cuda_gemm.normed_shapes(width))
     for size in (32, 64):
         (cut,) = (c for c in cuda_attention.cuts(size, 90) if c.hopper)
@@ -51,6 +51,8 @@ def check_turns() -> list[dict[str, Any]]:
     for dtype, (tokens, widths, inner), activation in itertools.product(
         ("float16", "bfloat16"), [(1, (64,), 64), (31, (384,), 384), (129, (768,) * 3, 768), (500, (200, 72), 328), (5000, (1152,), 384), (4133, (1032,), 1536)], ("none", "gelu"),
     ):  # fmt: skip
+        if (dtype, activation) == ("bfloat16", "gelu"):
+            continue
         x, jobs, wants = random(rng, tokens, inner, dtype=dtype), [], []
         for n in widths:
             residual = random(rng, tokens, n, dtype=dtype) if activation == "none" else None
@@ -74,7 +76,7 @@ def check_normed() -> list[dict[str, Any]]:
     assert not cuda_gemm.normed_shapes(520)
     cases = itertools.product(("float16", "bfloat16"), ((384, 384), (384, 1536), (768, 768), (768, 3072), (1024, 1024)), (1, 31, 129, 500, 4133), ("layer", "rms"))
     for index, (dtype, (width, inner), tokens, kind) in enumerate(cases):
-        if kind == "rms" and width != 768:
+        if (kind, dtype) != ("layer", "float16") and width != 768:
             continue
         x, w = random(rng, tokens, inner, dtype=dtype), random(rng, width, inner, dtype=dtype, scale=inner**-0.5)
         bias, scale, shift = (random(rng, width, dtype=dtype) for _ in range(3))

@@ -152,7 +152,10 @@ def candidates(x: Any, products: Sequence[Product], activation: str, gated: bool
     """The layouts of `product` worth trying by name, best first by estimate."""
     tokens, inner = x.shape
     widths = [p.w.shape[0] for p in products]
-    return {str(s): partial(product, x, products, activation, gated, s) for s in choose(tokens, [sum(widths)] if gated else widths, inner)}
+    found = choose(tokens, [sum(widths)] if gated else widths, inner)
+    if tokens > 128 and not gated and (activation == "none" or all(p.residual is None for p in products)):
+        found = found + [Shape("turns", t) for t in TURNS]
+    return {str(s): partial(product, x, products, activation, gated, s) for s in found}
 
 
 def key(x: Any, products: Sequence[Product], activation: str, gated: bool = False) -> str:
