@@ -151,7 +151,7 @@ def test_frames_that_were_not_used_for_longest_make_room(monkeypatch):
 
     monkeypatch.setattr(cuda, "Frame", frame)
     executor = cuda.CudaExecutor.__new__(cuda.CudaExecutor)
-    executor.cupy, executor.times, executor.frames = pretended(), {}, OrderedDict()
+    executor.cupy, executor.times, executor.frames, executor.ranks = pretended(), {}, OrderedDict(), None
     assert [executor.frame({"n": n}) for n in (1, 2, 1, 3)] == ["1", "2", "1", "3"]
     assert list(executor.frames) == [(1,), (3,)]
     assert made == [{"n": n} for n in (1, 2, 3, 3)]
@@ -164,7 +164,7 @@ def test_frames_that_were_not_used_for_longest_make_room(monkeypatch):
 def test_only_so_many_frames_are_kept(monkeypatch):
     monkeypatch.setattr(cuda, "Frame", lambda executor, sizes: sizes["n"])
     executor = cuda.CudaExecutor.__new__(cuda.CudaExecutor)
-    executor.cupy, executor.times, executor.frames = pretended(), {}, OrderedDict()
+    executor.cupy, executor.times, executor.frames, executor.ranks = pretended(), {}, OrderedDict(), None
     for n in range(cuda.GRAPHS + 3):
         executor.frame({"n": n})
     assert list(executor.frames) == [(n,) for n in range(3, cuda.GRAPHS + 3)]
