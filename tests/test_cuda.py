@@ -140,6 +140,13 @@ def test_out_of_memory_says_how_much_is_needed():
         raise ZeroDivisionError
 
 
+class Named(str):
+    """A frame of which nothing is asked."""
+
+    def capture(self):
+        pass
+
+
 def test_frames_that_were_not_used_for_longest_make_room(monkeypatch):
     made = []
 
@@ -147,11 +154,11 @@ def test_frames_that_were_not_used_for_longest_make_room(monkeypatch):
         made.append(dict(sizes))
         if len(executor.frames) > 1:
             raise cuda.OutOfMemory("out of GPU memory")
-        return str(sizes["n"])
+        return Named(sizes["n"])
 
     monkeypatch.setattr(cuda, "Frame", frame)
     executor = cuda.CudaExecutor.__new__(cuda.CudaExecutor)
-    executor.cupy, executor.times, executor.frames = pretended(), {}, OrderedDict()
+    executor.cupy, executor.times, executor.frames, executor.ranks = pretended(), {}, OrderedDict(), None
     assert [executor.frame({"n": n}) for n in (1, 2, 1, 3)] == ["1", "2", "1", "3"]
     assert list(executor.frames) == [(1,), (3,)]
     assert made == [{"n": n} for n in (1, 2, 3, 3)]
@@ -162,9 +169,9 @@ def test_frames_that_were_not_used_for_longest_make_room(monkeypatch):
 
 
 def test_only_so_many_frames_are_kept(monkeypatch):
-    monkeypatch.setattr(cuda, "Frame", lambda executor, sizes: sizes["n"])
+    monkeypatch.setattr(cuda, "Frame", lambda executor, sizes: Named(sizes["n"]))
     executor = cuda.CudaExecutor.__new__(cuda.CudaExecutor)
-    executor.cupy, executor.times, executor.frames = pretended(), {}, OrderedDict()
+    executor.cupy, executor.times, executor.frames, executor.ranks = pretended(), {}, OrderedDict(), None
     for n in range(cuda.GRAPHS + 3):
         executor.frame({"n": n})
     assert list(executor.frames) == [(n,) for n in range(3, cuda.GRAPHS + 3)]
