@@ -62,7 +62,7 @@ def layouts_of(x: Any, product: Product, norm: Normed) -> list[cuda_gemm.Shape]:
 
 def _overlap(a: Any, b: Any) -> bool:
     start, other = int(a.data.ptr), int(b.data.ptr)
-    return start < other + b.nbytes and other < start + a.nbytes
+    return start < other + int(b.nbytes) and other < start + int(a.nbytes)
 
 
 def _pick(frame: Frame, pair: list[int], x: Any, product: Product, norm: Normed, layouts: list[cuda_gemm.Shape]) -> Launch:
