@@ -43,10 +43,15 @@ __device__ __forceinline__ uint4 look(const void* p) {
     return v;
 }
 __device__ __forceinline__ bool isThere(uint4 v) { return v.x != NOTHING && v.y != NOTHING && v.z != NOTHING && v.w != NOTHING; }
+// Who waits in vain for some ten seconds ends the launch with an error: a fault must not become a GPU that is busy for ever.
+struct Patience {
+    u32 looks = 0;
+    __device__ __forceinline__ void look() { if (++looks >> 24) __trap(); }
+};
 __device__ __forceinline__ uint4 receive(const void* p) {
+    Patience patience;
     uint4 v;
-    do v = look(p);
-    while (!isThere(v));
+    for (v = look(p); !isThere(v); v = look(p)) patience.look();
     return v;
 }
 __device__ __forceinline__ void send(void* p, uint4 v) {
@@ -181,8 +186,10 @@ extern "C" __global__ void __launch_bounds__(160 + 32 * (LOADERS + FINISHERS), 1
                     v[u] = uint4{0, 0, 0, 0};
                 }
                 bool missing;
+                Patience patience;
                 do {
                     missing = false;
+                    patience.look();
                     #pragma unroll
                     for (int u = 0; u < LOADS; ++u) if (at[u]) v[u] = look(at[u]);
                     #pragma unroll
@@ -223,8 +230,11 @@ extern "C" __global__ void __launch_bounds__(160 + 32 * (LOADERS + FINISHERS), 1
                 for (int i = thread % PER; i < l.normedTiles; i += PER) {
                     const float* from = (const float*)(memory + l.normed) + i * BN + thread / PER;
                     u32 v;
-                    do asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(v) : "l"(from) : "memory");
-                    while (v == NOTHING);
+                    Patience patience;
+                    do {
+                        patience.look();
+                        asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(v) : "l"(from) : "memory");
+                    } while (v == NOTHING);
                     sum += __uint_as_float(v);
                 }
                 #pragma unroll
@@ -262,8 +272,10 @@ extern "C" __global__ void __launch_bounds__(160 + 32 * (LOADERS + FINISHERS), 1
                         #pragma unroll
                         for (int i = 0; i < 4; ++i) from[i] = sent + ((long long)min(p + i, parts - 2) * c.tokens + t) * 64 + f;
                         bool missing;
+                        Patience patience;
                         do {
                             missing = false;
+                            patience.look();
                             #pragma unroll
                             for (int i = 0; i < 8; ++i) got[i] = look(from[i / 2] + i % 2 * 4);
                             #pragma unroll

@@ -54,7 +54,10 @@ def _read_within(frame: Frame, index: int, steps: list[int]) -> bool:
 
 
 def _pick(frame: Frame, steps: list[int], links: list[cuda_chain.Link]) -> Launch:
-    """The chain, or its steps one by one where that was measured to be faster."""
+    """The chain where that was measured to be faster than its steps one by one (`--tune`).
+
+    Not by estimate: with the widths of Llama 8B a launch hung once, on one GPU of several, for a reason that was not found (docs/generation.md).
+    """
     executor = frame.executor
 
     def chain() -> Launch:
@@ -72,4 +75,4 @@ def _pick(frame: Frame, steps: list[int], links: list[cuda_chain.Link]) -> Launc
 
         return launch
 
-    return tuning.pick(cuda_chain.key(links), {"chain": chain, "one by one": single}, "chain")
+    return tuning.pick(cuda_chain.key(links), {"chain": chain, "one by one": single}, "one by one")
