@@ -151,8 +151,6 @@ def variants(dtype: str) -> Iterator[tuple[Any, ...]]:
     layouts = [cuda_gemm.Shape("narrow", t, s) for t in cuda_gemm.NARROW for s in cuda_gemm.CLUSTERS if s <= t] + [cuda_gemm.Shape("wide", t) for t in cuda_gemm.WIDE]
     for activation, gated in (("none", False), ("gelu", False), ("swish", True)):
         yield from (cuda_gemm.variant(layout, dtype, activation, gated) for layout in layouts)
-    yield from (cuda_gemm.variant(cuda_gemm.Shape("turns", t), dtype, a, False) for t in cuda_gemm.TURNS for a in ("none", "gelu"))
-    yield from (cuda_gemm.variant(layout, dtype, "none", False, "layer") for _, width, _, _ in BERTS.values() for layout in cuda_gemm.normed_shapes(width))
     for size in (32, 64, 128):
         for mask, rows, causal in ((0, True, False), (0, True, True), (2, True, False), (2, False, False)):
             yield from (cuda_attention.variant(cut, size, dtype, mask, rows, causal, False, True) for cut in cuda_attention.cuts(size, 90))

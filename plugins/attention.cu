@@ -52,7 +52,7 @@ __device__ __forceinline__ void readMask(Masks& raw, const Attention& c, i64 mas
             #pragma unroll
             for (int h = 0; h < (ROWS ? 1 : 2); ++h) {
                 const i64 line = masks + (ROWS ? 0 : min(first + m * 16 + r + h * 8, c.queries - 1) * c.ms[2]);
-                if (MASK == 2 && c.pairs && step * KT + KT <= c.keys) {  // loads that nothing stands between
+                if (ROWS && MASK == 2 && c.pairs && step * KT + KT <= c.keys) {  // loads that nothing stands between
                     const u32* at = (const u32*)((const u16*)c.mask + line + step * KT + p);
                     #pragma unroll
                     for (int n = 0; n < KT / 8; ++n) raw[m][h][n] = at[n * 4];
@@ -311,18 +311,12 @@ extern "C" __global__ void __launch_bounds__(256, D > 64 ? 1 : 2)
     Output o;
     Rows top, sum;
     begin(o, top, sum);
-    constexpr bool AHEAD = MASK && ROWS;  // a mask of rows is small enough to be kept a step ahead: a step takes less than memory does
-    Masks raw, next;
-    if (AHEAD) readMask(next, c, masks, 0, first, r, p);
     wait(full, 0);
     for (int step = 0; step < steps; ++step) {
         if (threadIdx.x == 0 && step + STAGES - 1 < steps) load(step + STAGES - 1);
         __syncwarp();
-        if (AHEAD) {
-            #pragma unroll
-            for (int n = 0; n < KT / 8; ++n) raw[0][0][n] = next[0][0][n];
-            readMask(next, c, masks, step + 1, first, r, p);
-        } else readMask(raw, c, masks, step, first, r, p);
+        Masks raw;
+        readMask(raw, c, masks, step, first, r, p);
         const u8* tile = tiles + step % STAGES * 2 * TILE;
         wait(full + 1 + step % STAGES, (step / STAGES) & 1);
         Scores s;

@@ -24,14 +24,3 @@ __device__ __forceinline__ float4 remote(const float4* mine, u32 rank) {
     asm volatile("{ .reg .u32 a; mapa.shared::cluster.u32 a, %4, %5; ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [a]; }" : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "r"(shared(mine)), "r"(rank) : "memory");
     return v;
 }
-// To the place of `mine` in the block with that rank; and that something was told there.
-__device__ __forceinline__ void tell(const float2* mine, u32 rank, float x, float y) {
-    asm volatile("{ .reg .u32 a; mapa.shared::cluster.u32 a, %0, %1; st.shared::cluster.v2.f32 [a], {%2, %3}; }" ::"r"(shared(mine)), "r"(rank), "f"(x), "f"(y) : "memory");
-}
-__device__ __forceinline__ void arriveAt(u64* barrier, u32 rank) {
-    asm volatile("{ .reg .u32 a; mapa.shared::cluster.u32 a, %0, %1; mbarrier.arrive.release.cluster.shared::cluster.b64 _, [a]; }" ::"r"(shared(barrier)), "r"(rank) : "memory");
-}
-__device__ __forceinline__ void waitForCluster(u64* barrier, u32 parity) {  // for what other blocks told
-    asm volatile("{ .reg .pred p;\nagain: mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%0], %1;\n@p bra done;\nbra again;\ndone: }" ::"r"(shared(barrier)), "r"(parity)
-                 : "memory");
-}

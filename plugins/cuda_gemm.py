@@ -15,8 +15,6 @@ from rewrite.plugins.cuda_launch import MOST_SHARED, Launch, capability, launche
 
 ACTIVATIONS = ("none", "relu", "relu2", "gelu", "gelu_tanh", "swish", "quick_gelu", "tanh", "sigmoid")  # by their number in gemm.cu
 NARROW, WIDE = (16, 32, 64, 128), {128: 6, 192: 5, 256: 4}  # tokens of a narrow tile; features of a wide one, and its stages
-TURNS = {128: 6, 192: 5}  # the same where two warpgroups take turns
-NORMS = ("", "layer", "rms")  # by their number in gemm.cu
 MOST_JOBS = 3
 TRIED = 4  # layouts that are measured, of those that the estimate likes best
 CLUSTERS = (1, 2, 4, 8)
@@ -26,12 +24,8 @@ class Job(ctypes.Structure):
     _fields_ = [("y", ctypes.c_void_p), ("bias", ctypes.c_void_p), ("residual", ctypes.c_void_p), ("features", ctypes.c_longlong)]
 
 
-class _Norm(ctypes.Structure):
-    _fields_ = [("y", ctypes.c_void_p), ("scale", ctypes.c_void_p), ("bias", ctypes.c_void_p), ("epsilon", ctypes.c_float)]
-
-
 class _Call(ctypes.Structure):
-    _fields_ = [("job", Job * 3), *((n, ctypes.c_int) for n in ("jobs", "tokens", "inner", "token_tiles", "feature_tiles", "stages")), ("norm", _Norm)]
+    _fields_ = [("job", Job * 3), *((n, ctypes.c_int) for n in ("jobs", "tokens", "inner", "token_tiles", "feature_tiles", "stages"))]
 
 
 @dataclass
@@ -44,24 +38,9 @@ class Product:
     residual: Any = None
 
 
-@dataclass
-class Normed:
-    """A norm of a product's result, `kind` "layer" or "rms", over the last axis: CuPy arrays y [M, N], scale [N], bias [N] or None. With it the
-    product's own y may be None: then it is not written.
-    """
-
-    kind: str
-    y: Any
-    scale: Any
-    bias: Any
-    epsilon: float
-
-
 @dataclass(frozen=True)
 class Shape:
-    """How a product is laid out: `kind` "narrow" (tile: tokens; split: blocks that share the inner dimension), "wide" or "turns" (tile: features;
-    split: blocks that have a row of a norm together).
-    """
+    """How a product is laid out: `kind` "narrow" (tile: tokens; split: blocks that share the inner dimension) or "wide" (tile: features)."""
 
     kind: str
     tile: int
@@ -115,15 +94,8 @@ def estimate(shape: Shape, tokens: int, widths: Sequence[int], inner: int) -> fl
     return 0.14 + 1.29 * (shape.split > 1) + 0.36 * shape.split + max(memory, waves * (per * step + 1.6 * active**0.486))
 
 
-def normed_shapes(features: int) -> list[Shape]:
-    """The layouts in which a product's result is normalized in its launch: a cluster has whole rows."""
-    return [Shape("turns", t, features // t) for t in TURNS if features % t == 0 and 1 < features // t <= 8]
-
-
 def _shared(shape: Shape, stages: int) -> int:
     """Bytes of shared memory of a block."""
-    if shape.kind == "turns":
-        return 1024 + stages * (16384 + shape.tile * 128 + 16) + 80 + (shape.split > 1) * 4096 * shape.split
     if shape.kind == "narrow":
         return 1024 + stages * (8192 + shape.tile * 128 + 16) + shape.tile * 272
     return 1024 + stages * (16384 + shape.tile * 128 + 16) + shape.tile * 8
@@ -140,11 +112,10 @@ def _threads(shape: Shape) -> int:
     return 160 if shape.kind == "narrow" else 384
 
 
-def variant(shape: Shape, dtype: str, activation: str, gated: bool, norm: str = "") -> tuple[str, str, tuple[str, ...], tuple[tuple[str, str], ...]]:
+def variant(shape: Shape, dtype: str, activation: str, gated: bool) -> tuple[str, str, tuple[str, ...], tuple[tuple[str, str], ...]]:
     """What `cuda_launch.module` needs for a layout."""
-    numbers = {"narrow": (shape.split,), "wide": (WIDE.get(shape.tile),), "turns": (TURNS.get(shape.tile), shape.split)}[shape.kind]
-    kernel = f"{shape.kind}<{', '.join(map(str, (shape.tile, *numbers)))}>"
-    defines = (f"ACTIVATION={ACTIVATIONS.index(activation)}", f"GATED={str(gated).lower()}", f"NORM={NORMS.index(norm)}", f"THREADS={_threads(shape)}", f"KERNEL={kernel}")
+    second = WIDE[shape.tile] if shape.kind == "wide" else shape.split
+    defines = (f"ACTIVATION={ACTIVATIONS.index(activation)}", f"GATED={str(gated).lower()}", f"THREADS={_threads(shape)}", f"KERNEL={shape.kind}<{shape.tile}, {second}>")
     return "gemm", dtype, defines, (("WGMMA\n", wgmma(shape.tile, dtype=dtype)),)
 
 
@@ -152,10 +123,7 @@ def candidates(x: Any, products: Sequence[Product], activation: str, gated: bool
     """The layouts of `product` worth trying by name, best first by estimate."""
     tokens, inner = x.shape
     widths = [p.w.shape[0] for p in products]
-    found = choose(tokens, [sum(widths)] if gated else widths, inner)
-    if tokens > 128 and not gated and (activation == "none" or all(p.residual is None for p in products)):
-        found = found + [Shape("turns", t) for t in TURNS]
-    return {str(s): partial(product, x, products, activation, gated, s) for s in found}
+    return {str(s): partial(product, x, products, activation, gated, s) for s in choose(tokens, [sum(widths)] if gated else widths, inner)}
 
 
 def key(x: Any, products: Sequence[Product], activation: str, gated: bool = False) -> str:
@@ -165,11 +133,10 @@ def key(x: Any, products: Sequence[Product], activation: str, gated: bool = Fals
     return f"product {x.dtype.name} {x.shape[0]}x{widths}x{x.shape[1]} {activation}{extras}"
 
 
-def product(x: Any, products: Sequence[Product], activation: str = "none", gated: bool = False, shape: Shape | None = None, norm: Normed | None = None) -> Launch:
+def product(x: Any, products: Sequence[Product], activation: str = "none", gated: bool = False, shape: Shape | None = None) -> Launch:
     """A function that enqueues the products of x [M, K]; with `gated`, the one y = activation(x @ w^T + bias) * (x @ w'^T + bias') of two.
 
-    A gated call has two products, whose second gives w' and bias' alone. With `norm`, of one product without activation, in one of the
-    `normed_shapes`. Call only where `supported` says so.
+    A gated call has two products, whose second gives w' and bias' alone. Call only where `supported` says so.
     """
     tokens, inner = x.shape
     outputs = products[:1] if gated else products
@@ -178,19 +145,15 @@ def product(x: Any, products: Sequence[Product], activation: str = "none", gated
     width = (64 if narrow else shape.tile) // (2 if gated else 1)
     feature_tiles = sum(ceil_div(p.w.shape[0], width) for p in outputs)
     token_tiles = ceil_div(tokens, shape.tile if narrow else 128)
-    stages = _stages(shape, inner) if narrow else (WIDE if shape.kind == "wide" else TURNS)[shape.tile]
+    stages = _stages(shape, inner) if narrow else WIDE[shape.tile]
     call = _Call(jobs=len(outputs), tokens=tokens, inner=inner, token_tiles=token_tiles, feature_tiles=feature_tiles, stages=stages)
     for index, p in enumerate(products):
         call.job[index] = Job(address(p.y), address(p.bias), address(p.residual), p.w.shape[0])
     w = [tensor_map(p.w, (32 if narrow else shape.tile // 2, 64)) for p in products]
     arguments = [tensor_map(x, (shape.tile if narrow else 128, 64)), *(w + w[:1] * 2)[:3], call]
-    if norm is not None:
-        call.norm = _Norm(address(norm.y), address(norm.scale), address(norm.bias), norm.epsilon)
-    function, block = module(*variant(shape, x.dtype.name, activation, gated, norm.kind if norm else "")).get_function("multiply"), _threads(shape)
+    function, block = module(*variant(shape, x.dtype.name, activation, gated)).get_function("multiply"), _threads(shape)
     grid = (shape.split, feature_tiles, token_tiles) if narrow else (min(132, token_tiles * feature_tiles),)
-    if norm is not None:  # a processing cluster of the GPU has 16 or 18 multiprocessors
-        grid = (shape.split * min(16 // shape.split * 8 if shape.split > 2 else 132 // shape.split, token_tiles),)
-    return launcher(function, grid, block, arguments, shared=_shared(shape, stages), cluster=shape.split, keep=(x, products, norm))
+    return launcher(function, grid, block, arguments, shared=_shared(shape, stages), cluster=shape.split, keep=(x, products))
 
 
 def address(array: Any) -> int | None:

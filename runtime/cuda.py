@@ -21,7 +21,7 @@ import onnx
 from rewrite.errors import RewriteError
 from rewrite.plugins import tuning
 from rewrite.registry import Plugin, library
-from rewrite.runtime import chains, engine, normed
+from rewrite.runtime import chains, engine
 from rewrite.runtime.layout import Views, apply
 from rewrite.runtime.machine import TUNED_ON
 from rewrite.runtime.partition import Step, ValueType
@@ -248,7 +248,6 @@ class Frame:
                 if name and name not in executor.weights:
                     first, last = lives.get(name, (index, index))
                     lives[name] = (min(first, index), max(last, until))
-        normed.keep_apart(steps, lives)
         self._in_place(lives)
         dtypes = {name: self._dtype(kind) for name, kind in types.items()}
         fixed = {*manifest.inputs, *manifest.outputs.values(), *executor.weights}
@@ -398,7 +397,7 @@ class Frame:
                 yield [indices[place]], self._segment(first)
                 place += 1
                 continue
-            chained = self._sum_and_norm(indices, place) or ((chains.at(self, indices, place) or normed.at(self, indices, place)) if chain else None)
+            chained = self._sum_and_norm(indices, place) or (chains.at(self, indices, place) if chain else None)
             if chained is not None:
                 count, launch = chained
                 yield indices[place : place + count], launch
@@ -429,7 +428,7 @@ class Frame:
         return None if launch is None else (2, launch)
 
     def launches_of(self, indices: list[int]) -> list[Launch]:
-        """The work of the steps without chains, and norms in launches of their own."""
+        """The work of the steps without chains."""
         return [launch for _, launch in self._launches(indices, chain=False)]
 
     def of(self, index: int) -> tuple[Plugin | None, dict[str, Any]]:
