@@ -52,8 +52,14 @@ __device__ __forceinline__ void readMask(Masks& raw, const Attention& c, i64 mas
             #pragma unroll
             for (int h = 0; h < (ROWS ? 1 : 2); ++h) {
                 const i64 line = masks + (ROWS ? 0 : min(first + m * 16 + r + h * 8, c.queries - 1) * c.ms[2]);
-                #pragma unroll
-                for (int n = 0; n < KT / 8; ++n) raw[m][h][n] = maskOf(c, line, step * KT + n * 8 + p);
+                if (ROWS && MASK == 2 && c.pairs && step * KT + KT <= c.keys) {  // loads that nothing stands between
+                    const u32* at = (const u32*)((const u16*)c.mask + line + step * KT + p);
+                    #pragma unroll
+                    for (int n = 0; n < KT / 8; ++n) raw[m][h][n] = at[n * 4];
+                } else {
+                    #pragma unroll
+                    for (int n = 0; n < KT / 8; ++n) raw[m][h][n] = maskOf(c, line, step * KT + n * 8 + p);
+                }
             }
     }
 }
