@@ -91,6 +91,7 @@ class Graph:
             for inner in holder.subgraphs(recursive=True):
                 self.captured.update(id(t) for n in inner.nodes for t in n.inputs)
                 self.captured.update(id(t) for t in inner.outputs)
+        self.needed = self.outputs | self.captured  # whatever nodes read them
 
     def _enter(self, node: Node, position: float) -> None:
         node.graph, node.position = self, position
@@ -126,7 +127,7 @@ class Graph:
         for user in reversed(tensor.outputs):  # the newest first: of a value that thousands of replaced nodes read, these are alive
             if user.graph is self and user not in nodes:
                 return True
-        return id(tensor) in self.outputs or id(tensor) in self.captured
+        return id(tensor) in self.needed
 
     def is_used_outside(self, tensor: gs.Tensor, nodes: Container[Node]) -> str | None:
         """Who else reads `tensor`: a description of the first user not in `nodes`, or None."""
@@ -204,19 +205,20 @@ class Graph:
 
     def remove_dead(self, candidates: list[Node]) -> None:
         """Remove those of `candidates`, and what only they used, that no longer reach an output."""
-        stack = candidates[::-1]  # of a match the first reads the others: once it is gone, they go at the first look
-        while stack:
-            node = stack.pop()
-            if node.graph is not self:
-                continue
-            for tensor in node.outputs:
-                if self.is_read_beside(tensor, ()):
-                    break
-            else:
-                self.remove(node)
-                for tensor in node.inputs:
-                    if not (tensor.outputs and tensor.outputs[-1].graph is self):  # else it has a reader still, the newest
-                        stack += [p for p in tensor.inputs if p.graph is self]
+        needed = self.needed
+        while candidates:  # of a match the first reads the others: once it is gone, they go at the first look
+            read: list[gs.Tensor] = []
+            for node in candidates:
+                if node.graph is not self:
+                    continue
+                for tensor in node.outputs:
+                    users = tensor.outputs
+                    if id(tensor) in needed or (users and not users[-1].dead) or (len(users) > 1 and self.is_read_beside(tensor, ())):
+                        break
+                else:
+                    self.remove(node)
+                    read += node.inputs
+            candidates = [p for t in read if not (t.outputs and t.outputs[-1].graph is self) for p in t.inputs if p.graph is self]
 
     def replace_uses(self, old: gs.Tensor, new: gs.Tensor) -> list[Node]:
         """Let every reader of `old` read `new`; returns the readers."""
@@ -250,10 +252,13 @@ class Graph:
         self.gs.nodes = order if self._is_sorted(order) else self._sorted(order)
 
     def _is_sorted(self, order: list[Node]) -> bool:
-        """Whether each node stands after those that it reads from: where no rule moved work ahead, it does."""
+        """Whether each node stands after those that it reads from: where no rule moved work ahead, it does.
+
+        Of a graph that is not `shuffled` only nodes that are new, or read something new, can stand elsewhere.
+        """
         for place, node in enumerate(order):
             node.position = float(place)
-        for node in order:
+        for node in order if self.shuffled else [n for n in order if n.source is None or n.rewired]:
             for tensor in reads(node) if node.holds_graphs else node.inputs:
                 for producer in tensor.inputs:
                     if producer.position >= node.position and producer.graph is self:

@@ -106,6 +106,6 @@ def _serves(graph: Graph, node: Node, inside: set[Node], depth: int = 0) -> bool
     """Whether shape arithmetic that starts at `node` (`Shape(product)`, to cut the product in two) ends inside the match."""
     if node.canonical not in (SHAPE_ARITHMETIC if depth else {"Shape"}) or depth > len(SHAPE_ARITHMETIC):
         return False
-    if any(id(t) in graph.outputs or id(t) in graph.captured for t in node.outputs):
+    if any(id(t) in graph.needed for t in node.outputs):
         return False
     return all(u in inside or _serves(graph, u, inside, depth + 1) for t in node.outputs for u in graph.consumers(t))

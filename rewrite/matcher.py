@@ -333,7 +333,7 @@ class Matcher:
         if op.name in P.ASSOCIATIVE:
             return self._associated(op, node, rest)
         if op.name in P.COMMUTATIVE and len(op.inputs) == len(node.inputs) == 2:
-            return _ordered(op, self.trace is not None)[0], [(t, "") for t in node.inputs], rest
+            return self._either(_ordered(op, self.trace is not None)[0], node.inputs, rest)
         return self._in_order(op, node, rest)
 
     def _attributes(self, op: P.Op, node: Node) -> bool:
@@ -376,8 +376,22 @@ class Matcher:
         lists = _ordered(op, self.trace is not None)
         if len(lists) > 1 or len(lists[0]) > 2:
             return self._bracketings(op, lists, node, rest)
+        if node.canonical == op.name:
+            return self._either(lists[0], node.inputs, rest)
         operands = self._split(op, node)
-        return FAILED if operands is None or len(operands) != 2 else self._assign(lists[0], operands, rest)
+        return FAILED if operands is None else self._assign(lists[0], operands, rest)
+
+    def _either(self, values: tuple[P.Value, ...], tensors: list[gs.Tensor], rest: Goals | None) -> Step:
+        """Two values stand for two operands, in either order."""
+        (first, second), (left, right) = values, tensors
+        straight, crossed = (first, left, (second, right, rest)), (first, right, (second, left, rest))
+        if left is right:  # the same value twice is tried once
+            return straight
+        if self.trace is not None:
+            return [straight, crossed]
+        if not possible(self.graph, first, left):
+            return crossed if possible(self.graph, first, right) else FAILED
+        return [straight, crossed] if possible(self.graph, first, right) else straight
 
     def _bracketings(self, op: P.Op, lists: list[tuple[P.Value, ...]], node: Node, rest: Goals | None) -> Iterator[Goals]:
         for values in lists:
@@ -438,10 +452,9 @@ class Matcher:
         return (self._assigned(values, operands, i, rest) for i in options if first[id(operands[i][0])] == i)
 
     def _options(self, value: P.Value, operands: list[Operand]) -> list[int]:
-        """Which operands `value` can stand for."""
-        if isinstance(value, (P.Const, P.Scalar)):
-            return [i for i, (tensor, _) in enumerate(operands) if self.graph.constant(tensor) is not None]
-        return possible(self.graph, value, operands)
+        """Which operands `value` can stand for: of those by which the graph divides, or which it subtracts, only a number."""
+        number = isinstance(value, (P.Const, P.Scalar))
+        return [i for i, (tensor, how) in enumerate(operands) if (number or not how) and possible(self.graph, value, tensor)]
 
     def _assigned(self, values: tuple[P.Value, ...], operands: list[Operand], index: int, rest: Goals | None) -> Goals | None:
         tensor, how = operands[index]
