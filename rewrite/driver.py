@@ -174,14 +174,14 @@ class Driver:
             graph.discard(made)
             self._rejected = True
             return site
-        self._stop_loop(graph, rule, match, anchor)
+        self._stop_loop(graph, rule, match, anchor, site.outputs)
         made, results = self._share(graph, made, results)
         self.report.add(site)
         return self._commit(graph, match, made, results, rule, site.where)
 
-    def _stop_loop(self, graph: Graph, rule: Rule, match: Match, anchor: Node) -> None:
+    def _stop_loop(self, graph: Graph, rule: Rule, match: Match, anchor: Node, computed: list[str]) -> None:
         """A rule that finds again and again what it replaced before, on the same values, will find it for ever."""
-        key: tuple[Any, ...] = (rule.name, *[t.name for t in match.outputs])
+        key: tuple[Any, ...] = (rule.name, *computed)
         if key not in self._fired:
             self._fired[key] = 1
             return
@@ -302,23 +302,22 @@ class Driver:
         self.made += made
         inside = match.nodes
         for old, new in zip(match.outputs, results, strict=True):
-            for reader in graph.consumers(old):
-                touched[reader] = None
+            touched.update(dict.fromkeys(graph.consumers(old)))
             producer, maker = graph.producer(old), graph.producer(new)
             if producer is not None and producer not in inside:
                 inside = [*inside, producer]
             if maker in made and producer is not None:
+                graph.shuffled = graph.shuffled or maker.position != producer.position
                 graph.hand_over(old, producer, maker, new)
             else:
                 self._alias(graph, old, new, rule, touched)
-        graph.shuffled = graph.shuffled or len(match.outputs) > 1
         graph.remove_dead(inside)
         return list(touched)
 
     def _alias(self, graph: Graph, old: gs.Tensor, new: gs.Tensor, rule: Rule, touched: dict[Node, None]) -> None:
         """The old value is another existing value: its readers read that one."""
         touched.update(dict.fromkeys(graph.replace_uses(old, new)))
-        if id(old) in graph.outputs or id(old) in graph.captured:
+        if id(old) in graph.needed:
             producer = graph.producer(old)
             assert producer is not None
             node = Node("Identity", graph.fresh(f"{old.name}_identity"), {}, [new], [Variable(graph.fresh(f"{old.name}_tmp"))])

@@ -72,6 +72,7 @@ class Graph:
         self.counts: dict[str, int] = {}
         self.outputs = {id(t) for t in graph.outputs}
         self.names = {t.name for t in (*graph.inputs, *graph.outputs)} if names is None else names
+        self._numbered: dict[str, int] = {}  # the last number given to a stem
         self.overridable = overridable
         # Values an inner graph (If, Loop, Scan) reads from this one are used, though no node here lists them.
         self.captured: set[int] = set()
@@ -180,10 +181,13 @@ class Graph:
 
     # --- edits -------------------------------------------------------------------------------------------------
     def fresh(self, stem: str) -> str:
-        name, index = stem, 0
-        while name in self.names:
-            index += 1
-            name = f"{stem}_{index}"
+        """A name that nothing has yet: `stem`, or with the first number that is free."""
+        name = stem
+        if name in self.names:
+            index = self._numbered.get(stem, 0) + 1
+            while (name := f"{stem}_{index}") in self.names:
+                index += 1
+            self._numbered[stem] = index
         self.names.add(name)
         return name
 
@@ -218,7 +222,7 @@ class Graph:
                 else:
                     self.remove(node)
                     read += node.inputs
-            candidates = [p for t in read if not (t.outputs and t.outputs[-1].graph is self) for p in t.inputs if p.graph is self]
+            candidates = [p for t in read for p in t.inputs if p.graph is self and not (t.outputs and t.outputs[-1].graph is self)]
 
     def replace_uses(self, old: gs.Tensor, new: gs.Tensor) -> list[Node]:
         """Let every reader of `old` read `new`; returns the readers."""
@@ -236,11 +240,11 @@ class Graph:
         """`new`, not `old`, computes `tensor` from now on: as its output `result`, which is no value of the graph any more."""
         slot = _place(old.outputs, tensor) if len(old.outputs) > 1 else 0
         spare = Variable(self.fresh(f"{tensor.name}_replaced"), tensor.dtype, tensor.shape) if len(old.outputs) > 1 else NOTHING
-        _drop(tensor.inputs, old)
+        tensor.inputs.clear()
         old.outputs[slot], old.rewired = spare, True
         if spare is not NOTHING:
             spare.inputs.append(old)
-        new.outputs[_place(new.outputs, result)] = tensor
+        new.outputs[_place(new.outputs, result) if len(new.outputs) > 1 else 0] = tensor
         list.append(tensor.inputs, new)
         result.inputs.clear()
         if result.outputs:
