@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from rewrite.functions import CaptureError, capture, flatten
+from rewrite.functions import CaptureError, Signature, capture, flatten
 from rewrite.graph import Dim, Graph, canonical, describe, dtype_name, small_values
 from rewrite.matcher import Match
 from rewrite.patterns.mask_behaviour import Sizes, recognise
@@ -83,7 +83,7 @@ def find_mask(graph: Graph, node: gs.Node, mask: gs.Tensor) -> Match:
     shapes: dict[int, tuple[Dim, ...]] = {}
     if padding is not None:
         shapes[id(padding)] = (batch, keys)
-    body = capture(graph, cone.nodes, inputs, {"y": mask}, "AttentionMask", [], dims)
+    body = capture(graph, cone.nodes, Signature("AttentionMask", tuple(inputs), ("y",)), list(inputs.values()), [mask], dims)
     shaped = {n: (t.dtype, shapes.get(id(t), tuple(t.shape or ()))) for n, t in inputs.items()}
     function, narrow = flatten(body.function, graph.functions), mask.dtype is not None and dtype_name(mask.dtype) == "bfloat16"
     found = recognise(widen_function(function) if narrow else function, shaped, Sizes(batch, queries, keys), axes, bool(node.attrs.get("drop")))

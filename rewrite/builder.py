@@ -23,13 +23,18 @@ class GraphBuilder:
     """`op.Name(inputs..., attribute=value)` makes a node. Operators of plugins newer than the graph's opset, or with
     no counterpart in ONNX, are made in the domain `rewrite`."""
 
-    def __init__(self, graph: Graph, plugins: dict[str, Plugin], anchor: Node, domain: str = ""):
-        self._graph, self._plugins, self._anchor, self._domain = graph, plugins, anchor, domain
+    def __init__(self, graph: Graph, plugins: dict[str, Plugin], domain: str = ""):
+        self._graph, self._plugins, self._domain = graph, plugins, domain
+        self._anchor: Any = None
         self._made: list[Node] = []
 
+    def _begin(self, anchor: Node) -> None:
+        """A new replacement, which stands where `anchor` does."""
+        self._anchor, self._made = anchor, []
+
     def domain(self, name: str) -> GraphBuilder:
-        other = GraphBuilder(self._graph, self._plugins, self._anchor, name)
-        other._made = self._made
+        other = GraphBuilder(self._graph, self._plugins, name)
+        other._anchor, other._made = self._anchor, self._made
         return other
 
     def constant(self, value: Any, dtype: Any = None) -> BoundValue:
@@ -45,8 +50,8 @@ class GraphBuilder:
     def __getattr__(self, name: str) -> Callable[..., Any]:
         if name.startswith("_"):
             raise AttributeError(name)
-
-        return partial(self._build, name)
+        operator = self.__dict__[name] = partial(self._build, name)  # asked for once
+        return operator
 
     def _tensor(self, x: Any) -> gs.Tensor:
         if isinstance(x, BoundValue):

@@ -23,7 +23,7 @@ import onnx_graphsurgeon as gs
 from rewrite import pattern as P
 from rewrite.builder import GraphBuilder
 from rewrite.errors import RewriteError, blame
-from rewrite.functions import Body, CaptureError, FunctionTable, capture, fingerprint
+from rewrite.functions import Body, CaptureError, FunctionTable, Signature, capture, fingerprint, given, numbered
 from rewrite.graph import DOMAIN, Graph, canonical, describe, dtype_name, reads
 from rewrite.match import BoundValue, Match, interior_use
 from rewrite.matcher import Matcher
@@ -48,13 +48,14 @@ class Driver:
         self.verdicts: dict[str, Verdict] = {}
         self.made: list[Node] = []  # every new node
         self._plugin_nodes: dict[tuple[Any, ...], list[Node]] = {}  # new ones, by operator and inputs
+        self._signatures: dict[tuple[Any, ...], Signature] = {}  # of plugin nodes, by what of them it depends on
         self._fired: Counter[tuple[Any, ...]] = Counter()
         self._rejected = False  # the last attempt failed because the replacement does not compute the same
         self._blocked = False  # the last attempt failed only because a value inside the match has another reader
 
     def run(self, graph: Graph, tier: str) -> None:
         """Apply the rules of one tier to one graph until none matches."""
-        graph.functions = self.table.functions
+        graph.functions, self._builder = self.table.functions, GraphBuilder(graph, self.library.plugins)
         worklist = Worklist(graph, [r for r in self.library.rules if r.tier == tier], everything=self.explain)
         changes, limit = 0, 10 * len(graph.nodes) + 1000
         for node, rules in worklist:
@@ -147,7 +148,8 @@ class Driver:
 
     def _apply(self, graph: Graph, rule: Rule, match: Match, bound: dict[str, Any], anchor: Node) -> list[Node] | str:
         """Replace the match; returns the nodes to visit again, or the reason why the replacement was rejected."""
-        op = GraphBuilder(graph, self.library.plugins, anchor)
+        op = self._builder
+        op._begin(anchor)
         try:
             result = rule.call(rule.replace, bound, op)
         except RewriteError as error:
@@ -172,14 +174,14 @@ class Driver:
             graph.discard(made)
             self._rejected = True
             return site
-        self._stop_loop(graph, rule, match, anchor)
+        self._stop_loop(graph, rule, match, anchor, site.outputs)
         made, results = self._share(graph, made, results)
         self.report.add(site)
         return self._commit(graph, match, made, results, rule, site.where)
 
-    def _stop_loop(self, graph: Graph, rule: Rule, match: Match, anchor: Node) -> None:
+    def _stop_loop(self, graph: Graph, rule: Rule, match: Match, anchor: Node, computed: list[str]) -> None:
         """A rule that finds again and again what it replaced before, on the same values, will find it for ever."""
-        key: tuple[Any, ...] = (rule.name, *[t.name for t in match.outputs])
+        key: tuple[Any, ...] = (rule.name, *computed)
         if key not in self._fired:
             self._fired[key] = 1
             return
@@ -217,8 +219,7 @@ class Driver:
         own = ""
         for node in made:
             own = own or (node.op if node.domain == DOMAIN else "")
-        site = Site(rule.name, own, [t.name for t in match.outputs], list(map(describe, match.nodes)))
-        site.where = common_scope([n.scope if n.scope is not None else _scope(n) for n in match.nodes])
+        site = Site(rule.name, own, [t.name for t in match.outputs], list(map(describe, match.nodes)), where=_module(match.nodes))
         reason = self._plugin_site(graph, rule, match, made, results, site) if own else self._plain_site(graph, match, made, results, site)
         return reason or site
 
@@ -226,22 +227,18 @@ class Driver:
         node = made[0]
         if len(made) != 1 or not all(map(operator.is_, node.outputs, results)) or len(node.outputs) != len(results):
             raise RewriteError(f"rule '{rule.name}': a replacement is either one plugin node or standard nodes only, its results in order")
-        plugin = self.library.plugins[node.op]
-        if not node.attrs.keys() <= plugin.attributes.keys() or len(node.inputs) > len(plugin.inputs):
-            unknown = sorted(set(node.attrs) - set(plugin.attributes))
-            raise RewriteError(f"rule '{rule.name}': plugin {plugin.name} takes {list(plugin.inputs)} and attributes {list(plugin.attributes)}, not {unknown or len(node.inputs)}")
+        form = (node.op, len(node.inputs), len(results), *node.attrs)
+        signature = self._signatures.get(form)
+        if signature is None:
+            signature = self._signatures[form] = self._signature(rule, node)
         # Inputs keep their places: one that this body does not read is still a parameter of the function.
-        names = plugin.parameters[: len(node.inputs)]
-        inputs = dict(zip(names, node.inputs, strict=True))
-        first = {id(tensor): name for name, tensor in reversed(inputs.items()) if tensor.name}
-        if len(first) < len(inputs):  # keys that are the values, too, are one tensor; an absent input is none
-            inputs = {name: tensor for name, tensor in inputs.items() if first.get(id(tensor)) == name}
-        outputs = dict(zip(plugin.outputs, match.outputs, strict=False))
-        body = capture(graph, match.nodes, inputs, outputs, plugin.name, sorted(node.attrs), match.dims, names)
+        body = capture(graph, match.nodes, signature, node.inputs, match.outputs, match.dims)
         site.attributes, site.note = dict(node.attrs), match.note
         if self.verify:
+            plugin, inputs = self.library.plugins[node.op], given(signature.inputs, node.inputs)
+            names = {id(t): n for n, t in inputs.items()}
             key = f"{body.digest}|{site.attributes}|{[(n, str(t.dtype), t.shape) for n, t in inputs.items()]}"
-            run = reference_runner(plugin, site.attributes, [first[id(t)] if t.name else "" for t in node.inputs])
+            run = reference_runner(plugin, site.attributes, [names[id(t)] if t.name else "" for t in node.inputs])
             verdict = self._verdict(key, graph, body.function, inputs, run, plugin.tolerance, plugin.sample, match.shapes)
             site.error, site.reduced = verdict.error, verdict.reduced
             if not verdict.ok:
@@ -249,20 +246,28 @@ class Driver:
         node.op = body.called = body.called or self.table.add(body.function, body.digest)
         return ""
 
+    def _signature(self, rule: Rule, node: Node) -> Signature:
+        """That of the function which a plugin node calls; raises RewriteError if the plugin does not take what it is given."""
+        plugin = self.library.plugins[node.op]
+        unknown = sorted(node.attrs.keys() - plugin.attributes.keys())
+        if unknown or len(node.inputs) > len(plugin.inputs):
+            raise RewriteError(f"rule '{rule.name}': plugin {plugin.name} takes {list(plugin.inputs)} and attributes {list(plugin.attributes)}, not {unknown or len(node.inputs)}")
+        return Signature(plugin.name, tuple(plugin.parameters[: len(node.inputs)]), plugin.outputs[: len(node.outputs)], tuple(sorted(node.attrs)))
+
     def _plain_site(self, graph: Graph, match: Match, made: list[Node], results: list[gs.Tensor], site: Site) -> str:
         bound = [t for v in match.bindings.values() for t in (v if isinstance(v, list) else [v])]
         leaves = [t for t in bound if isinstance(t, gs.Tensor) and not t.is_empty() and graph.constant(t) is None]
-        inputs = {f"i{n}": t for n, t in enumerate({id(t): t for t in leaves}.values())}
-        outputs = {f"o{n}": t for n, t in enumerate(match.outputs)}
-        before = capture(graph, match.nodes, inputs, outputs, "Before", [])
-        passed = [results.index(r) for r in results if id(r) in {id(t) for t in inputs.values()}]
-        if passed and not made:
-            names = {id(t): n for n, t in inputs.items()}
-            nodes = [onnx.helper.make_node("Identity", [names[id(r)]], [f"o{n}"]) for n, r in enumerate(results)]
-            function = onnx.helper.make_function(DOMAIN, "After", list(inputs), list(outputs), nodes, before.function.opset_import)
+        read = list({id(t): t for t in leaves}.values())
+        form = numbered("Site", len(read), len(results))
+        inputs = dict(zip(form.inputs, read, strict=True))
+        before = capture(graph, match.nodes, form, read, match.outputs)
+        names = {id(t): n for n, t in inputs.items()}
+        if not made and any(id(r) in names for r in results):
+            nodes = [onnx.helper.make_node("Identity", [names[id(r)]], [n]) for r, n in zip(results, form.outputs, strict=True)]
+            function = onnx.helper.make_function(DOMAIN, form.name, form.inputs, form.outputs, nodes, before.function.opset_import)
             after = Body(function, fingerprint(function))
         else:
-            after = capture(graph, made, inputs, {f"o{n}": r for n, r in enumerate(results)}, "After", [])
+            after = capture(graph, made, form, read, results)
         if not self.verify:
             return ""
         needed = self.table.needed_by(after.function)
@@ -297,23 +302,22 @@ class Driver:
         self.made += made
         inside = match.nodes
         for old, new in zip(match.outputs, results, strict=True):
-            for reader in graph.consumers(old):
-                touched[reader] = None
+            touched.update(dict.fromkeys(graph.consumers(old)))
             producer, maker = graph.producer(old), graph.producer(new)
             if producer is not None and producer not in inside:
                 inside = [*inside, producer]
             if maker in made and producer is not None:
+                graph.shuffled = graph.shuffled or maker.position != producer.position
                 graph.hand_over(old, producer, maker, new)
             else:
                 self._alias(graph, old, new, rule, touched)
-        graph.shuffled = graph.shuffled or len(match.outputs) > 1
         graph.remove_dead(inside)
         return list(touched)
 
     def _alias(self, graph: Graph, old: gs.Tensor, new: gs.Tensor, rule: Rule, touched: dict[Node, None]) -> None:
         """The old value is another existing value: its readers read that one."""
         touched.update(dict.fromkeys(graph.replace_uses(old, new)))
-        if id(old) in graph.outputs or id(old) in graph.captured:
+        if id(old) in graph.needed:
             producer = graph.producer(old)
             assert producer is not None
             node = Node("Identity", graph.fresh(f"{old.name}_identity"), {}, [new], [Variable(graph.fresh(f"{old.name}_tmp"))])
@@ -329,6 +333,12 @@ def _nearest(graph: Graph, rule: Rule, node: Node) -> Trace:
     for _ in Matcher(graph, rule.pattern, trace).at(node):
         pass
     return trace
+
+
+def _module(nodes: list[Node]) -> str:
+    """The PyTorch module that these nodes came from."""
+    scopes = [n.scope if n.scope is not None else _scope(n) for n in nodes]
+    return common_scope(scopes) if any(scopes) else ""
 
 
 def _scope(node: Node) -> str:

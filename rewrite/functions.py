@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import ast
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from functools import cache
+from typing import Any, NamedTuple
 
 import numpy as np
 import onnx
@@ -45,20 +46,28 @@ class Body:
     made_of: Any = None  # what ids in its key are those of: alive, so that these stay theirs
 
 
-def capture(
-    graph: Graph,
-    nodes: list[Node],
-    inputs: dict[str, gs.Tensor],
-    outputs: dict[str, gs.Tensor],
-    name: str,
-    attributes: list[str],
-    dims: Mapping[str, tuple[str, int]] | None = None,
-    parameters: list[str] | None = None,
-) -> Body:
-    """The part of `graph` made of `nodes` that computes `outputs` from `inputs`, as a function.
+class Signature(NamedTuple):
+    """What a function is called, and its own names for inputs, outputs and attributes."""
 
-    `inputs` and `outputs` give the function's own names, `parameters` those of all its inputs if it has more than it reads;
-    inner values are numbered, so that equal subgraphs give equal functions: one layer's is built, the others' looked up.
+    name: str
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    attributes: tuple[str, ...] = ()
+
+
+@cache
+def numbered(name: str, inputs: int, outputs: int) -> Signature:
+    """A function whose inputs are i0, i1, ..., and its outputs o0, o1, ..."""
+    return Signature(name, tuple(f"i{n}" for n in range(inputs)), tuple(f"o{n}" for n in range(outputs)))
+
+
+def capture(
+    graph: Graph, nodes: list[Node], signature: Signature, inputs: list[gs.Tensor], outputs: list[gs.Tensor], dims: Mapping[str, tuple[str, int]] | None = None
+) -> Body:
+    """The part of `graph` made of `nodes` that computes `outputs` from `inputs`, as a function of this signature.
+
+    It may have inputs that it does not read; a value that is there twice is read as the first. Inner values are numbered,
+    so that equal subgraphs give equal functions: one layer's is built, the others' looked up.
     Small constants become `Constant` nodes of the body. With `dims`, where each named dimension is to be read (input and
     axis), every integer that shapes determine is computed from these, wherever the graph reads it,
     and constants up to `TABLE` elements are taken in. Raises CaptureError if a value comes from elsewhere and cannot be
@@ -66,18 +75,23 @@ def capture(
     """
     wiring = _wiring(graph, nodes, inputs, outputs) if dims is None else None
     if wiring is None:
-        return _capture(graph, nodes, inputs, outputs, name, attributes, dims, parameters)
-    key = (name, *attributes, None, *(parameters or inputs), None, *outputs, *wiring)
+        return _capture(graph, nodes, signature, inputs, outputs, dims)
+    key = (signature, *wiring)
     body: Body | None = graph.bodies.get(key)
     if body is None:
-        body = graph.bodies[key] = _capture(graph, nodes, inputs, outputs, name, attributes, dims, parameters)
+        body = graph.bodies[key] = _capture(graph, nodes, signature, inputs, outputs, dims)
     return body
 
 
-def _wiring(graph: Graph, nodes: list[Node], inputs: dict[str, gs.Tensor], outputs: dict[str, gs.Tensor]) -> list[Kind | None] | None:
+def _wiring(graph: Graph, nodes: list[Node], inputs: list[gs.Tensor], outputs: list[gs.Tensor]) -> list[Any] | None:
     """Equal for nodes of equal kinds, wired alike; None if they read or have what is rare, or what none of them computes."""
-    known, places = graph.known, dict(zip(map(id, inputs.values()), range(len(inputs)), strict=True))
-    found: list[Kind | None] = []
+    known, places = graph.known, {id(t): place for place, t in enumerate(inputs) if t.name}
+    found: list[Any] = []
+    left = len(inputs) - len(places)  # places of no value
+    if left:
+        found.append(tuple([place for place, t in enumerate(inputs) if not t.name]))
+        if len(found[0]) < left:  # one is there twice
+            return None
     for node in nodes:
         if node.kind is None:
             if node.holds_graphs:
@@ -89,37 +103,42 @@ def _wiring(graph: Graph, nodes: list[Node], inputs: dict[str, gs.Tensor], outpu
             if not tensor.name or identity in known:
                 return None
             if identity not in places:
-                places[identity] = len(places)
+                places[identity] = len(places) + left
     first, values = len(found), [t for n in nodes for t in n.inputs]
     found += map(places.get, map(id, values))
-    found += map(places.get, map(id, outputs.values()))
+    found += map(places.get, map(id, outputs))
     while None in found:
         at = found.index(None)
         constant = values[at - first] if at - first < len(values) else None
         if type(constant) is not Constant or constant.kind is None:
             return None
-        found[at] = len(places) + constant.kind
+        found[at] = len(places) + left + constant.kind
     return found
 
 
 def _capture(
-    graph: Graph, nodes: list[Node], inputs: dict[str, gs.Tensor], outputs: dict[str, gs.Tensor], name: str, attributes: list[str],
-    dims: Mapping[str, tuple[str, int]] | None, parameters: list[str] | None,
-) -> Body:  # fmt: skip
-    made = _Capture(graph, nodes, inputs, dims)
-    results = [made.value(t) for t in outputs.values()]
-    rename = dict(zip(results, outputs, strict=True))
-    if len(rename) != len(results) or any(r in inputs for r in results):
+    graph: Graph, nodes: list[Node], signature: Signature, inputs: list[gs.Tensor], outputs: list[gs.Tensor], dims: Mapping[str, tuple[str, int]] | None
+) -> Body:
+    made = _Capture(graph, nodes, given(signature.inputs, inputs), dims)
+    results = [made.value(t) for t in outputs]
+    rename = dict(zip(results, signature.outputs, strict=True))
+    if len(rename) != len(results) or any(r in signature.inputs for r in results):
         raise CaptureError("an output of the match is one of its inputs")
-    key = (name, tuple(parameters or inputs), tuple(outputs), tuple(results), tuple(attributes), tuple([s[0] for s in made.steps]))
+    key = (signature, tuple(results), tuple([s[0] for s in made.steps]))
     body: Body | None = graph.bodies.get(key)
     if body is None:
         domains = {domain for _, _, domain, _ in made.steps} - {"", "ai.onnx"}
         opsets = [onnx.helper.make_opsetid("", graph.opset), *(onnx.helper.make_opsetid(d, 1) for d in sorted(domains))]
         protos = [_build(s, rename) for s in made.steps]
-        function = onnx.helper.make_function(DOMAIN, name, parameters or list(inputs), list(outputs), protos, opsets, attributes)
+        function = onnx.helper.make_function(DOMAIN, signature.name, signature.inputs, signature.outputs, protos, opsets, signature.attributes)
         body = graph.bodies[key] = Body(function, fingerprint(function), made_of=made.steps)
     return body
+
+
+def given(names: Iterable[str], tensors: list[gs.Tensor]) -> dict[str, gs.Tensor]:
+    """The inputs by name, those that are absent left out; a value that is there twice has the first of its names."""
+    first = {id(t): n for n, t in reversed(list(zip(names, tensors, strict=True))) if t.name}
+    return {n: t for n, t in zip(names, tensors, strict=True) if first.get(id(t)) == n}
 
 
 class _Capture:

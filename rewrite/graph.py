@@ -72,6 +72,7 @@ class Graph:
         self.counts: dict[str, int] = {}
         self.outputs = {id(t) for t in graph.outputs}
         self.names = {t.name for t in (*graph.inputs, *graph.outputs)} if names is None else names
+        self._numbered: dict[str, int] = {}  # the last number given to a stem
         self.overridable = overridable
         # Values an inner graph (If, Loop, Scan) reads from this one are used, though no node here lists them.
         self.captured: set[int] = set()
@@ -91,6 +92,7 @@ class Graph:
             for inner in holder.subgraphs(recursive=True):
                 self.captured.update(id(t) for n in inner.nodes for t in n.inputs)
                 self.captured.update(id(t) for t in inner.outputs)
+        self.needed = self.outputs | self.captured  # whatever nodes read them
 
     def _enter(self, node: Node, position: float) -> None:
         node.graph, node.position = self, position
@@ -126,7 +128,7 @@ class Graph:
         for user in reversed(tensor.outputs):  # the newest first: of a value that thousands of replaced nodes read, these are alive
             if user.graph is self and user not in nodes:
                 return True
-        return id(tensor) in self.outputs or id(tensor) in self.captured
+        return id(tensor) in self.needed
 
     def is_used_outside(self, tensor: gs.Tensor, nodes: Container[Node]) -> str | None:
         """Who else reads `tensor`: a description of the first user not in `nodes`, or None."""
@@ -179,10 +181,13 @@ class Graph:
 
     # --- edits -------------------------------------------------------------------------------------------------
     def fresh(self, stem: str) -> str:
-        name, index = stem, 0
-        while name in self.names:
-            index += 1
-            name = f"{stem}_{index}"
+        """A name that nothing has yet: `stem`, or with the first number that is free."""
+        name = stem
+        if name in self.names:
+            index = self._numbered.get(stem, 0) + 1
+            while (name := f"{stem}_{index}") in self.names:
+                index += 1
+            self._numbered[stem] = index
         self.names.add(name)
         return name
 
@@ -204,19 +209,20 @@ class Graph:
 
     def remove_dead(self, candidates: list[Node]) -> None:
         """Remove those of `candidates`, and what only they used, that no longer reach an output."""
-        stack = candidates[::-1]  # of a match the first reads the others: once it is gone, they go at the first look
-        while stack:
-            node = stack.pop()
-            if node.graph is not self:
-                continue
-            for tensor in node.outputs:
-                if self.is_read_beside(tensor, ()):
-                    break
-            else:
-                self.remove(node)
-                for tensor in node.inputs:
-                    if not (tensor.outputs and tensor.outputs[-1].graph is self):  # else it has a reader still, the newest
-                        stack += [p for p in tensor.inputs if p.graph is self]
+        needed = self.needed
+        while candidates:  # of a match the first reads the others: once it is gone, they go at the first look
+            read: list[gs.Tensor] = []
+            for node in candidates:
+                if node.graph is not self:
+                    continue
+                for tensor in node.outputs:
+                    users = tensor.outputs
+                    if id(tensor) in needed or (users and not users[-1].dead) or (len(users) > 1 and self.is_read_beside(tensor, ())):
+                        break
+                else:
+                    self.remove(node)
+                    read += node.inputs
+            candidates = [p for t in read for p in t.inputs if p.graph is self and not (t.outputs and t.outputs[-1].graph is self)]
 
     def replace_uses(self, old: gs.Tensor, new: gs.Tensor) -> list[Node]:
         """Let every reader of `old` read `new`; returns the readers."""
@@ -234,11 +240,11 @@ class Graph:
         """`new`, not `old`, computes `tensor` from now on: as its output `result`, which is no value of the graph any more."""
         slot = _place(old.outputs, tensor) if len(old.outputs) > 1 else 0
         spare = Variable(self.fresh(f"{tensor.name}_replaced"), tensor.dtype, tensor.shape) if len(old.outputs) > 1 else NOTHING
-        _drop(tensor.inputs, old)
+        tensor.inputs.clear()
         old.outputs[slot], old.rewired = spare, True
         if spare is not NOTHING:
             spare.inputs.append(old)
-        new.outputs[_place(new.outputs, result)] = tensor
+        new.outputs[_place(new.outputs, result) if len(new.outputs) > 1 else 0] = tensor
         list.append(tensor.inputs, new)
         result.inputs.clear()
         if result.outputs:
@@ -250,10 +256,13 @@ class Graph:
         self.gs.nodes = order if self._is_sorted(order) else self._sorted(order)
 
     def _is_sorted(self, order: list[Node]) -> bool:
-        """Whether each node stands after those that it reads from: where no rule moved work ahead, it does."""
+        """Whether each node stands after those that it reads from: where no rule moved work ahead, it does.
+
+        Of a graph that is not `shuffled` only nodes that are new, or read something new, can stand elsewhere.
+        """
         for place, node in enumerate(order):
             node.position = float(place)
-        for node in order:
+        for node in order if self.shuffled else [n for n in order if n.source is None or n.rewired]:
             for tensor in reads(node) if node.holds_graphs else node.inputs:
                 for producer in tensor.inputs:
                     if producer.position >= node.position and producer.graph is self:

@@ -81,10 +81,13 @@ class Match:
 
 def interior_use(match: Match) -> str | None:
     """Why a match may not be fused although it fits: a value inside that took costly work is read by others, too."""
-    graph, inside, outputs = match.graph, set(match.nodes), [id(t) for t in match.outputs]
+    graph, inside, outputs = match.graph, set(match.nodes), list(map(id, match.outputs))
     costly: dict[Node, bool] = {}
     for node in match.nodes:
         for tensor in node.outputs:
+            users = tensor.outputs
+            if len(users) == 1 and users[0] in inside and id(tensor) not in graph.needed:  # nearly all
+                continue
             if id(tensor) in outputs or not graph.is_read_beside(tensor, inside) or not _is_costly(graph, node, inside, costly):
                 continue
             serving = {u for u in graph.consumers(tensor) if u not in inside and _serves(graph, u, inside)}
@@ -106,6 +109,6 @@ def _serves(graph: Graph, node: Node, inside: set[Node], depth: int = 0) -> bool
     """Whether shape arithmetic that starts at `node` (`Shape(product)`, to cut the product in two) ends inside the match."""
     if node.canonical not in (SHAPE_ARITHMETIC if depth else {"Shape"}) or depth > len(SHAPE_ARITHMETIC):
         return False
-    if any(id(t) in graph.outputs or id(t) in graph.captured for t in node.outputs):
+    if any(id(t) in graph.needed for t in node.outputs):
         return False
     return all(u in inside or _serves(graph, u, inside, depth + 1) for t in node.outputs for u in graph.consumers(t))

@@ -66,7 +66,6 @@ class Matcher:
         self.bindings: dict[str, Any] = {}
         self.matched: dict[int, Node] = {}  # id(pattern node) -> graph node
         self.nodes: list[Node] = []  # every node covered, no-ops looked through included
-        self._trail: list[str | int] = []  # what was bound (names) and matched (ids), in this order
 
     def at(self, node: Node) -> Iterable[Match]:
         """All ways in which the pattern matches with its first output computed by `node`."""
@@ -79,7 +78,7 @@ class Matcher:
         if step is FAILED:
             return ()
         if step is None and len(self.pattern) == 1:  # no choice on the way: the only match
-            return (self._match([output]),)
+            return (Match(self.graph, [output], self.bindings, list(dict.fromkeys(self.nodes))),)
         return self._others(1, [output], step)
 
     def _match(self, outputs: list[gs.Tensor]) -> Match:
@@ -156,7 +155,6 @@ class Matcher:
             value, tensor, rest = step
             if type(value) is P.Var and value.name not in self.bindings:  # the commonest goal, without a call
                 self.bindings[value.name] = tensor
-                self._trail.append(value.name)
                 step = rest
             else:
                 step = MEETS[type(value)](self, value, tensor, rest)
@@ -176,21 +174,15 @@ class Matcher:
                 yield from self._ways(left)
             self._undo(mark)
 
-    def _mark(self) -> tuple[int, int]:
-        return len(self._trail), len(self.nodes)
+    def _mark(self) -> tuple[int, int, int]:
+        return len(self.bindings), len(self.matched), len(self.nodes)
 
-    def _undo(self, mark: tuple[int, int]) -> None:
-        while len(self._trail) > mark[0]:
-            last = self._trail.pop()
-            if isinstance(last, str):
-                del self.bindings[last]
-            else:
-                del self.matched[last]
-        del self.nodes[mark[1] :]
-
-    def _bind(self, name: str, bound: Any) -> None:
-        self.bindings[name] = bound
-        self._trail.append(name)
+    def _undo(self, mark: tuple[int, int, int]) -> None:
+        """Forget what was bound, matched and covered since: dictionaries give back the newest first."""
+        for found, length in ((self.bindings, mark[0]), (self.matched, mark[1])):
+            while len(found) > length:
+                found.popitem()
+        del self.nodes[mark[2] :]
 
     # --- values ------------------------------------------------------------------------------------------------
     def _variable(self, value: P.Var, tensor: gs.Tensor, rest: Goals | None) -> Goals | None:
@@ -198,7 +190,7 @@ class Matcher:
 
     def _equal(self, name: str, bound: Any, rest: Goals | None) -> Goals | None:
         if name not in self.bindings:
-            self._bind(name, bound)
+            self.bindings[name] = bound
             return rest
         return rest if self.bindings[name] == bound else self._differs(name, bound)
 
@@ -212,7 +204,7 @@ class Matcher:
         if not isinstance(tensors, list):
             return FAILED
         if value.name not in self.bindings:
-            self._bind(value.name, tensors)
+            self.bindings[value.name] = tensors
         return rest
 
     def _tagged(self, value: P.Tag, tensor: gs.Tensor, rest: Goals | None) -> Goals | None:
@@ -270,8 +262,7 @@ class Matcher:
                 return self._stop(what, None, f"'{tensor.name}' has shape {found}, not {P.dims_text(value.dims)}{f' with {want} = {known}' if isinstance(want, str) else ''}", 0.5)
             if isinstance(want, str) and want not in self.bindings:
                 fresh[want] = dim
-        for name, dim in fresh.items():
-            self._bind(name, dim)
+        self.bindings.update(fresh)
         return value.value, tensor, rest
 
     def _constant(self, value: P.Const | P.Scalar | P.Ints, tensor: gs.Tensor, rest: Goals | None) -> Goals | None:
@@ -314,26 +305,23 @@ class Matcher:
             produces = index < len(node.outputs) and node.outputs[index] is tensor
             if known is node:
                 return rest if produces else FAILED
-            if known is None and produces and node.canonical in op.ops:
-                if op.outputs > 1 and sum(1 for t in node.outputs if t.name) != op.outputs:
-                    return self._stop(op.name, node, f"it has {len(node.outputs)} outputs, the pattern {op.outputs}")
-                return self._node(op, node, rest)
+            if produces and known is None and node.canonical in op.ops:
+                break
             through = look_through(graph, node, tensor)
             if through is None:
                 return self._unexpected(op.name, node, tensor)
             tensor, passed = through
             self.nodes += passed
-
-    def _node(self, op: P.Op, node: Node, rest: Goals | None) -> Step:
+        if op.outputs > 1 and sum(1 for t in node.outputs if t.name) != op.outputs:
+            return self._stop(op.name, node, f"it has {len(node.outputs)} outputs, the pattern {op.outputs}")
         if op.attributes and not self._attributes(op, node):
             return FAILED
         self.matched[id(op)] = node
-        self._trail.append(id(op))
         self.nodes.append(node)
         if op.name in P.ASSOCIATIVE:
             return self._associated(op, node, rest)
         if op.name in P.COMMUTATIVE and len(op.inputs) == len(node.inputs) == 2:
-            return _ordered(op, self.trace is not None)[0], [(t, "") for t in node.inputs], rest
+            return self._either(_ordered(op, self.trace is not None)[0], node.inputs, rest)
         return self._in_order(op, node, rest)
 
     def _attributes(self, op: P.Op, node: Node) -> bool:
@@ -354,11 +342,16 @@ class Matcher:
                 return False
         for name, actual in captured.items():
             if name not in self.bindings:
-                self._bind(name, actual)
+                self.bindings[name] = actual
         return True
 
     def _in_order(self, op: P.Op, node: Node, rest: Goals | None) -> Goals | None:
         values, given = op.inputs, node.inputs
+        if op.variables is not None and len(given) == len(values) and self.trace is None:
+            for name, tensor in zip(op.variables, given, strict=True):
+                if not tensor.name or self.bindings.setdefault(name, tensor) is not tensor:
+                    return FAILED
+            return rest
         if op.tail is not None:
             rest = (op.tail, given[len(values) - 1 :], rest)
         elif len(given) > len(values) and any(t.name for t in given[len(values) :]):
@@ -376,8 +369,20 @@ class Matcher:
         lists = _ordered(op, self.trace is not None)
         if len(lists) > 1 or len(lists[0]) > 2:
             return self._bracketings(op, lists, node, rest)
+        if node.canonical == op.name:
+            return self._either(lists[0], node.inputs, rest)
         operands = self._split(op, node)
-        return FAILED if operands is None or len(operands) != 2 else self._assign(lists[0], operands, rest)
+        return FAILED if operands is None else self._assign(lists[0], operands, rest)
+
+    def _either(self, values: tuple[P.Value, ...], tensors: list[gs.Tensor], rest: Goals | None) -> Step:
+        """Two values stand for two operands, in either order."""
+        (first, second), (left, right) = values, tensors
+        orders = []
+        if self.trace is not None or possible(self.graph, first, left):
+            orders.append((first, left, (second, right, rest)))
+        if left is not right and (self.trace is not None or possible(self.graph, first, right)):  # the same value twice is tried once
+            orders.append((first, right, (second, left, rest)))
+        return orders[0] if len(orders) == 1 else orders
 
     def _bracketings(self, op: P.Op, lists: list[tuple[P.Value, ...]], node: Node, rest: Goals | None) -> Iterator[Goals]:
         for values in lists:
@@ -438,10 +443,9 @@ class Matcher:
         return (self._assigned(values, operands, i, rest) for i in options if first[id(operands[i][0])] == i)
 
     def _options(self, value: P.Value, operands: list[Operand]) -> list[int]:
-        """Which operands `value` can stand for."""
-        if isinstance(value, (P.Const, P.Scalar)):
-            return [i for i, (tensor, _) in enumerate(operands) if self.graph.constant(tensor) is not None]
-        return possible(self.graph, value, operands)
+        """Which operands `value` can stand for: of those by which the graph divides, or which it subtracts, only a number."""
+        number = isinstance(value, (P.Const, P.Scalar))
+        return [i for i, (tensor, how) in enumerate(operands) if (number or not how) and possible(self.graph, value, tensor)]
 
     def _assigned(self, values: tuple[P.Value, ...], operands: list[Operand], index: int, rest: Goals | None) -> Goals | None:
         tensor, how = operands[index]

@@ -24,19 +24,17 @@ def may_match(rule: Rule, op: str, above: Above) -> bool:
     return rule.find is not None or op in PASSING or any(_fits(form, above) for form in _forms(rule.pattern[0]).get(op, ()))
 
 
-def possible(graph: Graph, value: P.Value, operands: Sequence[tuple[gs.Tensor, str]]) -> list[int]:
-    """Which of `operands` `value` can stand for: their places. None by which the graph divides, or which it subtracts."""
-    wanted, found = _producers(value), []
-    for index, (tensor, how) in enumerate(operands):
-        if how:
-            continue
-        if wanted is None:
-            found.append(index)
-            continue
-        for node in tensor.inputs:  # its producer
-            if node.graph is graph and node.canonical in wanted:
-                found.append(index)
-    return found
+def possible(graph: Graph, value: P.Value, tensor: gs.Tensor) -> bool:
+    """Whether `value` can stand for `tensor`."""
+    if isinstance(value, (P.Const, P.Scalar)):
+        return graph.constant(tensor) is not None
+    wanted = _producers(value)
+    if wanted is None:
+        return True
+    for node in tensor.inputs:  # its producer
+        if node.graph is graph:
+            return node.canonical in wanted
+    return False
 
 
 def viable(graph: Graph, value: P.AnyOf, tensor: gs.Tensor) -> tuple[P.Value, ...]:

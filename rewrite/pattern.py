@@ -157,6 +157,11 @@ class Op(Value):
         return list(enumerate(self.inputs[:-1] if self.tail else self.inputs))[::-1]
 
     @cached_property
+    def variables(self) -> list[str] | None:
+        """The names of its operands if all are plain variables, so that nothing has to be found out about them."""
+        return [v.name for v in self.inputs if isinstance(v, Var)] if all(type(v) is Var for v in self.inputs) else None
+
+    @cached_property
     def operand_lists(self) -> list[tuple[Value, ...]]:
         """What `flattened` gives, once."""
         return [tuple(values) for values in flattened(self)]

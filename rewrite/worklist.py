@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Collection, Iterable, Iterator
+from typing import Any
 
 from rewrite import pattern as P
 from rewrite.graph import Graph
@@ -34,7 +35,7 @@ class Worklist:
             height = max(map(P.height, rule.pattern), default=1)
             for op in set().union(*(P.operators(o) for o in rule.pattern)):
                 self._mentions.setdefault(op, []).append((height + SLACK, -rule.priority, rule.roots))
-        self._hopeful: dict[tuple[str | None, ...], list[tuple[int, list[Rule]]]] = {}
+        self._hopeful: dict[Any, list[tuple[int, list[Rule]]]] = {}  # those that may match, by the operators at a node and its inputs
         self._queue: list[tuple[int, float, int, Node]] = []  # a heap
         self._waiting: dict[tuple[int, int], list[Rule]] = {}  # by level and node
         self._ticket = 0
@@ -54,18 +55,10 @@ class Worklist:
 
     def _enter(self, node: Node, levels: Collection[int] | None = None) -> None:
         """Let the rules that may match at a node, the root of some, wait for it: those of all levels, or of some."""
-        graph = self.graph
-        if node.graph is not graph:
+        if node.graph is not self.graph:
             return
-        key: list[str | None] = [node.canonical]
-        for tensor in node.inputs:
-            for producer in tensor.inputs:
-                if producer.graph is graph:
-                    key.append(producer.canonical)
-                    break
-            else:
-                key.append(None)
-        around = tuple(key)
+        # A value of an outer graph counts as computed here: then rules are tried that do not match, and none is left out.
+        around = (node.canonical, *[t.inputs[0].canonical if t.inputs else None for t in node.inputs])
         hopeful = self._hopeful.get(around)
         if hopeful is None:
             hopeful = self._hopeful[around] = self._choose(around)
@@ -77,7 +70,7 @@ class Worklist:
                     heapq.heappush(self._queue, (level, node.position, self._ticket, node))
                 self._waiting[where] = rules
 
-    def _choose(self, around: tuple[str | None, ...]) -> list[tuple[int, list[Rule]]]:
+    def _choose(self, around: tuple[Any, ...]) -> list[tuple[int, list[Rule]]]:
         """The rules, by level, that may match at a node of this operator with these at its inputs (None: no operator)."""
         op, above = str(around[0]), around[1:]
         found = [(level, [r for r in rules if self._everything or may_match(r, op, above)]) for level, rules in self._groups[op].items()]
