@@ -7,6 +7,7 @@ import hashlib
 import inspect
 import json
 import textwrap
+import threading
 from collections.abc import Mapping
 
 from rewrite.errors import RewriteError
@@ -16,13 +17,15 @@ from rewrite.runtime.plan import Manifest
 # Among the manifest's versions: of the GPU that engines were built on, absent if they run on others; the GPU on which kernels were timed.
 CAPABILITY, TUNED_ON = "compute capability", "tuned on"
 
+_parsing = threading.Lock()  # Python before 3.12 raises SystemError where two threads parse at a time
+
 
 def fingerprint(plugin: Plugin) -> str:
     """What a plan relies on, as 16 digits: the plugin's inputs, outputs and attributes with their defaults, and its reference as
     written (comments and layout aside), where Python knows the source. Kernels are free to change."""
     try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(plugin.reference)))
-        source = ast.unparse(tree)
+        with _parsing:
+            source = ast.unparse(ast.parse(textwrap.dedent(inspect.getsource(plugin.reference))))
     except (OSError, TypeError, SyntaxError):
         source = ""
     told = json.dumps([plugin.inputs, plugin.outputs, dict(plugin.attributes), source], sort_keys=True, default=str)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import sys
 import threading
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import fake_gpu
 import fake_ranks
@@ -345,3 +347,25 @@ def test_who_comes_while_steps_are_under_way_is_served(plans, monkeypatch):
         return made
 
     assert on_two_ranks(plans / "float32 2", work) == expected
+
+
+def test_one_thread_at_a_time_parses(monkeypatch):
+    """Python 3.11 raises SystemError where a thread parses while another one is at it, when both load a plan."""
+    from rewrite.registry import library
+    from rewrite.runtime import machine
+
+    parse, inside, most = machine.ast.parse, [], [0]
+
+    def watched(source):
+        inside.append(1)
+        most[0] = max(most[0], len(inside))
+        time.sleep(0.01)
+        made = parse(source)
+        inside.pop()
+        return made
+
+    monkeypatch.setattr(machine, "ast", SimpleNamespace(parse=watched, unparse=machine.ast.unparse))
+    plugin = library([]).plugins["AllReduce"]
+    first, second = together(2, lambda communicator: [machine.fingerprint(plugin) for _ in range(5)])
+    assert first == second
+    assert most == [1]
