@@ -6,6 +6,7 @@ by one rank or by all alike, so that all ranks have the same bits, and the same 
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import hashlib
 import os
@@ -80,6 +81,7 @@ class Mpi:
             raise RewriteError(f"mpi4py cannot be used ({str(error).splitlines()[0][:200]}); install rewrite-onnx[mpi]") from error
         self.mpi, self.world = MPI, MPI.COMM_WORLD if world is None else world
         self.pending: list[tuple[Any, Array]] = []  # messages on their way, which must not change meanwhile
+        atexit.register(self._settle)
         self.rank, self.size = int(self.world.Get_rank()), int(self.world.Get_size())
 
     def _gathered(self, flat: Array) -> Array:
@@ -117,6 +119,12 @@ class Mpi:
         flat = np.array(x, order="C").reshape(-1)  # a copy: the caller may go on
         if flat.size:
             self.pending.append((self.world.Isend([flat.view(np.uint8), self.mpi.BYTE], rank), flat))
+
+    def _settle(self) -> None:
+        """At the end of the process: MPI ends after Python's arrays are gone, and may still have to send what is in them."""
+        for request, _ in self.pending:
+            request.Wait()
+        self.pending = []
 
     def receive(self, x: Array, rank: int) -> None:
         if x.size:
