@@ -261,6 +261,36 @@ def test_a_decoding_error_in_the_middle_of_several_steps_ends_its_output():
     assert scheduler.metrics.failed == scheduler.metrics.finished == 1
 
 
+@pytest.mark.parametrize("lookahead", [1, 8])
+@pytest.mark.parametrize("moment", range(1, 30, 4))
+def test_an_interrupt_while_text_is_made_loses_no_token(lookahead, moment):
+    scheduler, model = served(lookahead=lookahead, blocks=64)
+    calls = []
+
+    def interrupted(tokens):
+        calls.append(len(tokens))
+        if len(calls) == moment:
+            raise KeyboardInterrupt
+        return decode(tokens)
+
+    requests = [Request([n, 2], Sampling(max_new_tokens=12, stop=["ab"], stop_tokens=[3]), decode=interrupted if n == 2 else decode) for n in (1, 2, 5, 6)]
+    numbers = [scheduler.add(r) for r in requests]
+    outputs, interrupts = [], 0
+    while scheduler.unfinished:
+        try:
+            outputs += scheduler.step()
+        except KeyboardInterrupt:
+            interrupts += 1
+        scheduler.pool.check()
+        model.spoil(scheduler.pool._free)
+    for number, request in zip(numbers, requests, strict=True):
+        (tokens, text, _reason) = Alone().generate(request)[0]
+        assert tokens_of(outputs)[number, 0] == tokens
+        assert "".join(o.text for o in outputs if o.request == number) == text
+    assert interrupts == (len(calls) >= moment)
+    assert scheduler.pool.used == 0
+
+
 def test_a_quarter_of_the_outputs_may_end_before_the_steps_do():
     scheduler, model = served(lookahead=8, blocks=64)
     calls = []
