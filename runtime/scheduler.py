@@ -496,11 +496,11 @@ class Scheduler:
         if len(old) == 1:
             scores = np.repeat(scores, s.beams, axis=0)
         try:
-            parents = beams.advance(scores, lambda tokens: self._ended(group, tokens))
+            parents = [] if beams.done else beams.advance(scores, lambda tokens: self._ended(group, tokens))  # done: its texts were interrupted
+            if beams.done:
+                return self._best(group, now)
         except Exception as wrong:  # of the user's decode
             return [self._fail(group, f"decode: {blame(wrong)}")]
-        if beams.done:
-            return self._best(group, now)
         tables: list[BlockTable] = []
         taken: set[int] = set()
         for parent in (min(p, len(old) - 1) for p in parents):

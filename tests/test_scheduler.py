@@ -261,6 +261,31 @@ def test_a_decoding_error_in_the_middle_of_several_steps_ends_its_output():
     assert scheduler.metrics.failed == scheduler.metrics.finished == 1
 
 
+@pytest.mark.parametrize("stop", [(), ("ab",)])
+@pytest.mark.parametrize("moment", range(1, 12, 2))
+def test_an_interrupt_while_the_texts_of_beams_are_made_changes_nothing(moment, stop):
+    scheduler, _ = served()
+    calls = []
+
+    def interrupted(tokens):
+        calls.append(len(tokens))
+        if len(calls) == moment:
+            raise KeyboardInterrupt
+        return decode(tokens)
+
+    sampling = Sampling(beams=3, n=2, max_new_tokens=6, stop=stop)
+    scheduler.add(Request([1, 2], sampling, decode=interrupted))
+    outputs, interrupts = [], 0
+    while scheduler.unfinished:
+        try:
+            outputs += scheduler.step()
+        except KeyboardInterrupt:
+            interrupts += 1
+    assert [(list(o.tokens), o.text, o.finished) for o in outputs] == Alone().search(Request([1, 2], sampling))
+    assert interrupts == 1
+    assert scheduler.pool.used == 0
+
+
 @pytest.mark.parametrize("lookahead", [1, 8])
 @pytest.mark.parametrize("moment", range(1, 30, 4))
 def test_an_interrupt_while_text_is_made_loses_no_token(lookahead, moment):
@@ -552,16 +577,17 @@ def test_an_error_ends_its_own_request_only():
 
     good = Request([1, 2], Sampling(max_new_tokens=5))
     wrong = [Request([1, 2], Sampling(max_new_tokens=5, allowed=hook)), Request([1, 2], decode=no_text),
-             Request([1, 2], Sampling(beams=2, max_new_tokens=5, allowed=hook)), Request([1, 2], Sampling(beams=2, stop=["a"]), decode=no_text)]  # fmt: skip
+             Request([1, 2], Sampling(beams=2, max_new_tokens=5, allowed=hook)), Request([1, 2], Sampling(beams=2, stop=["a"]), decode=no_text),
+             Request([1, 2], Sampling(beams=2, max_new_tokens=5, allowed=hook)), Request([1, 2], Sampling(beams=2, max_new_tokens=3), decode=no_text)]  # fmt: skip
     numbers = [scheduler.add(request) for request in wrong]
     number = scheduler.add(good)
     outputs = list(scheduler.run())
     errors = {o.request: o.error for o in outputs if o.finished == "error"}
-    for number_of, (start, end) in zip(numbers, [("allowed: test_scheduler.py:", "KeyError: 'no such state'"), ("decode: test_scheduler.py:", "no such token")] * 2, strict=True):
+    for number_of, (start, end) in zip(numbers, [("allowed: test_scheduler.py:", "KeyError: 'no such state'"), ("decode: test_scheduler.py:", "no such token")] * 3, strict=True):
         assert errors[number_of].startswith(start)
         assert errors[number_of].endswith(end)
     assert tokens_of(outputs)[number, 0] == alone(good)[0]
-    assert scheduler.metrics.failed == 4
+    assert scheduler.metrics.failed == 6
     assert scheduler.pool.used == 0
 
 
