@@ -261,29 +261,24 @@ def test_a_decoding_error_in_the_middle_of_several_steps_ends_its_output():
     assert scheduler.metrics.failed == scheduler.metrics.finished == 1
 
 
-@pytest.mark.parametrize("stop", [(), ("ab",)])
-@pytest.mark.parametrize("moment", range(1, 12, 2))
-def test_an_interrupt_while_the_texts_of_beams_are_made_changes_nothing(moment, stop):
-    scheduler, _ = served()
-    calls = []
+@pytest.mark.parametrize("beams", [2, 3])
+def test_an_interrupt_while_the_texts_of_beams_are_made_does_not_search_on(beams):
+    for first in range(VOCABULARY):
+        scheduler, _ = served()
+        calls = []
 
-    def interrupted(tokens):
-        calls.append(len(tokens))
-        if len(calls) == moment:
-            raise KeyboardInterrupt
-        return decode(tokens)
+        def interrupted(tokens, calls=calls):
+            calls.append(len(tokens))
+            if len(calls) == 1:
+                raise KeyboardInterrupt
+            return decode(tokens)
 
-    sampling = Sampling(beams=3, n=2, max_new_tokens=6, stop=stop)
-    scheduler.add(Request([1, 2], sampling, decode=interrupted))
-    outputs, interrupts = [], 0
-    while scheduler.unfinished:
-        try:
-            outputs += scheduler.step()
-        except KeyboardInterrupt:
-            interrupts += 1
-    assert [(list(o.tokens), o.text, o.finished) for o in outputs] == Alone().search(Request([1, 2], sampling))
-    assert interrupts == 1
-    assert scheduler.pool.used == 0
+        request = Request([first, 2, 3], Sampling(beams=beams, max_new_tokens=8, stop_tokens=range(6), length_penalty=3.0), decode=interrupted)
+        scheduler.add(request)
+        with pytest.raises(KeyboardInterrupt):
+            list(scheduler.run())
+        assert [(list(o.tokens), o.text, o.finished) for o in scheduler.run()] == Alone().search(request)
+        assert scheduler.pool.used == 0
 
 
 @pytest.mark.parametrize("lookahead", [1, 8])
