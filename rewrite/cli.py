@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import re
 import sys
@@ -54,6 +55,12 @@ class Commands(click.Group):
         except BrokenPipeError:
             sys.stderr.close()
             ctx.exit(1)
+        except OSError as error:
+            if error.filename is not None or error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
+                raise
+            click.echo(f"rewrite: standard output cannot be written: {error.strerror}; make room, or send it elsewhere", err=True)
+            sys.stdout = None  # type: ignore[assignment]  # what it still holds would be tried once more
+            ctx.exit(2)
 
     def resolve_command(self, ctx: click.Context, args: list[str]) -> tuple[str | None, click.Command | None, list[str]]:
         import difflib
@@ -519,6 +526,10 @@ def print_plan(plan: Plan, steps: bool) -> None:
         from rewrite.patterns.transform_generate import describe_generator
 
         click.echo(f"{describe_generator(manifest.generator)}; {'with' if manifest.generator.get('tokenizer') else 'without'} a tokenizer\n")
+    if manifest.world > 1:
+        stages = f" in {manifest.stages} stages" if manifest.stages > 1 else ""
+        how = f": start them with `mpirun -n {manifest.world} rewrite generate {plan.directory} ...`" if manifest.generator is not None else ""
+        click.echo(f"for {manifest.world} ranks{stages}{how}\n")
     rows = []
     for key in dict.fromkeys(s.name for s in manifest.steps if s.kind == "segment"):
         uses = [s for s in manifest.steps if s.name == key]

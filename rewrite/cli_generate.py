@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import sys
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -116,7 +115,7 @@ def _generate(generator: Generator, prompts: tuple[str, ...], file: str | None, 
 
 def _lines(file: str) -> list[str]:
     try:
-        with open(file, encoding="utf-8") as stream:
+        with open(file, encoding="utf-8-sig") as stream:
             return [line.rstrip("\n") for line in stream if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise RewriteError(f"--prompts {file}: cannot be read as text: {getattr(error, 'strerror', None) or 'it is not UTF-8'}") from error
@@ -155,7 +154,6 @@ def _print_as_it_comes(generator: Generator, prompt: Prompt, ignore_eos: bool, o
         elif output.tokens:
             click.echo(separator + ",".join(map(str, output.tokens)), nl=False)
             separator = ","
-        sys.stdout.flush()
     click.echo()
 
 

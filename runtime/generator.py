@@ -151,10 +151,21 @@ class Generator:
         loop, waiting = asyncio.get_running_loop(), asyncio.Queue[Output]()
 
         def sink(output: Output) -> None:
-            loop.call_soon_threadsafe(waiting.put_nowait, output)
+            if loop.is_closed():  # nobody listens any more, and whoever steps is somebody else
+                self.scheduler.cancel(output.request)
+            else:
+                loop.call_soon_threadsafe(waiting.put_nowait, output)
 
-        number = await asyncio.to_thread(lambda: self.add(self.request(prompt, sampling, ignore_eos, options), sink))
+        numbers: list[int] = []
+        closed = threading.Event()
+
+        def begin() -> None:
+            numbers.append(self.add(self.request(prompt, sampling, ignore_eos, options), sink))
+            if closed.is_set():  # while its thread was still at it
+                self.cancel(numbers[0])
+
         try:
+            await asyncio.to_thread(begin)
             while True:
                 while waiting.empty():
                     await asyncio.to_thread(self.step)
@@ -163,7 +174,9 @@ class Generator:
                 if output.done:
                     return
         finally:
-            self.cancel(number)
+            closed.set()
+            for number in numbers:
+                self.cancel(number)
 
     def stats(self) -> dict[str, float]:
         """Counts and times of the scheduler since the start, in seconds."""
@@ -204,14 +217,22 @@ class Generator:
             return number
 
     def step(self) -> None:
-        """One step for all who wait, each of whom gets what is new."""
+        """One step for all who wait, each of whom gets what is new. A sink that raises gets no more, and its error goes on when all have theirs."""
+        wrong: BaseException | None = None
         with self._lock:
             for output in self.scheduler.step():
                 sink = self._sinks.get(output.request)
-                if output.done:
+                try:
+                    if sink is not None:
+                        sink(output)
+                except BaseException as error:
+                    wrong = error
                     self._sinks.pop(output.request, None)
-                if sink is not None:
-                    sink(output)
+                    self.scheduler.cancel(output.request)
+                if output.done:  # after its last output: other threads look here whether they have everything
+                    self._sinks.pop(output.request, None)
+        if wrong is not None:
+            raise wrong
 
     def cancel(self, number: int) -> None:
         """Give up a request, if it is not over: it gets no more outputs, and its blocks are free."""

@@ -61,9 +61,18 @@ class Group:
         self.sequences = [Sequence(row, table)]
         self.beams = BeamSearch(job.request.sampling) if job.request.sampling.beams > 1 else None
         self.forks = row.choice == 0 and self.beams is None and job.request.sampling.n > 1  # before its first token
-        self.text = TextStream(job.request.decode, job.request.sampling.stop) if job.request.decode and self.beams is None else None
+        self.text = self.stream(row.tokens[row.prompt :])
         self.last = 0.0  # when it got its last token
         self.running = table is not None
+
+    def stream(self, known: list[int]) -> TextStream | None:
+        """The text that follows these tokens, if text is wanted as it comes."""
+        if self.job.request.decode is None or self.beams is not None:
+            return None
+        stream = TextStream(self.job.request.decode, self.job.request.sampling.stop)
+        for token in known:
+            stream.add(token)
+        return stream
 
     @property
     def seats(self) -> int:

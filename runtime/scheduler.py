@@ -175,10 +175,7 @@ class Scheduler:
         try:
             samples = next(parts, None)
         except BaseException:
-            self._flight, self._notices = None, outputs
-            for group in groups:
-                if group.running:
-                    self._preempt(group)
+            self._give_up(outputs)
             raise
         if samples is None:
             self._flight = None
@@ -188,13 +185,27 @@ class Scheduler:
             return False
         now = self._clock()
         self._count(len(samples), len(groups))
-        for i, group in enumerate(groups):
-            if group.running:
-                outputs.append(self._accept(group, [int(s.tokens[i]) for s in samples], [s.logprobs[i] for s in samples], [s.errors[i] for s in samples], now))
+        try:
+            for i, group in enumerate(groups):
+                if group.running:
+                    outputs.append(self._accept(group, [int(s.tokens[i]) for s in samples], [s.logprobs[i] for s in samples], [s.errors[i] for s in samples], now))
+        except BaseException:  # the others' tokens of this part are lost
+            self._give_up(outputs)
+            raise
         if not any(group.running for group in groups):
             parts.close()
             self._flight = None
         return True
+
+    def _give_up(self, outputs: list[Output]) -> None:
+        """End what is under way; whoever is in it is computed again."""
+        assert self._flight is not None
+        groups, parts = self._flight
+        self._flight, self._notices = None, outputs
+        for group in groups:
+            if group.running:
+                self._preempt(group)
+        parts.close()
 
     def _goes_on(self) -> bool:
         """Whether what is under way is worth its while: nobody waits who could be admitted, and most outputs are not over."""
@@ -445,6 +456,10 @@ class Scheduler:
             except Exception as wrong:  # of the user's decode: it ends this output and no other
                 row.tokens.pop()
                 error = f"decode: {blame(wrong)}"
+            except BaseException:  # Ctrl-C: as if none of these tokens had come
+                del row.tokens[begin:]
+                group.text = group.stream(row.tokens[row.prompt :])
+                raise
             if finished or error is not None:
                 break
         new = tuple(row.tokens[begin:])
@@ -481,11 +496,11 @@ class Scheduler:
         if len(old) == 1:
             scores = np.repeat(scores, s.beams, axis=0)
         try:
-            parents = beams.advance(scores, lambda tokens: self._ended(group, tokens))
+            parents = [] if beams.done else beams.advance(scores, lambda tokens: self._ended(group, tokens))  # done: its texts were interrupted
+            if beams.done:
+                return self._best(group, now)
         except Exception as wrong:  # of the user's decode
             return [self._fail(group, f"decode: {blame(wrong)}")]
-        if beams.done:
-            return self._best(group, now)
         tables: list[BlockTable] = []
         taken: set[int] = set()
         for parent in (min(p, len(old) - 1) for p in parents):

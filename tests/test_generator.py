@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import json
+import subprocess
+import sys
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -183,6 +186,66 @@ def test_who_stops_listening_gives_the_blocks_back(plans):
     assert generator.scheduler.pool.used == 0
 
 
+def test_a_stream_that_is_cancelled_while_its_prompt_is_read_leaves_nothing(plans, monkeypatch):
+    generator = rewrite.Generator(plans / "ids", kv_memory=1 << 20)
+    request, reading = generator.request, threading.Event()
+
+    def slow(*given):
+        reading.set()
+        time.sleep(0.1)
+        return request(*given)
+
+    monkeypatch.setattr(generator, "request", slow)
+
+    async def one():
+        task = asyncio.ensure_future(anext(generator.stream(prompts()[4], max_new_tokens=50)))
+        await asyncio.to_thread(reading.wait)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    asyncio.run(one())  # waits for its threads
+    generator.step()
+    assert generator.scheduler.metrics.cancelled == generator.scheduler.metrics.added == 1
+    assert (generator.scheduler.unfinished, generator.scheduler.pool.used) == (0, 0)
+
+
+def test_a_listener_that_is_gone_takes_nothing_from_the_others(plans, expected):
+    generator = rewrite.Generator(plans / "ids", kv_memory=1 << 20, lookahead=4)
+    loop = asyncio.new_event_loop()
+    stream = generator.stream(prompts()[4], max_new_tokens=50)
+    loop.run_until_complete(anext(stream))
+    loop.run_until_complete(loop.shutdown_default_executor())
+    loop.close()  # its streams were not
+    heard: list[int] = []
+
+    def deaf(output):
+        if heard:
+            raise ConnectionError("nobody there")
+        heard.append(output.request)
+
+    number = generator.add(generator.request(prompts()[2], None, False, {"max_new_tokens": 20}), deaf)
+    found, errors = [], []
+    generator.add(generator.request(prompts()[5], None, False, {"max_new_tokens": 20}), lambda output: found.extend(output.tokens))
+    while generator.scheduler.unfinished:
+        try:
+            generator.step()
+        except ConnectionError as error:
+            errors.append(str(error))
+    assert (found, heard, errors) == (expected[5], [number], ["nobody there"])
+    assert generator.scheduler.metrics.cancelled == 2
+    assert (generator.scheduler.pool.used, generator._sinks) == (0, {})
+
+
+def test_who_finds_its_request_over_has_all_outputs(plans):
+    generator = rewrite.Generator(plans / "ids", kv_memory=1 << 20)
+    there = []  # whether other threads see the request as under way while its last output is handed over
+    number = generator.add(generator.request([1, 2], None, False, {"max_new_tokens": 3}), lambda output: there.append(output.request in generator._sinks))
+    while number in generator._sinks:
+        generator.step()
+    assert there == [True, True, True]
+
+
 def test_the_end_of_text_ends_it(plans, expected):
     """Token 0 is the end: what comes after it in the text without end is not generated."""
     generator = rewrite.Generator(plans / "text", kv_memory=1 << 20)
@@ -302,6 +365,25 @@ def test_a_refused_prompt_is_not_echoed(plans, arguments, reason):
     shown = call("generate", plans / "text", *arguments, "--kv-memory", "1M")
     assert (shown.exit_code, shown.stdout, shown.stderr.count("\n")) == (2, "", 1)
     assert reason in shown.stderr
+
+
+@pytest.mark.parametrize("closed", [True, False])
+def test_output_that_cannot_be_written_is_one_line(plans, closed):
+    """A full disk; and a standard output that is not there, which nobody misses."""
+    command = [sys.executable, "-m", "rewrite.cli", "generate", str(plans / "ids"), "--tokens", "1,2", "--max-new-tokens", "4", "--kv-memory", "1M"]
+    shell = ["sh", "-c", 'exec "$@" ' + (">&-" if closed else "> /dev/full"), "sh"]
+    done = subprocess.run([*shell, *command], stderr=subprocess.PIPE, text=True, timeout=60)
+    line = "rewrite: standard output cannot be written: No space left on device; make room, or send it elsewhere\n"
+    assert (done.returncode, done.stderr) == ((0, "") if closed else (2, line))
+
+
+def test_a_file_of_prompts_may_begin_with_a_byte_order_mark(plans, tmp_path):
+    told = []
+    for name, encoding in (("plain", "utf-8"), ("marked", "utf-8-sig")):
+        (tmp_path / name).write_text("w1 w2\nw3\n", encoding=encoding)
+        told.append(CliRunner().invoke(main, ["generate", str(plans / "text"), "--prompts", str(tmp_path / name), "--no-chat", "--max-new-tokens", "4", "--kv-memory", "1M"]).stdout)
+    assert told[0] == told[1]
+    assert told[0].startswith("w1 w2 ->")
 
 
 def test_a_model_that_is_fused_already_becomes_a_generator(tmp_path):

@@ -50,6 +50,12 @@ def test_all_ranks_in_one_process(plans, world):
     assert greedy(PlanModel(plan, memory=1 << 21), PROMPTS, 20) == expected
 
 
+def test_inspect_tells_for_how_many_ranks_it_is(plans):
+    shown = {world: CliRunner().invoke(main, ["inspect", str(plans[world])]).stdout for world in (1, 2)}
+    assert f"for 2 ranks: start them with `mpirun -n 2 rewrite generate {plans[2]} ...`" in shown[2]
+    assert "ranks" not in shown[1].replace(str(plans[1]), "")
+
+
 def test_a_rank_has_its_slices(plans):
     plan, whole = Plan(plans[2]), Plan(plans[1]).weights
     parts = [plan.weights_of(rank) for rank in range(2)]

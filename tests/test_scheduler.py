@@ -261,6 +261,56 @@ def test_a_decoding_error_in_the_middle_of_several_steps_ends_its_output():
     assert scheduler.metrics.failed == scheduler.metrics.finished == 1
 
 
+@pytest.mark.parametrize("beams", [2, 3])
+def test_an_interrupt_while_the_texts_of_beams_are_made_does_not_search_on(beams):
+    for first in range(VOCABULARY):
+        scheduler, _ = served()
+        calls = []
+
+        def interrupted(tokens, calls=calls):
+            calls.append(len(tokens))
+            if len(calls) == 1:
+                raise KeyboardInterrupt
+            return decode(tokens)
+
+        request = Request([first, 2, 3], Sampling(beams=beams, max_new_tokens=8, stop_tokens=range(6), length_penalty=3.0), decode=interrupted)
+        scheduler.add(request)
+        with pytest.raises(KeyboardInterrupt):
+            list(scheduler.run())
+        assert [(list(o.tokens), o.text, o.finished) for o in scheduler.run()] == Alone().search(request)
+        assert scheduler.pool.used == 0
+
+
+@pytest.mark.parametrize("lookahead", [1, 8])
+@pytest.mark.parametrize("moment", range(1, 30, 4))
+def test_an_interrupt_while_text_is_made_loses_no_token(lookahead, moment):
+    scheduler, model = served(lookahead=lookahead, blocks=64)
+    calls = []
+
+    def interrupted(tokens):
+        calls.append(len(tokens))
+        if len(calls) == moment:
+            raise KeyboardInterrupt
+        return decode(tokens)
+
+    requests = [Request([n, 2], Sampling(max_new_tokens=12, stop=["ab"], stop_tokens=[3]), decode=interrupted if n == 2 else decode) for n in (1, 2, 5, 6)]
+    numbers = [scheduler.add(r) for r in requests]
+    outputs, interrupts = [], 0
+    while scheduler.unfinished:
+        try:
+            outputs += scheduler.step()
+        except KeyboardInterrupt:
+            interrupts += 1
+        scheduler.pool.check()
+        model.spoil(scheduler.pool._free)
+    for number, request in zip(numbers, requests, strict=True):
+        (tokens, text, _reason) = Alone().generate(request)[0]
+        assert tokens_of(outputs)[number, 0] == tokens
+        assert "".join(o.text for o in outputs if o.request == number) == text
+    assert interrupts == (len(calls) >= moment)
+    assert scheduler.pool.used == 0
+
+
 def test_a_quarter_of_the_outputs_may_end_before_the_steps_do():
     scheduler, model = served(lookahead=8, blocks=64)
     calls = []
@@ -522,16 +572,17 @@ def test_an_error_ends_its_own_request_only():
 
     good = Request([1, 2], Sampling(max_new_tokens=5))
     wrong = [Request([1, 2], Sampling(max_new_tokens=5, allowed=hook)), Request([1, 2], decode=no_text),
-             Request([1, 2], Sampling(beams=2, max_new_tokens=5, allowed=hook)), Request([1, 2], Sampling(beams=2, stop=["a"]), decode=no_text)]  # fmt: skip
+             Request([1, 2], Sampling(beams=2, max_new_tokens=5, allowed=hook)), Request([1, 2], Sampling(beams=2, stop=["a"]), decode=no_text),
+             Request([1, 2], Sampling(beams=2, max_new_tokens=5, allowed=hook)), Request([1, 2], Sampling(beams=2, max_new_tokens=3), decode=no_text)]  # fmt: skip
     numbers = [scheduler.add(request) for request in wrong]
     number = scheduler.add(good)
     outputs = list(scheduler.run())
     errors = {o.request: o.error for o in outputs if o.finished == "error"}
-    for number_of, (start, end) in zip(numbers, [("allowed: test_scheduler.py:", "KeyError: 'no such state'"), ("decode: test_scheduler.py:", "no such token")] * 2, strict=True):
+    for number_of, (start, end) in zip(numbers, [("allowed: test_scheduler.py:", "KeyError: 'no such state'"), ("decode: test_scheduler.py:", "no such token")] * 3, strict=True):
         assert errors[number_of].startswith(start)
         assert errors[number_of].endswith(end)
     assert tokens_of(outputs)[number, 0] == alone(good)[0]
-    assert scheduler.metrics.failed == 4
+    assert scheduler.metrics.failed == 6
     assert scheduler.pool.used == 0
 
 
