@@ -15,6 +15,7 @@ from types import ModuleType, SimpleNamespace
 import numpy as np
 import pytest
 from conftest import parse
+from fake_ranks import Threads, together
 
 import rewrite
 from rewrite.errors import RewriteError
@@ -40,42 +41,6 @@ class DeviceArray(np.ndarray):
 
 def on_device(array):
     return np.ascontiguousarray(array).view(DeviceArray)
-
-
-class Host:
-    """Ranks that are threads: `exchange` by a barrier."""
-
-    def __init__(self, rank, size, shared):
-        self.rank, self.size, self.shared = rank, size, shared
-
-    def exchange(self, data):
-        self.shared.parts[self.rank] = data
-        self.shared.barrier.wait(20)
-        found = [self.shared.parts[r] for r in range(self.size)]
-        self.shared.barrier.wait(20)
-        assert len({len(d) for d in found}) == 1  # as MPI's buffers want it
-        return found
-
-
-def together(size, work):
-    """What `work(host)` returns on each rank. Raises what any of them raises."""
-    shared, found, wrong = SimpleNamespace(parts={}, barrier=threading.Barrier(size)), {}, []
-
-    def run(rank):
-        try:
-            found[rank] = work(Host(rank, size, shared))
-        except BaseException as error:
-            wrong.append(error)
-            shared.barrier.abort()
-
-    threads = [threading.Thread(target=run, args=(rank,), name=str(rank)) for rank in range(size)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    if wrong:
-        raise next((e for e in wrong if not isinstance(e, threading.BrokenBarrierError)), wrong[0])
-    return [found[r] for r in range(size)]
 
 
 class Communicator:
@@ -219,7 +184,7 @@ def test_types_and_a_missing_library(monkeypatch, gpu):
     monkeypatch.setitem(sys.modules, "cupy", ModuleType("cupy"))
     monkeypatch.setitem(sys.modules, "cupy.cuda", ModuleType("cupy.cuda"))
     with pytest.raises(RewriteError, match=r"NCCL cannot be used \(.*\); install nvidia-nccl-cu13"):
-        Nccl(Host(0, 1, None))
+        Nccl(Threads(0, 1, None))
 
 
 def test_a_library_that_cupy_does_not_find_is_one_line(gpu):
