@@ -17,6 +17,7 @@ import statistics
 import struct
 import sys
 import traceback
+from collections.abc import Callable
 from typing import Any
 
 import ml_dtypes  # noqa: F401  gives NumPy the names of its types
@@ -191,13 +192,11 @@ def work(rank: int, size: int, lines: list[Any]) -> None:
         os._exit(1)  # NCCL would wait for the others
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--gpus", type=int, default=2)
-    size = parser.parse_args().gpus
+def start(work: Callable[..., None], size: int, *more: Any) -> bool:
+    """Run `work(rank, size, lines, *more)` in a process a rank, `lines` being those of its `Pipes`. False if one ended with an error: then all are killed."""
     context = multiprocessing.get_context("spawn")
     pairs = [context.Pipe() for _ in range(size - 1)]
-    processes = [context.Process(target=work, args=(rank, size, [pairs[rank - 1][1]] if rank else [a for a, _ in pairs])) for rank in range(size)]
+    processes = [context.Process(target=work, args=(rank, size, [pairs[rank - 1][1]] if rank else [a for a, _ in pairs], *more)) for rank in range(size)]
     for process in processes:
         process.start()
     while any(p.is_alive() for p in processes):
@@ -206,8 +205,17 @@ def main() -> None:
         if any(p.exitcode for p in processes):
             for process in processes:
                 process.kill()
-            print("VERDICT: FAILED, a rank ended with an error", flush=True)
-            sys.exit(1)
+            return False
+    return True
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--gpus", type=int, default=2)
+    size = parser.parse_args().gpus
+    if not start(work, size):
+        print("VERDICT: FAILED, a rank ended with an error", flush=True)
+        sys.exit(1)
     print("VERDICT: done", flush=True)
 
 

@@ -14,7 +14,6 @@ import argparse
 import faulthandler
 import itertools
 import json
-import multiprocessing
 import statistics
 import sys
 import time
@@ -25,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from all_reduce import Pipes
+from all_reduce import Pipes, start
 
 from rewrite.plugins import tuning
 from rewrite.runtime import seal
@@ -358,7 +357,7 @@ class Local(Pipes):
         os._exit(code)
 
 
-def start(rank: int, size: int, lines: list[Any], options: argparse.Namespace) -> None:
+def spawned(rank: int, size: int, lines: list[Any], options: argparse.Namespace) -> None:
     import os
 
     os.environ["OMPI_COMM_WORLD_LOCAL_RANK"] = str(rank)
@@ -380,18 +379,8 @@ def main() -> None:
     if not options.start:
         work(connect(), options)
         return
-    context = multiprocessing.get_context("spawn")
-    pairs = [context.Pipe() for _ in range(options.start - 1)]
-    processes = [context.Process(target=start, args=(r, options.start, [pairs[r - 1][1]] if r else [a for a, _ in pairs], options)) for r in range(options.start)]
-    for process in processes:
-        process.start()
-    while any(p.is_alive() for p in processes):
-        for process in processes:
-            process.join(0.2)
-        if any(p.exitcode for p in processes):
-            for process in processes:
-                process.kill()
-            sys.exit("a rank ended with an error")
+    if not start(spawned, options.start, options):
+        sys.exit("a rank ended with an error")
 
 
 if __name__ == "__main__":
