@@ -166,12 +166,14 @@ class Report:
         return [m for m in self.near_misses if m.part == "replacement"]
 
     def missed(self, miss: NearMiss) -> None:
-        """Enter a near miss; a node visited again forgets what the rule said of it before."""
-        self._misses[miss.rule, miss.at] = miss
+        """Enter a near miss; of a node visited again what came nearer stays: a weaker rule may have taken the nodes above it since."""
+        before = self._misses.get((miss.rule, miss.at))
+        if before is None or (miss.nearness, miss.depth) >= (before.nearness, before.depth):
+            self._misses[miss.rule, miss.at] = miss
 
     @property
     def near_misses(self) -> list[NearMiss]:
-        """Every place where a rule came near, latest state. Where another rule took the node, only rejections are left."""
+        """Every place where a rule came near, and how near at most. Where another rule took the node, only rejections are left."""
         taken = {n for s in self.sites for n in s.nodes}
         by_rule = {(s.rule, n) for s in self.sites for n in s.nodes}
         return [m for m in self._misses.values() if (m.at not in taken if m.part != "replacement" else (m.rule, m.at) not in by_rule)]

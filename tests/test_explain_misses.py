@@ -1,4 +1,4 @@
-"""Ten planted near misses: `rewrite explain` names the node at which it fails, and the reason."""
+"""Planted near misses: `rewrite explain` names the node at which it fails, and the reason."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Y = "float[B, 4, S, 8] y"
 RNG = np.random.default_rng(3)
 CONSTANTS = {
     "c": np.float32(0.35), "two": np.float32(2), "half": np.float32(0.5), "one": np.float32(1), "root": np.float32(1.4142135), "eps": np.float32(1e-6),
-    "w": RNG.standard_normal((8, 8)).astype(np.float32), "weight": RNG.standard_normal(8).astype(np.float32), "last": np.array([-1]), "axis2": np.array([2]),
+    "w": RNG.standard_normal((8, 8)).astype(np.float32), "weight": RNG.standard_normal(8).astype(np.float32), "bias": np.ones(8, np.float32), "last": np.array([-1]), "axis2": np.array([2]),
     "expand": np.array([1, 1, 2, 1, 1]), "to3": np.array([0, 6, -1, 8]), "grouped": np.array([0, 3, 2, 0, 8]),
 }  # fmt: skip
 
@@ -57,6 +57,14 @@ MISSES = {
     "heads permuted in three dimensions": (
         "float[N, S, 8] q, float[T, N, 8] k, float[N, S, 8] v", "kt = Transpose<perm = [1, 2, 0]>(k) m0 = MatMul(q, kt) t = Transpose<perm = [0, 2, 1]>(m0) p = Softmax<axis = -1>(t) y = MatMul(p, v)",
         "float[N, T, 8] y", ("attention", "Softmax 'p'", "attention", ["Transpose 't'", "expected"]),
+    ),
+    "a sum read elsewhere, which a weaker rule takes": (
+        "float[B, S, 8] x", "m = MatMul(x, w) s = Add(m, bias) y = Gelu(s) z = Neg(s)", "float[B, S, 8] y, float[B, S, 8] z",
+        ("activation after a product", "Gelu 'y'", "linear_activation", ["'s' inside the match is needed elsewhere", "Neg 'z' reads it too"]),
+    ),
+    "a bias of two dimensions, which a weaker rule takes for a residual": (
+        "float[S, 8] x, float[S, 8] b", "m = MatMul(x, w) s = Add(m, b) y = Gelu(s)", "float[S, 8] y",
+        ("activation after a product", "Gelu 'y'", "linear_activation", ["the bias 'b' has shape ['S', 8], expected one dimension"]),
     ),
     "an unknown activation": (
         "float[B, S, 8] x", "m = MatMul(x, w) y = Mish(m)", "float[B, S, 8] y",
