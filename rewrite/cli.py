@@ -348,9 +348,9 @@ def best_near_misses(report: Report) -> list[NearMiss]:
     best: dict[str, NearMiss] = {}
     for miss in filter(significant, report.near_misses):
         old = best.get(miss.at)
-        if old is None or (miss.nearness, miss.depth) > (old.nearness, old.depth):
+        if old is None or miss.rank > old.rank:
             best[miss.at] = miss
-    return sorted(best.values(), key=lambda m: (-m.nearness, -m.depth))
+    return sorted(best.values(), key=lambda m: m.rank, reverse=True)
 
 
 @main.command(short_help="Tell what is not fused, and why.")
@@ -380,17 +380,21 @@ def explain(model: str, rule_name: str | None, node: str | None, files: tuple[st
     report = result.report
     if rule_name is not None and rule_name not in report.rules:
         raise RewriteError(unknown_rule(rule_name, report.rules))
-    left, misses = unfused(result.model.proto, report), best_near_misses(report)
-    if rule_name is not None or node is not None:
-        left, misses = [], [m for m in (*report.near_misses, *report.outrun) if rule_name in (None, m.rule) and (node is None or m.at.endswith(f"'{node}'"))]
+    asked = rule_name is not None or node is not None
+
+    def concerns(rule: str, *nodes: str) -> bool:
+        return rule_name in (None, rule) and (node is None or any(n.endswith(f"'{node}'") for n in nodes))
+
+    taken = [s for s in report.sites if concerns(s.rule, *s.nodes)]
+    left = [u for u in unfused(result.model.proto, report) if rule_name is None and concerns(u.rule, u.node)]
+    if asked:
+        misses = sorted((m for m in (*report.near_misses, *report.outrun) if concerns(m.rule, m.at, m.node, *m.covered)), key=lambda m: m.rank, reverse=True)
     else:
         told = {(u.rule, u.reason) for u in left}
-        misses = [m for m in misses if (m.rule, m.why()) not in told]
+        misses = [m for m in best_near_misses(report) if (m.rule, m.why()) not in told]
     if as_json:
-        fused = [asdict(s) for s in report.sites if rule_name in (None, s.rule)]
-        click.echo(json.dumps({"fused": fused, "unfused": [asdict(u) for u in left], "near_misses": [asdict(m) for m in misses]}, indent=1))
+        click.echo(json.dumps({"fused": [asdict(s) for s in taken], "unfused": [asdict(u) for u in left], "near_misses": [asdict(m) for m in misses]}, indent=1))
         return
-    taken = [s for s in report.sites if rule_name in (None, s.rule) and (node is None or any(n.endswith(f"'{node}'") for n in s.nodes))]
     if taken:
         rows = Counter((s.rule, s.plugin or "(plain)") for s in taken)
         table("Fused", ["rule", "becomes", "sites"], [[rule, plugin, str(n)] for (rule, plugin), n in rows.items()])
@@ -399,7 +403,6 @@ def explain(model: str, rule_name: str | None, node: str | None, files: tuple[st
         table("Not fused", ["looks like", "at", "nearest rule", "why not"], [[u.kind, u.node, u.rule or "-", u.reason] for u in left])
     if misses:
         click.echo()
-        asked = rule_name is not None or node is not None
         lines = [[m.rule, m.at, m.why(), *([m.there()] if asked else [])] for m in misses]
         table("Near misses" if left or asked else "Other near misses", ["rule", "at", "why not", *(["what is there"] if asked else [])], lines)
     if not left and not misses:

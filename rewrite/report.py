@@ -111,6 +111,11 @@ class NearMiss:
         """Which part of the pattern is there: 0 to 1, and 2 if it fits."""
         return 2.0 if self.fits else min(self.depth / max(self.size, 1), 1.0)
 
+    @property
+    def rank(self) -> tuple[float, float]:
+        """The greater the nearer, among the misses of patterns of all sizes."""
+        return self.nearness, self.depth
+
     def why(self) -> str:
         """The reason, for people."""
         if self.part == "check":
@@ -168,7 +173,7 @@ class Report:
     def missed(self, miss: NearMiss) -> None:
         """Enter a near miss; of a node visited again what came nearer stays: a weaker rule may have taken the nodes above it since."""
         before = self._misses.get((miss.rule, miss.at))
-        if before is None or (miss.nearness, miss.depth) >= (before.nearness, before.depth):
+        if before is None or miss.rank >= before.rank:
             self._misses[miss.rule, miss.at] = miss
 
     @property

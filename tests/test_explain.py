@@ -176,6 +176,23 @@ def test_what_all_rules_say_of_a_node(explain):
     assert {m["at"] for m in told["near_misses"]} == {"MatMul 'y'"}
 
 
+def test_a_rule_that_holds_a_node_or_stops_there_says_so_of_it(explain):
+    """Not only those of which it is the root: the softmax lies in the middle of an attention."""
+    told = explain(attention(axis=2), "--node", "p")
+    assert [(u["node"], u["rule"]) for u in told["unfused"]] == [("Softmax 'p'", "attention")]
+    first = told["near_misses"][0]
+    assert (first["rule"], first["at"], first["part"]) == ("attention", "MatMul 'y'", "check")
+    assert explain(attention(axis=2), "--node", "p", "--rule", "attention")["near_misses"] == [first]
+    stopped = explain(attention(middle="p1 = Relu(p)"), "--node", "p1", "--rule", "attention")["near_misses"]
+    assert [(m["at"], m["node"]) for m in stopped] == [("MatMul 'y'", "Relu 'p1'")]
+
+
+def test_what_is_fused_at_a_node_is_told_alone(explain):
+    model = parse("(float[n, 8] x) => (float[n, 8] y, float[n, 8] z) { s = Sigmoid(x) y = Mul(x, s) r = Relu(x) z = Mul(r, r) }")
+    assert {s["rule"] for s in explain(model)["fused"]} == {"swish_sigmoid", "squared_relu"}
+    assert [s["rule"] for s in explain(model, "--node", "s")["fused"]] == ["swish_sigmoid"]
+
+
 def test_a_node_that_is_not_there(tmp_path):
     onnx.save(attention(), tmp_path / "m.onnx")
     done = run("explain", tmp_path / "m.onnx", "--node", "nonsense")
