@@ -223,7 +223,7 @@ class Matcher:
 
     def _any_traced(self, value: P.AnyOf, tensor: gs.Tensor, rest: Goals | None, trace: Trace) -> Iterator[Goals]:
         fit = _Fit(trace.copy())
-        for alternative in value.alternatives:
+        for alternative in sorted(value.alternatives, key=lambda a: not isinstance(a, P.Var)):  # another value says more than another operator
             yield alternative, tensor, (fit, None, rest)
         if fit.met:
             trace.restore(fit.noted)
@@ -376,11 +376,13 @@ class Matcher:
 
     def _either(self, values: tuple[P.Value, ...], tensors: list[gs.Tensor], rest: Goals | None) -> Step:
         """Two values stand for two operands, in either order."""
+        if self.trace is not None:
+            return self._assign(values, [(t, "") for t in tensors], rest)
         (first, second), (left, right) = values, tensors
         orders = []
-        if self.trace is not None or possible(self.graph, first, left):
+        if possible(self.graph, first, left):
             orders.append((first, left, (second, right, rest)))
-        if left is not right and (self.trace is not None or possible(self.graph, first, right)):  # the same value twice is tried once
+        if left is not right and possible(self.graph, first, right):  # the same value twice is tried once
             orders.append((first, right, (second, left, rest)))
         return orders[0] if len(orders) == 1 else orders
 
@@ -436,7 +438,7 @@ class Matcher:
         """The first of `values` stands for one of `operands`, the others for the rest of them."""
         if len(values) == 1:
             return self._assigned(values, operands, 0, rest)
-        options = list(range(len(operands))) if self.trace is not None else self._options(values[0], operands)
+        options = self._options(values[0], operands)
         if len(options) == 1:
             return self._assigned(values, operands, options[0], rest)
         first = {id(operands[i][0]): i for i in reversed(options)}  # the same value twice is tried once
@@ -445,7 +447,8 @@ class Matcher:
     def _options(self, value: P.Value, operands: list[Operand]) -> list[int]:
         """Which operands `value` can stand for: of those by which the graph divides, or which it subtracts, only a number."""
         number = isinstance(value, (P.Const, P.Scalar))
-        return [i for i, (tensor, how) in enumerate(operands) if (number or not how) and possible(self.graph, value, tensor)]
+        options = [i for i, (tensor, how) in enumerate(operands) if (number or not how) and possible(self.graph, value, tensor)]
+        return options if self.trace is None or (number and options) else list(range(len(operands)))
 
     def _assigned(self, values: tuple[P.Value, ...], operands: list[Operand], index: int, rest: Goals | None) -> Goals | None:
         tensor, how = operands[index]

@@ -66,6 +66,14 @@ MISSES = {
         "float[S, 8] x, float[S, 8] b", "m = MatMul(x, w) s = Add(m, b) y = Gelu(s)", "float[S, 8] y",
         ("activation after a product", "Gelu 'y'", "linear_activation", ["the bias 'b' has shape ['S', 8], expected one dimension"]),
     ),
+    "an activation of two different values": (
+        "float[B, S, 8] x, float[B, S, 8] x2", "m = MatMul(x, w) d = Div(m, root) e = Erf(d) s = Add(e, one) h = Mul(x2, half) y = Mul(h, s)", "float[B, S, 8] y",
+        ("activation after a product", "Erf 'e'", "gelu_erf", ["'x2' is not 'm', which x stands for"]),
+    ),
+    "a norm of two different values": (
+        "float[B, S, 8] x, float[B, S, 8] x2", "s = Mul(x, x) m = ReduceMean<keepdims = 1>(s, last) a = Add(m, eps) r = Sqrt(a) d = Div(x2, r) y = Mul(d, weight)", "float[B, S, 8] y",
+        ("normalization", "Sqrt 'r'", "rms_norm", ["'x' is not 'x2', which x stands for"]),
+    ),
     "an unknown activation": (
         "float[B, S, 8] x", "m = MatMul(x, w) y = Mish(m)", "float[B, S, 8] y",
         ("activation after a product", "Mish 'y'", "", ["no rule comes near it"]),
