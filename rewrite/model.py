@@ -73,18 +73,18 @@ class Model:
         write_atomically(path, lambda f: f.write(data))
 
     def operators(self) -> dict[str, int]:
-        """How many nodes of each operator the main graph has; constants are not counted."""
+        """How many nodes of each operator there are, those inside If, Loop and Scan included; constants are not counted."""
         counts: dict[str, int] = {}
-        for node in self.proto.graph.node:
+        for node in all_nodes(self.proto.graph):
             if node.op_type != "Constant":
                 label = node.op_type if node.domain in ("", "ai.onnx") else f"{node.domain}::{base_name(node)}"
                 counts[label] = counts.get(label, 0) + 1
         return dict(sorted(counts.items(), key=lambda kv: (-kv[1], kv[0])))
 
     def plugin_nodes(self) -> dict[str, int]:
-        """How many nodes call each plugin."""
+        """How many nodes call each plugin, inside If, Loop and Scan, too."""
         counts: dict[str, int] = {}
-        for node in self.proto.graph.node:
+        for node in all_nodes(self.proto.graph):
             if node.domain == DOMAIN:
                 counts[base_name(node)] = counts.get(base_name(node), 0) + 1
         return counts
@@ -92,13 +92,12 @@ class Model:
     def plugin_kinds(self) -> dict[str, int]:
         """The same by attribute, where an attribute is a name: `MatMulAct:gelu` counts those whose activation is gelu."""
         counts: dict[str, int] = {}
-        for node in self.proto.graph.node:
+        for node in all_nodes(self.proto.graph):
             for attribute in node.attribute if node.domain == DOMAIN else ():
                 if attribute.type == onnx.AttributeProto.STRING:
                     kind = f"{base_name(node)}:{attribute.s.decode()}"
                     counts[kind] = counts.get(kind, 0) + 1
         return counts
-
 
 
 def base_name(node: onnx.NodeProto) -> str:

@@ -78,6 +78,19 @@ def test_an_expectation_that_does_not_hold_is_explained(tmp_path):
         assert not out.exists()
 
 
+def test_what_is_fused_inside_a_graph_of_a_node_is_counted(tmp_path):
+    """By what pins fusions, and by what takes them out again."""
+    path, fused, plain = (str(tmp_path / name) for name in ("m.onnx", "f.onnx", "p.onnx"))
+    branches = "then_branch = t () => (float[n, 8] r) { a = MatMul(x, w) r = Relu(a) }, else_branch = e () => (float[n, 8] o) { o = Neg(x) }"
+    onnx.save(parse(f"(float[n, 8] x, bool c) => (float[n, 8] y) {{ y = If (c) < {branches} > }}", w=np.eye(8, dtype=np.float32)), path)
+    done = run("optimize", path, "-o", fused, "--expect", "matmul_act=1", "--expect", "matmul_act:relu=1")
+    assert done.exit_code == 0, done.output
+    assert f"{path}: 4 operators -> 3" in done.stdout
+    assert run("optimize", path, "--expect", "matmul_act=0").exit_code == 1
+    assert "1 plugin nodes unfused" in run("unfuse", fused, "-o", plain).stdout
+    assert rewrite.load(plain).operators() == {"If": 1, "MatMul": 1, "Neg": 1, "Relu": 1}
+
+
 @pytest.mark.parametrize("content", [b"", b"not a model", b"\x08\x0a" * 7])
 def test_what_is_no_model_is_exit_code_2_in_one_line(tmp_path, content):
     path = tmp_path / "bad.onnx"
