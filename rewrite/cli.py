@@ -8,7 +8,7 @@ import json
 import re
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -23,7 +23,8 @@ from rewrite.errors import CheckFailed, RewriteError
 if TYPE_CHECKING:
     from rewrite.model import Model
     from rewrite.optimizer import Result
-    from rewrite.report import NearMiss, Report
+    from rewrite.registry import Plugin
+    from rewrite.report import Report
     from rewrite.runtime.partition import Step, ValueType
     from rewrite.runtime.plan import Plan
 
@@ -186,33 +187,48 @@ def parse_expectation(text: str) -> tuple[str, str, int]:
     return found[1], found[2], int(found[3])
 
 
-def check_names(expectations: list[tuple[str, str, int]], plugins: set[str], rules: set[str]) -> None:
-    """Asked before the work. Raises RewriteError if an expectation names neither a plugin nor a rule."""
+def check_names(expectations: list[tuple[str, str, int]], plugins: Mapping[str, Plugin], rules: set[str]) -> None:
+    """Asked before the work. Raises RewriteError if an expectation names neither a plugin nor a rule, or what a plugin has no names for."""
     import difflib
 
-    known = {*map(_plugin_key, plugins), *rules}
+    known = {_plugin_key(p): plugin for p, plugin in plugins.items()}
     for name, _, _ in expectations:
-        if _plugin_key(name.split(":")[0]) not in known and name not in known:
-            close = difflib.get_close_matches(name.lower(), sorted(known), 1)
+        base, _, kind = name.partition(":")
+        plugin = known.get(_plugin_key(base))
+        if plugin is None and name not in rules:
+            close = difflib.get_close_matches(base.lower(), sorted({*known, *rules}), 1)
             hint = f"did you mean '{close[0]}'?" if close else "`rewrite list` shows both"
-            raise RewriteError(f"--expect {name}: neither a plugin nor a rule; {hint}")
+            raise RewriteError(f"--expect {name}: {'no plugin' if kind else 'neither a plugin nor a rule'}; {hint}")
+        if kind and plugin is not None and not any(isinstance(v, str) for v in plugin.attributes.values()):
+            raise RewriteError(f"--expect {name}: plugin {plugin.name} has no attribute that is a name, as the activation of MatMulAct is; leave out ':{kind}'")
 
 
-def check_expectations(expectations: list[tuple[str, str, int]], report: Report, plugins: set[str]) -> list[str]:
+def check_expectations(expectations: list[tuple[str, str, int]], report: Report, plugins: Collection[str]) -> list[str]:
     """What does not hold, a line each. A name is a plugin (`attention` for FusedAttention), one with the name that an
     attribute has (`matmul_act:gelu`), or a rule."""
     counts = {_plugin_key(p): 0 for p in plugins}
-    counts.update({_plugin_key(n): 0 for n, _, _ in expectations if _plugin_key(n.split(":")[0]) in counts})
     for name, count in (report.plugins | report.kinds).items():
         counts[_plugin_key(name)] = count
     failures = []
     for name, comparison, wanted in expectations:
         key = _plugin_key(name)
-        found = counts[key] if key in counts else report.rules[name].applied
+        if _plugin_key(name.split(":")[0]) in counts:
+            found = counts.get(key, 0)
+        else:
+            found = report.rules[name].applied if name in report.rules else 0
         holds = {"=": found == wanted, ">=": found >= wanted, "<=": found <= wanted}[comparison]
         if not holds:
             failures.append(f"expected {name}{comparison}{wanted}, found {found}")
     return failures
+
+
+def _why_unexpected(result: Result, model: str, only: tuple[str, ...]) -> list[str]:
+    """What may be the reason that an expectation does not hold, a line each."""
+    from rewrite.explain import explained
+
+    left, misses = explained(result.model.proto, result.report)
+    lines = [*map(str, left), *map(str, misses)][:10] or [f"nothing else looks like a fusion; `rewrite explain {model}` tells what is fused, and with --rule RULE how near a rule comes"]
+    return [f"only these rules were used: {', '.join(only)}", *lines] if only else lines
 
 
 @main.command(short_help="Rewrite a model, verify it, write it.")
@@ -246,7 +262,7 @@ def optimize(model: str, output: str | None, files: tuple[str, ...], only: tuple
     for target in filter(None, (output, report_file)):
         check_target(target)
     known = library(files)
-    check_names(expectations, set(known.plugins), {r.name for r in known.rules} if not only else set(only))
+    check_names(expectations, known.plugins, {r.name for r in known.rules})
     source = load(model)
     feeds = _load_inputs(inputs, source)
     result = run(
@@ -256,7 +272,7 @@ def optimize(model: str, output: str | None, files: tuple[str, ...], only: tuple
     if not result.report.sites and not expect and not generator and tensor_parallel * pipeline_parallel == 1:  # the user will want to know why
         result = run(source, rules=list(files), only=list(only) or None, verify=verify, explain=True, bitwise=bitwise)
     report = result.report
-    failures = check_expectations(expectations, report, set(known.plugins))
+    failures = check_expectations(expectations, report, known.plugins)
     if not failures and output:
         result.model.save(output, embed=embed)
     if report_file:
@@ -266,7 +282,7 @@ def optimize(model: str, output: str | None, files: tuple[str, ...], only: tuple
     else:
         print_report(report, model, output if not failures else None)
     if failures:
-        lines = [*failures, *(f"  {m}" for m in best_near_misses(report)[:10])]
+        lines = [*failures, *(f"  {line}" for line in _why_unexpected(result, model, only))]
         raise CheckFailed("\n".join(lines) + ("\nnothing was written" if output else ""))
     if not as_json:
         print_unfused(result)
@@ -341,18 +357,6 @@ def print_unfused(result: Result) -> None:
     table("Not fused", ["looks like", "at", "nearest rule", "why not"], [[u.kind, u.node, u.rule or "-", u.reason] for u in left])
 
 
-def best_near_misses(report: Report) -> list[NearMiss]:
-    """The nearest miss at each node, nearest first; those that say little are left out."""
-    from rewrite.explain import significant
-
-    best: dict[str, NearMiss] = {}
-    for miss in filter(significant, report.near_misses):
-        old = best.get(miss.at)
-        if old is None or miss.rank > old.rank:
-            best[miss.at] = miss
-    return sorted(best.values(), key=lambda m: m.rank, reverse=True)
-
-
 @main.command(short_help="Tell what is not fused, and why.")
 @click.argument("model")
 @click.option("--rule", "rule_name", metavar="RULE", help="Every place where this rule came near, however little.")
@@ -367,7 +371,7 @@ def explain(model: str, rule_name: str | None, node: str | None, files: tuple[st
     from dataclasses import asdict
 
     sandbox.start()
-    from rewrite.explain import unfused
+    from rewrite.explain import explained
     from rewrite.model import load
     from rewrite.optimizer import apply_rules
     from rewrite.registry import library, unknown_rule
@@ -386,12 +390,10 @@ def explain(model: str, rule_name: str | None, node: str | None, files: tuple[st
         return rule_name in (None, rule) and (node is None or any(n.endswith(f"'{node}'") for n in nodes))
 
     taken = [s for s in report.sites if concerns(s.rule, *s.nodes)]
-    left = [u for u in unfused(result.model.proto, report) if rule_name is None and concerns(u.rule, u.node)]
+    left, misses = explained(result.model.proto, report)
+    left = [u for u in left if rule_name is None and concerns(u.rule, u.node)]
     if asked:
         misses = sorted((m for m in (*report.near_misses, *report.outrun) if concerns(m.rule, m.at, m.node, *m.covered)), key=lambda m: m.rank, reverse=True)
-    else:
-        told = {(u.rule, u.reason) for u in left}
-        misses = [m for m in best_near_misses(report) if (m.rule, m.why()) not in told]
     if as_json:
         click.echo(json.dumps({"fused": [asdict(s) for s in taken], "unfused": [asdict(u) for u in left], "near_misses": [asdict(m) for m in misses]}, indent=1))
         return

@@ -35,6 +35,21 @@ class Unfused:
     rule: str
     reason: str
 
+    def __str__(self) -> str:
+        return f"{self.kind} at {self.node}: {f'rule {self.rule}: ' if self.rule else ''}{self.reason}"
+
+
+def explained(proto: onnx.ModelProto, report: Report) -> tuple[list[Unfused], list[NearMiss]]:
+    """What looks like a fusion and is none, and else the nearest miss at each node, nearest first; misses that say little are left out."""
+    left = unfused(proto, report)
+    best: dict[str, NearMiss] = {}
+    for miss in filter(significant, report.near_misses):
+        old = best.get(miss.at)
+        if old is None or miss.rank > old.rank:
+            best[miss.at] = miss
+    told = {(u.rule, u.reason) for u in left}
+    return left, sorted((m for m in best.values() if (m.rule, m.why()) not in told), key=lambda m: m.rank, reverse=True)
+
 
 def unfused(proto: onnx.ModelProto, report: Report) -> list[Unfused]:
     """The attentions, activated products and decomposed norms left in a rewritten model, in the model's order."""

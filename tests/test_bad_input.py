@@ -555,6 +555,7 @@ def test_names_of_rules(tmp_path, model):
 # --- options --------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(("expectation", "reason"), [
     ("attention", "write NAME=COUNT"), ("attention=x", "write NAME=COUNT"), ("=3", "write NAME=COUNT"), ("atention=3", "did you mean 'attention'?"), ("zzz=1", "neither a plugin nor a rule"),
+    ("linear:gelu=0", "no plugin; did you mean"), ("attention:causal=0", "plugin FusedAttention has no attribute that is a name"),  # which would hold for ever
 ])  # fmt: skip
 def test_expectations(model, expectation, reason):
     refused(run("optimize", model, "--expect", expectation), "--expect", reason)

@@ -73,9 +73,19 @@ def test_an_expectation_that_does_not_hold_is_explained(tmp_path):
         done = run("optimize", str(path), "-o", str(out), "--expect", "matmul_act=2", "--expect", fails)
         assert done.exit_code == 1
         assert f"expected {fails}, found {0 if 'attention' in fails else 2}" in done.stderr
-        assert "attention at MatMul 'a': the pattern fits, but the softmax is over axis 2 of 4, not over the last" in done.stderr
+        assert "attention at Softmax 'p': rule attention: the pattern fits, but the softmax is over axis 2 of 4, not over the last" in done.stderr
         assert "nothing was written" in done.stderr
         assert not out.exists()
+
+
+def test_a_missing_fusion_is_explained_by_what_is_left_or_left_out(tmp_path):
+    path = str(tmp_path / "m.onnx")
+    onnx.save(parse("(float[n, 8] x) => (float[n, 8] y) { m = MatMul(x, w) y = Mish(m) }", 20, w=np.eye(8, dtype=np.float32)), path)
+    assert "activation after a product at Mish 'y': no rule comes near it" in run("optimize", path, "--expect", "matmul_act:gelu=1").stderr
+    assert "only these rules were used: attention, gelu_erf" in run("optimize", path, "--only", "attention", "--only", "gelu_erf", "--expect", "linear=1").stderr
+    assert run("optimize", path, "--only", "attention", "--expect", "linear=0").exit_code == 0
+    onnx.save(parse("(float[n, 8] x) => (float[n, 8] y) { y = Neg(x) }"), path)
+    assert "nothing else looks like a fusion; `rewrite explain" in run("optimize", path, "--expect", "attention=1").stderr
 
 
 def test_what_is_fused_inside_a_graph_of_a_node_is_counted(tmp_path):
