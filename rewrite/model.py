@@ -406,7 +406,7 @@ def _unread(graph: gs.Graph, source: onnx.GraphProto, read: Collection[str], imp
 
 def _is_outer(tensor: gs.Tensor) -> bool:
     """Constants that were imported come from some graph of the model, which writes them itself."""
-    return isinstance(getattr(tensor._values, "tensor", None), onnx.TensorProto)
+    return isinstance(getattr(tensor._values, "tensor", None), (onnx.TensorProto, onnx.SparseTensorProto))
 
 
 def _export_types(result: onnx.GraphProto, source: onnx.GraphProto, graph: gs.Graph, gone: set[str]) -> None:

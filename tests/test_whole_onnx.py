@@ -114,3 +114,16 @@ def test_inputs_and_outputs_keep_order_types_and_dimensions():
     assert len(result.report.sites) == 3
     assert list(result.model.proto.graph.input) == list(before.graph.input)
     assert list(result.model.proto.graph.output) == list(before.graph.output)
+
+
+def test_a_sparse_initializer_stays_as_it_is():
+    """Read by a node that is kept, or by one that is fused."""
+    for body in ("p = Add(x, sparse) s = Sigmoid(x) q = Mul(x, s) y = Add(p, q)", "m = MatMul(x, sparse) y = Relu(m)"):
+        values = onnx.helper.make_tensor("sparse", onnx.TensorProto.FLOAT, [3], [1.0, 2.0, 3.0])
+        graph = onnx.parser.parse_graph(f"g (float[4, 4] x) => (float[4, 4] y) {{ {body} }}")
+        graph.sparse_initializer.append(onnx.helper.make_sparse_tensor(values, onnx.helper.make_tensor("", onnx.TensorProto.INT64, [3], [0, 5, 10]), [4, 4]))
+        result = rewrite.optimize(onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 18)], ir_version=8))
+        after = result.model.proto.graph
+        assert len(result.report.sites) == 1
+        assert result.report.model_error < 1e-6
+        assert (list(after.sparse_initializer), list(after.initializer)) == (list(graph.sparse_initializer), [])
