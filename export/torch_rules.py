@@ -12,6 +12,7 @@ import io
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -67,7 +68,7 @@ def rule_from_torch(
 
     Args:
         function: of tensors. Its parameters name the variables; numbers in it are compared by value.
-        example_inputs: a tensor or a tuple of them, for ranks and dtypes; sizes do not matter. One that is a
+        example_inputs: a tensor or a tuple of them, for ranks and dtypes; sizes do not matter, but where weights of a module fix them. One that is a
             `torch.nn.Parameter`, and each parameter of a module (`up.weight` is called `up_weight`), must be a weight of
             the model; it is handed on as ONNX stores it (that of nn.Linear as [in, out]).
         replace: as for `rewrite.rule`, or the name of a plugin, which takes all variables in order.
@@ -104,10 +105,10 @@ def rule_from_torch(
     )
 
 
-def _with_telling_weights(module: torch.nn.Module) -> torch.nn.Module:
+def _with_telling_weights(module: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
     """A copy whose weights differ from each other and from every constant: by its values an exported weight is known."""
     module = copy.deepcopy(module).eval()
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in module.parameters():
             parameter.copy_(torch.rand(parameter.shape, generator=generator) + 0.5)
@@ -130,20 +131,20 @@ def _called(parameter: str) -> str:
 def _forms(module: torch.nn.Module, free: dict[str, torch.Tensor], where: str) -> tuple[list[Form], list[Derived]]:
     """Every form, as text or with the reason why it is none, and the patterns, each once."""
     builtin = library([])
-    larger = _doubled(module, free)
+    varied = _varied(module, free)
     forms: list[Form] = []
     found: dict[str, Derived] = {}
     stored: dict[str, str] = {}
     for exporter in dict.fromkeys(e for e, _ in EXPORTERS):
         opsets = [o for e, o in EXPORTERS if e == exporter]
-        small = _export(module, free, exporter, opsets)
-        large = _export(*larger, exporter, opsets) if larger is not None else {}
+        given = _export(module, free, exporter, opsets)
+        other = _export(*varied, exporter, opsets) if varied is not None else {}
         for opset in opsets:
             for state in STATES:
                 try:
-                    made = _derive(small[opset], module, state, builtin)
-                    wide = large.get(opset)
-                    reason = "" if larger is None or isinstance(wide, str | None) else baked(made, _derive(wide, larger[0], state, builtin))
+                    made = _derive(given[opset], module, state, builtin)
+                    again = other.get(opset)
+                    reason = "" if varied is None or isinstance(again, str | None) else baked(made, _derive(again, varied[0], state, builtin))
                     if not reason and any(stored.setdefault(n, how) != how for n, how in made.stored.items()):
                         reason = "a weight is stored transposed here, and not in an earlier form"
                 except RewriteError as error:
@@ -170,26 +171,26 @@ def _derive(model: Model | str, module: torch.nn.Module, state: str, builtin: Li
     return derive(model, weights, builtin.plugins)
 
 
-def _doubled(module: torch.nn.Module, free: dict[str, torch.Tensor]) -> tuple[torch.nn.Module, dict[str, torch.Tensor]] | None:
-    """Function and inputs at twice the sizes; None where it runs at one size only."""
-    if not isinstance(module, _Module):
-        return None
+def _varied(module: torch.nn.Module, free: dict[str, torch.Tensor]) -> tuple[torch.nn.Module, dict[str, torch.Tensor]] | None:
+    """The same with other values and, as far as it runs so, twice the sizes: of all dimensions, else of all but the last of each input, else of none."""
 
-    def double(t: torch.Tensor) -> torch.Tensor:
-        return t.detach().repeat(*(1 if n == 1 else 2 for n in t.shape)) if t.dim() else t.detach()
+    def doubled(t: torch.Tensor, kept: int = 0) -> torch.Tensor:
+        return t.detach().repeat(*(2 if n > 1 and i < t.dim() - kept else 1 for i, n in enumerate(t.shape)))
 
-    weights = dict(module.named_parameters())
-    generator = torch.Generator().manual_seed(1)
-    shapes = {n: torch.nn.Parameter(torch.rand(double(t).shape, generator=generator).to(t.dtype)) for n, t in weights.items()}
-    inputs = {n: shapes.get(f"weight_{n}", free.get(n)) for n in module.order}
-    made = _Module(module.function, {n: t if isinstance(t, torch.nn.Parameter) else double(t) for n, t in inputs.items() if t is not None}).eval()
-    larger = {n: double(t) for n, t in free.items()}
-    try:
-        with torch.no_grad():
-            made(*larger.values())
-    except Exception:  # the function has sizes of its own
-        return None
-    return made, larger
+    wide = module
+    if isinstance(module, _Module):
+        weights = {n: getattr(module, f"weight_{n}", None) for n in module.order}
+        wide = _Module(module.function, {n: free[n] if w is None else torch.nn.Parameter(doubled(w)) for n, w in weights.items()})
+    for candidate, resized in ((wide, doubled), (module, partial(doubled, kept=1)), (module, torch.clone)):
+        made, inputs = _with_telling_weights(candidate, 1), {n: resized(t) for n, t in free.items()}
+        inputs = {n: t * 1.5 + 0.25 if t.is_floating_point() else t for n, t in inputs.items()}
+        try:
+            with torch.no_grad():
+                made(*inputs.values())
+        except Exception:  # it has sizes of its own
+            continue
+        return made, inputs
+    return None
 
 
 def _export(module: torch.nn.Module, free: dict[str, torch.Tensor], exporter: str, opsets: list[int]) -> dict[int, Model | str]:

@@ -171,9 +171,9 @@ def _or_absent(default: Any) -> Callable[[Any], bool]:
     return fits
 
 
-def baked(small: Derived, large: Derived) -> str:
-    """What in a pattern depends on the sizes of the example, told by the same at twice the sizes; "" if nothing does."""
-    for (what, value), (_, other) in zip(small.literals, large.literals, strict=False):
-        if value != other:
-            return f"{what} in it depends on the sizes of the example; compute it outside and pass it as an input"
-    return "" if len(small.literals) == len(large.literals) else "its form depends on the sizes of the example; write it so that it does not"
+def baked(made: Derived, other: Derived) -> str:
+    """What in a pattern depends on the sizes or values of the example, told by that of another example; "" if nothing does."""
+    for (what, value), (_, again) in zip(made.literals, other.literals, strict=False):
+        if value != again:
+            return f"{what} in it depends on the sizes or values of the example; compute it outside and pass it as an input"
+    return "" if len(made.literals) == len(other.literals) else "its form depends on the sizes or values of the example; write it so that it does not"

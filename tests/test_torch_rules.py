@@ -158,8 +158,34 @@ def test_control_flow_is_refused_in_one_line():
 
 
 def test_a_number_that_depends_on_the_sizes_is_refused_by_name():
-    with pytest.raises(rewrite.RewriteError, match="depends on the sizes of the example"):
+    with pytest.raises(rewrite.RewriteError, match="the number 8 in it depends on the sizes or values of the example"):
         derive(lambda x: torch.relu(x) * float(x.shape[-1]), X, lambda op, x: op.Relu(x))
+
+
+def test_a_number_that_a_module_makes_of_sizes_is_refused_too():
+    class ByWidth(torch.nn.Module):
+        def forward(self, x):
+            return torch.relu(x) / x.shape[-1] ** 0.5
+
+    class ByLength(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up = torch.nn.Linear(8, 4)  # so that the last dimension is 8
+
+        def forward(self, x):
+            return torch.relu(self.up(x)) / float(x.shape[1])
+
+    for module in (ByWidth(), ByLength()):
+        with pytest.raises(rewrite.RewriteError, match="depends on the sizes or values of the example"):
+            derive(module, X, lambda op, x: op.Relu(x))
+
+
+@pytest.mark.parametrize("example", [torch.ones(2, 3, 8), X])
+def test_a_value_of_the_example_is_no_number_of_the_pattern(example):
+    """TorchScript records what Python computes as a constant, and that the largest of ones is 1, then not at all."""
+    forms = derive(lambda x: torch.relu(x) * x.max().item(), example, lambda op, x: op.Mul(op.Relu(x), op.ReduceMax(x, keepdims=0))).forms
+    assert all("ReduceMax" in f.text for f in forms if f.exporter == "dynamo")
+    assert all("depends on the sizes or values of the example" in f.failure for f in forms if f.exporter == "torchscript")
 
 
 def test_a_failing_exporter_is_visible(monkeypatch):
