@@ -121,7 +121,7 @@ def _inputs(function: Callable[..., Any], example: Any, where: str) -> dict[str,
     names = [p.name for p in inspect.signature(target).parameters.values() if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
     if len(example) != len(names) or not all(isinstance(t, torch.Tensor) for t in example):
         raise RewriteError(f"{where}: it takes {', '.join(names) or 'nothing'}; give one example tensor for each, not {len(example)}")
-    return dict(zip(names, example, strict=True))
+    return {n: copy.deepcopy(t) if isinstance(t, torch.nn.Parameter) else t.detach().clone() for n, t in zip(names, example, strict=True)}  # the same may be given for two
 
 
 def _called(parameter: str) -> str:

@@ -148,6 +148,13 @@ def test_what_does_not_depend_on_an_input_is_refused():
         derive(lambda x, y: torch.relu(x), (X, X.clone()), lambda op, x, y: op.Relu(x))
 
 
+def test_one_tensor_is_the_example_of_two_inputs():
+    w = torch.nn.Parameter(torch.ones(8, 8))
+    rule = derive(lambda x, y, a, b: torch.tanh(x @ a) - y @ b, (X, X, w, w), lambda op, x, y, a, b: op.Sub(op.MatMul(x, a), op.MatMul(y, b)))
+    assert rule.forms[0].text == "Sub(Tanh(MatMul(x, a)), MatMul(y, b))"
+    assert all(f.text for f in rule.forms)
+
+
 def test_control_flow_is_refused_in_one_line():
     def branching(x):
         return x * 2 if x.sum() > 0 else x
