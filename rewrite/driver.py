@@ -348,7 +348,8 @@ def _scope(node: Node) -> str:
 
 
 def _loop(rule: Rule, node: Node) -> str:
-    return f"rule '{rule.name}' ({rule.source}) keeps changing the graph at {describe(node)}: a pattern matches again what replaced it; add a check that refuses it"
+    where = describe(node)[:100]  # names of what was made of what was made grow
+    return f"rule '{rule.name}' ({rule.source}) keeps changing the graph at {where}: a pattern matches again what replaced it; add a check that refuses it"
 
 
 def _identity(graph: Graph, value: Any) -> Any:
