@@ -378,7 +378,7 @@ def explain(model: str, rule_name: str | None, node: str | None, files: tuple[st
     from rewrite.validity import all_nodes
 
     source = load(model)
-    if node is not None and node not in {n.name or o for n in all_nodes(source.proto.graph) for o in n.output}:
+    if node is not None and node not in {n.name or o for graph in (source.proto.graph, *source.proto.functions) for n in all_nodes(graph) for o in n.output}:
         raise RewriteError(f"{model}: it has no node '{node}'; `rewrite inspect {model} --steps` lists them")
     result = apply_rules(source, library(files), verify=True, explain=True)
     report = result.report

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import onnx
@@ -55,17 +55,23 @@ def unfused(proto: onnx.ModelProto, report: Report) -> list[Unfused]:
     """The attentions, activated products and decomposed norms left in a rewritten model, in the model's order."""
     misses = [m for m in report.near_misses if m.fits or m.depth >= 1]
     fusing = {name for name, stats in report.rules.items() if stats.tier == "fuse"}
-    found: list[Unfused] = []
-    pending = [proto.graph]
-    while pending:
-        graph = pending.pop(0)
-        links = _Links(graph)
-        for node in graph.node:
-            kind = _kind(node, links)
-            if kind:
-                found.append(_explain(kind, node, links, misses, fusing))
-            pending += subgraphs(node)
+    found = [_explain(kind, node, links, misses, fusing) for kind, node, links in _hearts(proto.graph)]
+    for function in proto.functions:
+        if function.domain != DOMAIN:
+            why = f"it lies in the function {function.domain}::{function.name}, and rules do not look into functions: inline it (onnx.inliner.inline_local_functions)"
+            found += [Unfused(kind, _name(node), "", why) for kind, node, _ in _hearts(function)]
     return found
+
+
+def _hearts(graph: onnx.GraphProto | onnx.FunctionProto) -> Iterator[tuple[str, onnx.NodeProto, _Links]]:
+    """The nodes of a graph, and of those inside it, that look like the heart of a fusion, and what of."""
+    links = _Links(graph)
+    for node in graph.node:
+        kind = _kind(node, links)
+        if kind:
+            yield kind, node, links
+    for inner in (g for node in graph.node for g in subgraphs(node)):
+        yield from _hearts(inner)
 
 
 def significant(miss: NearMiss) -> bool:
@@ -104,7 +110,7 @@ def _name(node: onnx.NodeProto) -> str:
 class _Links:
     """Who computes and who reads each value of a graph."""
 
-    def __init__(self, graph: onnx.GraphProto):
+    def __init__(self, graph: onnx.GraphProto | onnx.FunctionProto):
         self.maker: dict[str, onnx.NodeProto] = {}
         self.readers: dict[str, list[onnx.NodeProto]] = {}
         for node in graph.node:

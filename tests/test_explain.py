@@ -193,6 +193,21 @@ def test_what_is_fused_at_a_node_is_told_alone(explain):
     assert [s["rule"] for s in explain(model, "--node", "s")["fused"]] == ["swish_sigmoid"]
 
 
+def test_what_lies_in_a_function_of_the_model_is_told(explain):
+    """Rules do not look there; zero fusions must not be silent."""
+    model = attention()
+    body = list(model.graph.node)
+    del model.graph.node[:]
+    model.graph.node.add(op_type="Attend", domain="mine", input=["q", "k", "v"], output=["y"])
+    model.functions.append(onnx.helper.make_function("mine", "Attend", ["q", "k", "v"], ["y"], body, model.opset_import))
+    model.opset_import.add(domain="mine", version=1)
+    onnx.checker.check_model(model)
+    for asked in ((), ("--node", "p")):
+        (one,) = explain(model, *asked)["unfused"]
+        assert (one["kind"], one["node"]) == ("attention", "Softmax 'p'")
+        assert "in the function mine::Attend, and rules do not look into functions: inline it" in one["reason"]
+
+
 def test_a_node_that_is_not_there(tmp_path):
     onnx.save(attention(), tmp_path / "m.onnx")
     done = run("explain", tmp_path / "m.onnx", "--node", "nonsense")
