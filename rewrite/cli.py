@@ -336,7 +336,7 @@ def _what_was_verified(report: Report) -> str:
     if report.generator is not None:
         return f"verified against the original, texts in ragged steps: largest relative difference of a logit {report.model_error:.1e}"
     if report.not_run:
-        return f"each site verified; the whole model was NOT run: {report.not_run} (--inputs FILE.npz runs it all the same)"
+        return f"each site verified; the whole model was NOT run: {report.not_run}"
     if report.model_error is None:
         return "each site verified; the whole model was not run, because of the unknown operators"
     return f"verified against the original: largest relative difference {report.model_error:.1e}"

@@ -24,7 +24,7 @@ from rewrite.model import Model, close_graph, load, open_graph, overridable
 from rewrite.registry import TIERS, Library, Rule, library
 from rewrite.report import Report
 from rewrite.shapes import SymbolicShapes
-from rewrite.validity import check_feeds, check_tolerance, unknown_operators
+from rewrite.validity import check_feeds, check_tolerance, no_tensor, unknown_operators
 from rewrite.weights import external_size
 
 LARGEST_RUN = 2 << 30  # bytes of external weights: a run holds those of both models in memory
@@ -63,8 +63,8 @@ def optimize(
         verify: check each distinct site, then the whole model against the original.
         explain: record near misses (slower).
         inputs: inputs for the check of the whole model, by input name; generated if None. The check is left out where
-            the model has operators that ONNX Runtime does not know, and, unless inputs are given, where its external
-            weights are over 2 GiB, because it takes more than twice their size in memory.
+            the model has operators that ONNX Runtime does not know, or an input that is no tensor, and, unless inputs
+            are given, where its external weights are over 2 GiB, because it takes more than twice their size in memory.
         tolerance: largest difference of the whole model's outputs, relative to the largest value of each.
         bitwise: use only rules declared exact, at sites whose check finds no bit changed (docs/numerics.md).
         generate: make a generator of a decoder that was exported without a cache: paged caches, packed tokens, logits
@@ -116,7 +116,9 @@ def optimize(
     if verify and not report.sites:
         report.model_error = 0.0  # it is the same model
     elif verify and inputs is None and (size := external_size(source.external)) > LARGEST_RUN:
-        report.not_run = f"its weights are {size / 2**30:.1f} GiB, more than the {LARGEST_RUN / 2**30:.0f} GiB up to which it is run unasked"
+        report.not_run = f"its weights are {size / 2**30:.1f} GiB, more than the {LARGEST_RUN / 2**30:.0f} GiB up to which it is run unasked (--inputs FILE.npz runs it all the same)"
+    elif verify and inputs is None and (odd := no_tensor(source.proto)):
+        report.not_run = f"{odd}, and only tensors are generated"
     elif verify and not report.unknown:
         started = time.perf_counter()
         report.model_error = sandbox.compare(source, result.model, inputs, 0.0 if bitwise else tolerance, "give small inputs with --inputs FILE.npz, or leave the check out with --no-verify")

@@ -235,7 +235,10 @@ def write_arrays(file: int, names: list[str], values: list[Any]) -> None:
 
     plain = {}
     for index, (name, value) in enumerate(zip(names, values, strict=True)):
-        array = np.asarray(value)
+        try:
+            array = np.asarray(value)
+        except ValueError as error:  # a sequence of tensors of several shapes
+            raise RewriteError(f"'{name}' is no array of numbers or strings") from error
         if array.dtype.kind == "O":
             if not all(isinstance(x, str) for x in array.reshape(-1)):
                 raise RewriteError(f"'{name}' is no array of numbers or strings")

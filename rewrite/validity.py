@@ -228,8 +228,16 @@ def byte_size(tensor: onnx.TensorProto) -> int | None:
     return itemsize * math.prod(int(d) for d in tensor.dims)
 
 
+def no_tensor(proto: onnx.ModelProto) -> str:
+    """The first input that is no tensor, with its type, for people: such a model is run on no arrays. "" if there is none."""
+    kinds = {i.name: i.type.WhichOneof("value") or "tensor_type" for i in proto.graph.input}
+    return next((f"input '{n}' is of type {k.removesuffix('_type')}, no tensor" for n, k in kinds.items() if k != "tensor_type"), "")
+
+
 def check_feeds(proto: onnx.ModelProto, feeds: Mapping[str, np.ndarray]) -> None:
     """Do these arrays fit the model's inputs, by name, dtype and shape? Raises RewriteError if not."""
+    if odd := no_tensor(proto):
+        raise RewriteError(f"inputs: {odd}, and arrays are all that can be given; leave them out")
     initial = {i.name for i in proto.graph.initializer}
     inputs = {i.name: i for i in proto.graph.input}
     needed = [n for n in inputs if n not in initial]
@@ -241,8 +249,6 @@ def check_feeds(proto: onnx.ModelProto, feeds: Mapping[str, np.ndarray]) -> None
             raise RewriteError(f"inputs: '{name}' is missing; the model needs {', '.join(needed)}")
     sizes: dict[str, tuple[int, str]] = {}
     for name, array in feeds.items():
-        if not inputs[name].type.HasField("tensor_type"):
-            continue
         tensor = inputs[name].type.tensor_type
         dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type)
         if array.dtype != dtype and not (tensor.elem_type == onnx.TensorProto.STRING and array.dtype.kind in "SU"):

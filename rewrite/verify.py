@@ -26,7 +26,7 @@ from rewrite.errors import CheckFailed, RewriteError, Unfinished
 from rewrite.graph import DOMAIN, Dim
 from rewrite.precision import is_narrow, makes_bfloat16, widen_arrays, widen_function, widen_model
 from rewrite.registry import Plugin
-from rewrite.validity import subgraphs
+from rewrite.validity import no_tensor, subgraphs
 
 # (relative, absolute), for plain rewrites: what another order of summation may change.
 TOLERANCE = {"float64": (1e-9, 1e-9), "float32": (2e-5, 2e-5), "float16": (2e-3, 1e-3), "bfloat16": (1.6e-2, 8e-3)}
@@ -36,6 +36,7 @@ SCALES = (1.0, 8.0, 1e-3)  # one for each attempt; 16-bit sites have one attempt
 LARGE = 1 << 22  # elements of one input
 MOST = 1 << 28  # elements of one value of a site: no array larger than this is made to check one
 TOO_MANY = f"too many to check ({MOST:.1e} are allowed); export the model with smaller fixed sizes, or leave the check out with --no-verify"
+STRINGS = ("0", "1", "2.5", "-3")  # of inputs: a Cast may read them as numbers
 NEAR_LARGEST = 0.92  # of the largest finite value, in that attempt: 6e4 in float16
 
 
@@ -404,8 +405,10 @@ def model_inputs(proto: onnx.ModelProto, attempt: int, sizes: Mapping[str, int] 
     """Inputs for a whole model: named dimensions are those of `sizes`; others are drawn once and used everywhere.
 
     Integer inputs named for masks are padding, by attempt: on the right, on the left, anywhere. Token ids range over the
-    table they are looked up in; other integers are 0 or 1.
+    table they are looked up in; other integers are 0 or 1. Strings are numbers. Raises RewriteError for an input that is no tensor.
     """
+    if odd := no_tensor(proto):
+        raise RewriteError(f"{odd}, and only tensors are generated: the model as a whole cannot be checked")
     rng = np.random.default_rng(1000 + attempt)
     sizes = dict(sizes or {})
     draw = draw_sizes(SIZES[attempt % len(SIZES)])
@@ -415,7 +418,7 @@ def model_inputs(proto: onnx.ModelProto, attempt: int, sizes: Mapping[str, int] 
     for value in proto.graph.input:
         if value.name in initial:
             continue
-        if not value.type.HasField("tensor_type") or not value.type.tensor_type.HasField("shape"):
+        if not value.type.tensor_type.HasField("shape"):
             raise RewriteError(f"input '{value.name}' has no known tensor shape; give inputs with --inputs FILE.npz")
         dims = [d.dim_value if d.HasField("dim_value") else d.dim_param or None for d in value.type.tensor_type.shape.dim]
         shape = tuple(resolve(d, sizes, draw) for d in dims)
@@ -429,6 +432,8 @@ def model_inputs(proto: onnx.ModelProto, attempt: int, sizes: Mapping[str, int] 
             made[value.name] = np.asarray(rng.integers(0, ranges.get(value.name, 2), shape)).astype(dtype)
         elif dtype.kind in "fb" or dtype.name == "bfloat16":
             made[value.name] = default_sample(rng, shape, dtype)
+        elif value.type.tensor_type.elem_type == onnx.TensorProto.STRING:
+            made[value.name] = rng.choice(np.array(STRINGS, object), shape)
         else:
             raise RewriteError(f"input '{value.name}' is {dtype}; give inputs with --inputs FILE.npz")
     return made
@@ -484,12 +489,22 @@ def check_models(
         except Exception as error:
             raise CheckFailed(f"the rewritten model fails on the inputs: {str(error).strip().splitlines()[0][:300]}") from error
         for name, want, got in zip(names, expected, actual, strict=True):
-            verdict = compare([np.asarray(want)], [got], {k: (max(tolerance, least),) * 2 for k, least in MODEL_TOLERANCE.items()})
-            size = float(np.abs(np.asarray(want, np.float64)).max(initial=0.0)) if np.asarray(want).dtype.kind == "f" else 0.0
+            wanted = _tensors(want)
+            verdict = compare(wanted, _tensors(got), {k: (max(tolerance, least),) * 2 for k, least in MODEL_TOLERANCE.items()})
+            size = max((float(np.abs(a.astype(np.float64)).max(initial=0.0)) for a in wanted if a.dtype.kind == "f"), default=0.0)
             if not verdict.ok:
                 raise CheckFailed(f"output '{name}': {verdict.reason}")
             worst = max(worst, verdict.error / max(size, 1e-6))
     return worst
+
+
+def _tensors(output: Any) -> list[np.ndarray]:
+    """The tensors of an output of ONNX Runtime: each of a sequence, keys and values of a map, none of an optional value that is absent."""
+    if isinstance(output, list):
+        return [a for element in output for a in _tensors(element)]
+    if isinstance(output, dict):
+        return [np.array(list(output)), np.array(list(output.values()))]
+    return [] if output is None else [np.asarray(output)]
 
 
 def file_session(model: Any) -> Any:

@@ -45,6 +45,8 @@ def test_arrays_go_to_and_fro_without_pickle():
     assert {n: (a.dtype, a.shape) for n, a in found.items()} == {n: (a.dtype, a.shape) for n, a in arrays.items()}
     assert found["b"].tolist() == [0, 1, 2]
     assert found["s"].tolist() == ["x", "yz"]
+    with pytest.raises(rewrite.RewriteError, match="'s' is no array of numbers or strings"):
+        sandbox.write_arrays(file, ["s"], [[np.ones(2), np.ones(3)]])
     with pytest.raises(rewrite.RewriteError, match="'o' is no array of numbers or strings"):
         sandbox.write_arrays(os.memfd_create("test"), ["o"], [np.array([{}], object)])
 

@@ -8,7 +8,10 @@ import pytest
 from conftest import nodes, parse
 
 import rewrite
+from rewrite.errors import CheckFailed
+from rewrite.model import load
 from rewrite.validity import MIN_IR, MIN_OPSET
+from rewrite.verify import check_models
 
 RNG = np.random.default_rng(5)
 BODY = """p = Mul(x, x) {mean} a = Add(m, eps) r = Sqrt(a) i = Div(x, r) n = Mul(i, g)
@@ -127,3 +130,38 @@ def test_a_sparse_initializer_stays_as_it_is():
         assert len(result.report.sites) == 1
         assert result.report.model_error < 1e-6
         assert (list(after.sparse_initializer), list(after.initializer)) == (list(graph.sparse_initializer), [])
+
+
+SILU = "g = Sigmoid(x) q = Mul(x, g)"
+
+
+def test_a_model_with_an_input_that_is_no_tensor_is_rewritten_but_not_run():
+    """No file of arrays holds a sequence, so none can be asked for."""
+    model = parse(f"(seq(float[n, 4]) s, float[n, 4] x) => (float[n, 4] y) {{ {SILU} i = Constant<value_int = 0>() r = SequenceAt(s, i) y = Add(q, r) }}")
+    report = rewrite.optimize(model).report
+    assert (len(report.sites), report.verified, report.model_error) == (1, True, None)
+    assert report.not_run == "input 's' is of type sequence, no tensor, and only tensors are generated"
+    with pytest.raises(rewrite.RewriteError, match="input 's' is of type sequence, no tensor, and arrays are all that can be given; leave them out"):
+        rewrite.optimize(model, inputs=[{"x": np.ones((2, 4), np.float32)}])
+
+
+def test_strings_are_generated():
+    """Numbers, because they may be read as such."""
+    report = rewrite.optimize(parse(f"(string[n] s, float[n] x) => (float[n] y, string[n] t) {{ {SILU} t = Identity(s) f = Cast<to = 1>(s) y = Add(q, f) }}")).report
+    assert (len(report.sites), report.not_run) == (1, "")
+    assert report.model_error < 1e-6
+
+
+@pytest.mark.parametrize(("output", "node"), [("seq(float[m, 4])", "SplitToSequence(q, two)"), ("optional(float[n, 4])", "Optional(q)"), ("seq(float[n, 4])", "SequenceEmpty()")])
+def test_outputs_that_are_no_tensors_are_compared(output, node):
+    """The pieces of a sequence may have several shapes."""
+    model = parse(f"(float[n, 4] x) => (float[n, 4] q, {output} t) {{ {SILU} two = Constant<value_int = 2>() t = {node} }}")
+    result = rewrite.optimize(model)
+    assert len(result.report.sites) == 1
+    assert result.report.model_error < 1e-6
+
+
+def test_a_difference_in_a_sequence_is_found():
+    one, other = (load(parse(f"(float[n, 4] x) => (seq(float[m, 4]) t) {{ q = {op}(x) two = Constant<value_int = 2>() t = SplitToSequence(q, two) }}")) for op in ("Neg", "Abs"))
+    with pytest.raises(CheckFailed, match="output 't': output 0 differs"):
+        check_models(one, other)
