@@ -72,32 +72,34 @@ class Model:
         data = proto.SerializeToString(deterministic=True)
         write_atomically(path, lambda f: f.write(data))
 
-    def operators(self) -> dict[str, int]:
-        """How many nodes of each operator there are, those inside If, Loop and Scan included; constants are not counted."""
-        counts: dict[str, int] = {}
+    def counts(self) -> tuple[dict[str, int], dict[str, int], dict[str, int]]:
+        """Nodes by operator, without constants; those that call plugins by plugin; and these by attribute, where it is a name:
+        `MatMulAct:gelu` counts those whose activation is gelu. Nodes inside If, Loop and Scan count, too."""
+        operators: dict[str, int] = {}
+        plugins: dict[str, int] = {}
+        kinds: dict[str, int] = {}
         for node in all_nodes(self.proto.graph):
-            if node.op_type != "Constant":
-                label = node.op_type if node.domain in ("", "ai.onnx") else f"{node.domain}::{base_name(node)}"
-                counts[label] = counts.get(label, 0) + 1
-        return dict(sorted(counts.items(), key=lambda kv: (-kv[1], kv[0])))
+            if node.op_type == "Constant":
+                continue
+            label = node.op_type if node.domain in ("", "ai.onnx") else f"{node.domain}::{base_name(node)}"
+            operators[label] = operators.get(label, 0) + 1
+            if node.domain != DOMAIN:
+                continue
+            plugin = base_name(node)
+            plugins[plugin] = plugins.get(plugin, 0) + 1
+            for attribute in node.attribute:
+                if attribute.type == onnx.AttributeProto.STRING:
+                    kind = f"{plugin}:{attribute.s.decode()}"
+                    kinds[kind] = kinds.get(kind, 0) + 1
+        return dict(sorted(operators.items(), key=lambda kv: (-kv[1], kv[0]))), plugins, kinds
+
+    def operators(self) -> dict[str, int]:
+        """How many nodes of each operator there are."""
+        return self.counts()[0]
 
     def plugin_nodes(self) -> dict[str, int]:
-        """How many nodes call each plugin, inside If, Loop and Scan, too."""
-        counts: dict[str, int] = {}
-        for node in all_nodes(self.proto.graph):
-            if node.domain == DOMAIN:
-                counts[base_name(node)] = counts.get(base_name(node), 0) + 1
-        return counts
-
-    def plugin_kinds(self) -> dict[str, int]:
-        """The same by attribute, where an attribute is a name: `MatMulAct:gelu` counts those whose activation is gelu."""
-        counts: dict[str, int] = {}
-        for node in all_nodes(self.proto.graph):
-            for attribute in node.attribute if node.domain == DOMAIN else ():
-                if attribute.type == onnx.AttributeProto.STRING:
-                    kind = f"{base_name(node)}:{attribute.s.decode()}"
-                    counts[kind] = counts.get(kind, 0) + 1
-        return counts
+        """How many nodes call each plugin."""
+        return self.counts()[1]
 
 
 def base_name(node: onnx.NodeProto) -> str:

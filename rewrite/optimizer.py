@@ -148,7 +148,7 @@ def _make_generator(source: Model, result: Result, known: Library, verify: bool,
     made = settle(joined.model)
     report.take(joined.report)
     report.generator = generator_of(made.proto)
-    report.operators_after, report.plugins, report.kinds = made.operators(), made.plugin_nodes(), made.plugin_kinds()
+    report.operators_after, report.plugins, report.kinds = made.counts()
     size = made.proto.ByteSize() + external_size(made.external)
     if verify and whole and size > LARGEST_RUN:
         report.not_run = f"its weights are {size / 2**30:.1f} GiB, more than the {LARGEST_RUN / 2**30:.0f} GiB up to which a generator is run"
@@ -182,7 +182,7 @@ def _split(source: Model, result: Result, world: int, stages: int, verify: bool,
     except Exception as error:  # as in `apply_rules`
         raise RewriteError(f"{source.name}: the model breaks ONNX's rules, or this is a bug in rewrite ({blame(error)}); `onnx.checker.check_model` tells which") from error
     report.shards = describe_shards(made)
-    report.operators_after, report.plugins, report.kinds = made.operators(), made.plugin_nodes(), made.plugin_kinds()
+    report.operators_after, report.plugins, report.kinds = made.counts()
     report.seconds += time.perf_counter() - started
     size = made.proto.ByteSize() + external_size(made.external)
     if not verify:
@@ -263,7 +263,7 @@ def _apply_rules(source: Model, rules: Library, verify: bool, explain: bool, bit
     for graph in graphs:
         graph.release()
     report.seconds = time.perf_counter() - started
-    report.operators_before, report.operators_after = source.operators(), result.operators()
-    report.plugins, report.kinds, report.unknown = result.plugin_nodes(), result.plugin_kinds(), unknown_operators(source.proto)
+    report.operators_before, report.unknown = source.operators(), unknown_operators(source.proto)
+    report.operators_after, report.plugins, report.kinds = result.counts()
     report.verified = verify
     return Result(result, report)
