@@ -137,9 +137,10 @@ def export(source: str, output: str, opset: int, exporter: str, attention: str, 
     """
     from pathlib import Path
 
-    from rewrite.files import check_target
+    from rewrite.files import check_apart, check_target
 
     check_target(output)
+    check_apart(output, [("the source", source)])
     with progress() as say:
         say("loading PyTorch")
         from rewrite.export.torch_export import export as run
@@ -253,7 +254,7 @@ def optimize(model: str, output: str | None, files: tuple[str, ...], only: tuple
              report_file: str | None, as_json: bool) -> None:  # fmt: skip
     """Rewrite MODEL with all rules, verify it, and write it to --output (which may be MODEL itself)."""
     sandbox.start()
-    from rewrite.files import check_target
+    from rewrite.files import check_apart, check_target
     from rewrite.model import load
     from rewrite.optimizer import optimize as run
     from rewrite.registry import library
@@ -264,6 +265,12 @@ def optimize(model: str, output: str | None, files: tuple[str, ...], only: tuple
     known = library(files)
     check_names(expectations, known.plugins, {r.name for r in known.rules})
     source = load(model)
+    read = [*(("a file of inputs", f) for f in inputs), *(("a rules file", f) for f in files)]
+    if output:
+        source.check_target(output, embed=embed)
+        check_apart(output, read)
+    if report_file:
+        check_apart(report_file, [("the model", model), ("the output", output or model), *source.weight_files(output), *read])
     feeds = _load_inputs(inputs, source)
     result = run(
         source, rules=list(files), only=list(only) or None, verify=verify, inputs=feeds, tolerance=tolerance, explain=bool(expect), bitwise=bitwise,
@@ -667,12 +674,15 @@ def run(path: str, file: str, output: str | None, device: str, key: str | None, 
         sandbox.start()
     import numpy as np
 
-    from rewrite.files import write_atomically
+    from rewrite.files import check_apart, check_target, write_atomically
     from rewrite.model import load
     from rewrite.registry import library
     from rewrite.validity import check_feeds
 
     library(list(files))
+    if output:
+        check_target(output)
+        check_apart(output, [("the model", path), ("the file of inputs", file)])
     if Path(path).is_dir():
         from rewrite.runtime.plan import Plan
 
@@ -709,13 +719,15 @@ def run(path: str, file: str, output: str | None, device: str, key: str | None, 
 @rules_option
 def bench(plan: str, size: str | None, device: str, warmup: int, iterations: int, json_file: str | None, trace_file: str | None, key: str | None, files: tuple[str, ...]) -> None:
     """Measure PLAN, a plan's directory, on generated inputs: latency, throughput, each segment and plugin, against the machine's ceilings."""
-    from rewrite.files import check_target
+    from rewrite.files import check_apart, check_target
     from rewrite.registry import library
     from rewrite.runtime import bench as measure
     from rewrite.runtime.plan import Plan
 
     for target in filter(None, (json_file, trace_file)):
         check_target(target)
+    if json_file and trace_file:
+        check_apart(trace_file, [("the file of --json", json_file)])
     library(list(files))
     loaded = Plan(plan, device=device, key=key)
     report = measure.bench(loaded, measure.parse_sizes(size, loaded), warmup=warmup, iterations=iterations)

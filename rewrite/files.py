@@ -7,7 +7,7 @@ import ctypes
 import errno
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import BinaryIO
 
@@ -25,6 +25,13 @@ def check_target(path: str | os.PathLike[str]) -> None:
         raise RewriteError(f"{path}: cannot be written: the folder {path.parent} does not exist; make it first")
     if not os.access(path.parent, os.W_OK | os.X_OK):
         raise RewriteError(f"{path}: cannot be written: the folder {path.parent} is read-only; choose another")
+
+
+def check_apart(path: str | os.PathLike[str], kept: Iterable[tuple[str, str | os.PathLike[str]]]) -> None:
+    """Would a file written at `path` leave those of `kept` alone, each given with what it is? Raises RewriteError if not."""
+    for what, other in kept:
+        if os.path.realpath(path) == os.path.realpath(other):
+            raise RewriteError(f"{path}: cannot be written: it is {what} as well; choose another name")
 
 
 def write_atomically(path: str | os.PathLike[str], write: Callable[[BinaryIO], object]) -> None:

@@ -24,7 +24,7 @@ from onnx_graphsurgeon.logger import G_LOGGER
 
 from rewrite import sandbox
 from rewrite.errors import RewriteError
-from rewrite.files import check_target, write_atomically
+from rewrite.files import check_apart, check_target, write_atomically
 from rewrite.graph import DOMAIN, reads
 from rewrite.nodes import Node
 from rewrite.opening import Opening
@@ -54,6 +54,17 @@ class Model:
     def opset(self) -> int:
         return int(next((o.version for o in self.proto.opset_import if o.domain in ("", "ai.onnx")), onnx.defs.onnx_opset_version()))
 
+    def check_target(self, path: str | os.PathLike[str], *, embed: bool = False) -> None:
+        """Can the model be saved so, and its weights stay whole? Asked before long work. Raises RewriteError with the reason if not."""
+        check_target(path)
+        check_apart(path, self.weight_files(None if embed else path))
+
+    def weight_files(self, path: str | os.PathLike[str] | None = None) -> list[tuple[str, Path]]:
+        """The files of the external weights, and those beside the model saved as `path`, each with what it is."""
+        found = list(self.external.values())
+        found += [Path(path).parent / name for name in self.external] if path is not None else []
+        return [("a file of the model's weights", file) for file in found]
+
     def save(self, path: str | os.PathLike[str], *, embed: bool = False) -> None:
         """Write the model, whole or not at all.
 
@@ -61,7 +72,7 @@ class Model:
         read into memory; with `embed` they are put into the file. Raises RewriteError if the file cannot be written.
         """
         path = Path(path)
-        check_target(path)
+        self.check_target(path, embed=embed)
         if embed and self.external:
             Model(embedded(self.proto, self.external, str(path))).save(path)
             return

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -53,6 +54,26 @@ def test_weights_stay_where_they_are(tmp_path):
     assert (after.st_ino, after.st_mtime_ns, after.st_nlink) == (before.st_ino, before.st_mtime_ns, 1)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["m.onnx", "out.onnx", "w.bin"]
     assert [n.op_type for n in onnx.load(tmp_path / "out.onnx", load_external_data=False).graph.node] == ["MatMulAct"]
+
+
+@pytest.mark.parametrize("arguments", [
+    ("optimize", "a/m.onnx", "-o", "a/w.bin"), ("optimize", "a/m.onnx", "-o", "a/w.bin", "--embed"), ("optimize", "a/m.onnx", "-o", "b/w.bin"), ("unfuse", "a/m.onnx", "-o", "a/w.bin"),
+    ("optimize", "a/m.onnx", "--report", "a/w.bin"), ("optimize", "a/m.onnx", "--report", "a/m.onnx"), ("optimize", "a/m.onnx", "-o", "b/o.onnx", "--report", "b/../b/o.onnx"),
+    ("optimize", "a/m.onnx", "-o", "b/o.onnx", "--report", "b/w.bin"), ("optimize", "a/m.onnx", "--inputs", "a/x.npz", "-o", "a/x.npz"), ("run", "a/m.onnx", "--inputs", "a/x.npz", "-o", "a/m.onnx"),
+    ("run", "a/m.onnx", "--inputs", "a/x.npz", "-o", "a/x.npz"), ("export", "a/m.gguf", "-o", "a/m.gguf"), ("bench", "a", "--json", "b/t.json", "--trace", "b/t.json"),
+])  # fmt: skip
+def test_no_file_is_written_over_one_that_is_needed(arguments, tmp_path, monkeypatch):
+    """The model's weights, what is read, and what the same command writes."""
+    sparse(tmp_path / "a", 512, 1024)
+    np.savez(tmp_path / "a" / "x.npz", x=np.ones((1, 512), np.float32))
+    (tmp_path / "a" / "m.gguf").write_bytes(b"GGUF")
+    (tmp_path / "b").mkdir()
+    monkeypatch.chdir(tmp_path)
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    done = run(*arguments)
+    assert done.exit_code == 2
+    assert re.fullmatch(r"rewrite: [\w./]+: cannot be written: it is [\w' -]+ as well; choose another name\n", done.stderr)
+    assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
 
 
 @pytest.mark.parametrize("refuses", [None, "copy_file_range", "ioctl and copy_file_range"])
