@@ -91,7 +91,7 @@ def load_gguf(path: str | os.PathLike[str], *, attention: str = "eager") -> Sour
     Raises RewriteError for a file that transformers cannot read, or a missing library (`gguf`, `accelerate`).
     """
     file = Path(path)
-    if not file.is_file():
+    if not os.path.isfile(file):
         raise RewriteError(f"{file}: no such file; give a GGUF file, a Hugging Face directory or MODULE:CALLABLE")
     with file.open("rb") as stream:
         if stream.read(4) != b"GGUF":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
+import os
 import re
 import sys
 from collections import Counter
@@ -135,8 +136,6 @@ def export(source: str, output: str, opset: int, exporter: str, attention: str, 
     SOURCE is a local Hugging Face directory, a GGUF file (as float32), or MODULE:CALLABLE, a function without arguments that returns
     (torch.nn.Module, example inputs) or (torch.nn.Module, example inputs, dynamic shapes).
     """
-    from pathlib import Path
-
     from rewrite.files import check_apart, check_target
 
     check_target(output)
@@ -150,7 +149,7 @@ def export(source: str, output: str, opset: int, exporter: str, attention: str, 
             from rewrite.export.hollow import load_hollow
 
             loaded, verify = load_hollow(source, attention=attention), False
-        elif Path(source).is_dir():
+        elif os.path.isdir(source):
             say("loading the model")
             from rewrite.export.huggingface import load_directory
 
@@ -598,15 +597,13 @@ def _made(step: Step, values: Mapping[str, ValueType], sizes: Mapping[str, int])
 @json_option
 def inspect(path: str, steps: bool, attributes: bool, segment: str | None, check: bool, key: str | None, as_json: bool) -> None:
     """Show what is in PATH, a plan or a model (by Polygraphy)."""
-    from pathlib import Path
-
-    if not Path(path).is_dir():
+    if not os.path.isdir(path):
         sandbox.start()
     import onnx
 
     from rewrite.model import load
 
-    if not Path(path).is_dir():
+    if not os.path.isdir(path):
         model = load(path)
         if segment is not None or check or key is not None:
             raise RewriteError(f"{path}: a model; --segment, --check and --key are for plans, which `rewrite build` makes")
@@ -668,9 +665,7 @@ def load_feeds(file: str, names: list[str]) -> dict[str, Any]:
 @rules_option
 def run(path: str, file: str, output: str | None, device: str, key: str | None, files: tuple[str, ...]) -> None:
     """Run PATH, a plan or (on the CPU) a model, on the arrays of a file."""
-    from pathlib import Path
-
-    if not Path(path).is_dir():
+    if not os.path.isdir(path):
         sandbox.start()
     import numpy as np
 
@@ -683,7 +678,7 @@ def run(path: str, file: str, output: str | None, device: str, key: str | None, 
     if output:
         check_target(output)
         check_apart(output, [("the model", path), ("the file of inputs", file)])
-    if Path(path).is_dir():
+    if os.path.isdir(path):
         from rewrite.runtime.plan import Plan
 
         plan = Plan(path, device=device, key=key)

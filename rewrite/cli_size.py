@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from typing import Any
 
 import click
@@ -23,14 +24,12 @@ def plan_size(model: str, gpus: str, tensor_parallel: int | None, pipeline_paral
 
     MODEL is an ONNX file, rewritten or not, whose weights need not be there (`rewrite export --no-weights`), or a plan. Nothing is computed.
     """
-    from pathlib import Path
-
     from rewrite import sandbox
     from rewrite.runtime.devices import parse_gpus
     from rewrite.runtime.plan_size import plan_size as run
 
     device, count = parse_gpus(gpus)
-    if not Path(model).is_dir():
+    if not os.path.isdir(model):
         sandbox.start()
     found = run(model, device, count, tensor_parallel=tensor_parallel, pipeline_parallel=pipeline_parallel, batch=batch, context=context, tokens=tokens, host=gpus_per_host)
     if as_json:

@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import errno
 import os
+import stat
 import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -17,9 +18,15 @@ from rewrite.errors import RewriteError
 def check_target(path: str | os.PathLike[str]) -> None:
     """Can a file be written at `path`? Asked before long work. Raises RewriteError with the reason if not."""
     path = Path(path)
-    if path.is_dir():
+    try:
+        mode = path.stat().st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        mode = stat.S_IFREG
+    except (OSError, ValueError) as error:  # the name is too long, say
+        raise RewriteError(f"{path}: cannot be written: {getattr(error, 'strerror', error)}; choose another name") from error
+    if stat.S_ISDIR(mode):
         raise RewriteError(f"{path}: cannot be written: it is a directory; give the name of a file")
-    if path.exists() and not path.is_file():
+    if not stat.S_ISREG(mode):
         raise RewriteError(f"{path}: cannot be written: it is a device or a pipe, not a regular file")
     if not path.parent.is_dir():
         raise RewriteError(f"{path}: cannot be written: the folder {path.parent} does not exist; make it first")
@@ -43,7 +50,7 @@ def write_atomically(path: str | os.PathLike[str], write: Callable[[BinaryIO], o
     check_target(path)
     temporary = None
     try:
-        descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+        descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name[:50]}.", suffix=".tmp", dir=path.parent)
         with os.fdopen(descriptor, "wb") as file:
             write(file)
             file.flush()

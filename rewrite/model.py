@@ -38,6 +38,7 @@ SCOPE_HINT = "pkg.torch.onnx.name_scopes"  # under which PyTorch notes the modul
 SCOPES = 10_000  # characters of a hint that are read
 WEIGHTS = {getattr(onnx.TensorProto, k) for k in ("FLOAT", "FLOAT16", "BFLOAT16", "DOUBLE", "INT8", "UINT8")}  # what inference has no use for
 SCALES = 1024  # elements: no list of floats that tells a shape is longer
+LONGEST = 4096  # characters of a path, which Linux takes no longer either
 INLINE = 16384  # bytes: external tensors up to this size are read at once, so that rules can see their values
 
 
@@ -144,8 +145,8 @@ def _bytes(path: Path) -> bytes:
     """The content of a model file that a child process has read to a good end."""
     if b"\0" in os.fsencode(path):
         raise RewriteError(f"{str(path)!r}: no such file; give the path of an .onnx file")
-    if not path.is_file():
-        what = "a directory" if path.is_dir() else "no regular file" if path.exists() else "no such file"
+    if not os.path.isfile(path):
+        what = "a directory" if os.path.isdir(path) else "no regular file" if os.path.exists(path) else "no such file"
         raise RewriteError(f"{path}: {what}; give the path of an .onnx file")
     try:
         with path.open("rb") as file:
@@ -230,6 +231,8 @@ def _find_external(model: Model, path: Path) -> None:
 
 def external_file(folder: Path, location: str, where: str) -> Path:
     """The file of external data that `location` names; refuses everything outside the model's folder."""
+    if len(location) > LONGEST:
+        raise RewriteError(f"{where}: external data {location[:200]!r}... has a name of {len(location)} characters; refused")
     relative = Path(location)
     odd = set(location) & set("\\\0:") or any(part.strip(". ") == "" or part != part.strip() for part in relative.parts)
     if not location or relative.is_absolute() or ".." in relative.parts or odd:
@@ -238,10 +241,10 @@ def external_file(folder: Path, location: str, where: str) -> Path:
     step = folder
     for part in relative.parts:
         step = step / part
-        if step.is_symlink():
+        if os.path.islink(step):
             raise RewriteError(f"{where}: external data '{location}' is reached by a symbolic link; refused. Put the file itself there")
-    if not file.is_file():
-        raise RewriteError(f"{where}: external data file '{file}' is missing; put it beside the model")
+    if not os.path.isfile(file):
+        raise RewriteError(f"{where}: external data file '{str(file)[:300]}' is missing; put it beside the model")
     if file.stat().st_nlink > 1:
         raise RewriteError(f"{where}: external data '{location}' is a hard link; refused. Put a copy there")
     return file

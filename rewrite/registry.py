@@ -14,6 +14,7 @@ import importlib
 import importlib.metadata
 import importlib.util
 import inspect
+import os
 import pkgutil
 import re
 import sys
@@ -334,8 +335,8 @@ def _adopt(owner: Source, package: str) -> None:
 def load_rules_file(path: str | Path) -> Source:
     """Run a user's Python file of rules and plugins. Raises RewriteError with the file and line if it fails."""
     path = Path(path)
-    if not path.is_file():
-        raise RewriteError(f"rules file {path}: {'a directory, not a Python file' if path.is_dir() else 'no such file'}")
+    if not os.path.isfile(path):
+        raise RewriteError(f"rules file {path}: {'a directory, not a Python file' if os.path.isdir(path) else 'no such file'}")
     state = path.stat()
     version, known = (state.st_mtime_ns, state.st_size), _files.get(path.resolve())
     if known is not None and known[0] == version:

@@ -76,7 +76,7 @@ def build(
         raise RewriteError(f"profile: a {type(profile).__name__}; write the sizes as text, for example 'batch=1:8:32,sequence=1:128:512'")
     source, target = load(model), Path(directory)
     say: Progress = progress or (lambda line: None)
-    if target.exists() and not (target / MANIFEST).is_file() and (not target.is_dir() or any(target.iterdir())):
+    if os.path.exists(target) and not os.path.isfile(target / MANIFEST) and (not os.path.isdir(target) or any(target.iterdir())):
         raise RewriteError(f"{target}: exists and is not a plan; name another directory")
     if not target.parent.is_dir():
         raise RewriteError(f"{target}: the folder {target.parent} does not exist; make it first")

@@ -158,8 +158,8 @@ class Plan:
         self.directory, self.device = Path(directory), device
         if device not in ("cpu", "cuda"):
             raise RewriteError(f"device {device!r} is unknown; use cpu or cuda")
-        if not self.directory.is_dir():
-            raise RewriteError(f"{self.directory}: not a plan: {'a file' if self.directory.exists() else 'there is no such directory'}; make one with `rewrite build`")
+        if not os.path.isdir(self.directory):
+            raise RewriteError(f"{self.directory}: not a plan: {'a file' if os.path.exists(self.directory) else 'there is no such directory'}; make one with `rewrite build`")
         text = seal.read_manifest(self.directory, seal.read_key(key))
         try:
             self.manifest = Manifest.from_json(text)

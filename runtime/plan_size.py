@@ -10,7 +10,6 @@ import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -51,7 +50,7 @@ def open_sized(path: str | os.PathLike[str], world: int | None, stages: int | No
 
     Raises RewriteError if it cannot be split so, or is split otherwise.
     """
-    if Path(path).is_dir():
+    if os.path.isdir(path):
         plan = Plan(path)
         _agree(str(path), plan.manifest.ranks_of_stage, plan.manifest.stages, world, stages, gpus)
         return _of_plan(plan)

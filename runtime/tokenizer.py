@@ -36,11 +36,11 @@ def tokenizer_folder(model: Model, given: str | os.PathLike[str] | None) -> Path
     Raises RewriteError if the folder given holds no tokenizer.
     """
     if given is not None:
-        if not (Path(given) / "tokenizer.json").is_file() and not (Path(given) / "tokenizer_config.json").is_file():
+        if not any(os.path.isfile(Path(given) / name) for name in ("tokenizer.json", "tokenizer_config.json")):
             raise RewriteError(f"{given}: holds no tokenizer (tokenizer.json); give the folder of one, as transformers writes it")
         return Path(given)
     recorded = _metadata(model, FOLDER)
-    return Path(recorded) if recorded and (Path(recorded) / "tokenizer_config.json").is_file() else None
+    return Path(recorded) if recorded and os.path.isfile(Path(recorded) / "tokenizer_config.json") else None
 
 
 def copy_tokenizer(source: Path, target: Path) -> None:

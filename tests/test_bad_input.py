@@ -29,6 +29,9 @@ def run(*arguments):
     return CliRunner().invoke(main, [str(a) for a in arguments])
 
 
+LONG = "a" * 300  # characters: no file has such a name
+
+
 def refused(done, *parts):
     """The command ended with exit code 2 and one line on standard error that has all `parts`."""
     assert done.exit_code == 2, (done.exit_code, done.output, done.exception)
@@ -95,7 +98,9 @@ def test_bytes_flipped_anywhere_never_end_in_a_traceback(tmp_path, rng):
             refused(done)
 
 
-@pytest.mark.parametrize(("path", "reason"), [("/nowhere/m.onnx", "no such file"), ("/tmp", "a directory"), ("/dev/null", "no regular file"), ("/proc/self/mem", "cannot be read")])
+@pytest.mark.parametrize(("path", "reason"), [
+    ("/nowhere/m.onnx", "no such file"), ("/tmp", "a directory"), ("/dev/null", "no regular file"), ("/proc/self/mem", "cannot be read"), (LONG, "no such file"),
+])  # fmt: skip
 def test_not_a_readable_file(path, reason):
     refused(run("optimize", path), path, reason)
 
@@ -453,7 +458,7 @@ def test_what_only_plans_have(model, option):
     refused(run("inspect", model, *option), "are for plans")
 
 
-@pytest.mark.parametrize(("file", "reason"), [("none.py", "no such file"), (".", "a directory"), ("rules.txt", "must end in .py")])
+@pytest.mark.parametrize(("file", "reason"), [("none.py", "no such file"), (".", "a directory"), ("rules.txt", "must end in .py"), (LONG, "no such file")])
 def test_no_rules_file(tmp_path, model, file, reason):
     (tmp_path / "rules.txt").write_text("x = 1")
     refused(run("optimize", model, "--rules", tmp_path / file), "rules file", reason)
@@ -619,6 +624,22 @@ def test_inputs_that_are_no_arrays(tmp_path, model):
     refused(run("optimize", model, "--inputs", tmp_path / "none.npz"), "none.npz")
 
 
+@pytest.mark.parametrize("command", [
+    ("run", "{m}", "--inputs", LONG), ("run", LONG, "--inputs", "x"), ("run", "{m}", "--inputs", "x", "-o", LONG), ("bench", LONG), ("inspect", LONG), ("explain", LONG), ("verify", LONG, LONG),
+    ("unfuse", "{m}", "-o", LONG), ("build", "{m}", "-o", LONG, "--no-engines"), ("plan-size", LONG), ("generate", LONG, "--prompt", "a"), ("export", f"{LONG}.gguf", "-o", "x"),
+])  # fmt: skip
+def test_names_that_are_too_long(model, command):
+    done = run(*(model if part == "{m}" else part for part in command))
+    assert done.exit_code == 2
+    assert done.stderr.strip().splitlines()[-1].startswith(f"rewrite: {LONG}")
+
+
+def test_a_name_as_long_as_may_be(tmp_path, model):
+    target = tmp_path / f"{'a' * 250}.onnx"
+    assert run("optimize", model, "-o", target).exit_code == 0
+    assert target.exists()
+
+
 def test_good_inputs_are_used(tmp_path, model):
     np.save(tmp_path / "x.npy", GOOD)
     assert run("optimize", model, "--inputs", feeds(tmp_path, x=GOOD), "--inputs", tmp_path / "x.npy").exit_code == 0
@@ -626,7 +647,9 @@ def test_good_inputs_are_used(tmp_path, model):
 
 # --- writing --------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("option", ["-o", "--report"])
-@pytest.mark.parametrize(("target", "reason"), [("no/such/out", "does not exist"), (".", "is a directory"), ("/dev/null", "not a regular file"), ("/proc/out", "cannot be written")])
+@pytest.mark.parametrize(("target", "reason"), [
+    ("no/such/out", "does not exist"), (".", "is a directory"), ("/dev/null", "not a regular file"), ("/proc/out", "cannot be written"), (LONG, "File name too long"),
+])  # fmt: skip
 def test_where_nothing_can_be_written_is_said_before_the_work(tmp_path, model, monkeypatch, option, target, reason):
     if target != "/proc/out":  # only trying tells
         monkeypatch.setattr("rewrite.model.load", lambda path: pytest.fail("the work began"))

@@ -90,6 +90,7 @@ ESCAPES = [
     "....//secret",
     "/dev/stdin", "/dev/zero", "/dev/null", "/dev/fd/0", "~/secret", "~root/secret", "$HOME/secret", "${HOME}/secret", "．．/secret", "‥/secret", ".. /secret", ".../secret", " ../secret",
     "../secret ", "secret\0", "../secret\0.bin", "%2e%2e/secret", "link", "folder/secret", "hard", "pipe", "sub", "sub/", "m.onnx/../../secret",
+    "a" * 300, "é" * 200, "a/" * 1000 + "../" * 1000 + "../secret", "a/" * 2500 + "secret", "a/" * 100_000 + "secret",  # longer than names and paths may be
 ]  # fmt: skip
 AUDITED = """
 import os, sys
