@@ -12,9 +12,10 @@ accumulates in float32, may be right where the subgraph overflows, and must be n
 from __future__ import annotations
 
 import ast
+import contextlib
 import math
 import operator
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -32,6 +33,7 @@ from rewrite.validity import no_tensor, subgraphs
 TOLERANCE = {"float64": (1e-9, 1e-9), "float32": (2e-5, 2e-5), "float16": (2e-3, 1e-3), "bfloat16": (1.6e-2, 8e-3)}
 MODEL_TOLERANCE = {"float64": 0.0, "float32": 0.0, "float16": 1e-2, "bfloat16": 5e-2}
 SIZES = ((2, 5, 7, 3, 4, 6), (1, 4, 4, 2, 3, 5), (3, 8, 8, 1, 2, 2))
+ENOUGH, DOUBLINGS = 3, 14  # what an expression of sizes that would be empty is brought to, and how often a size is doubled for it
 SCALES = (1.0, 8.0, 1e-3)  # one for each attempt; 16-bit sites have one attempt more
 LARGE = 1 << 22  # elements of one input
 MOST = 1 << 28  # elements of one value of a site: no array larger than this is made to check one
@@ -92,6 +94,34 @@ def resolve(dim: Dim, sizes: dict[str, int], draw: Callable[[], int]) -> int:
     return evaluate(tree)
 
 
+def enlarge(dims: Iterable[Dim], sizes: dict[str, int], draw: Callable[[], int], fixed: Collection[str] = ()) -> None:
+    """Draw the names in `dims`, and double the first of one that would be empty or negative until it is not: `S // 16`, `S - 16`.
+
+    Raises RewriteError if it finds no sizes, those of `fixed` names given, at which each dimension is 1 at least.
+    """
+    named = list(dict.fromkeys(d for d in dims if isinstance(d, str)))
+    for dim in named * 2:  # what one makes larger may be subtracted in another
+        if _size(dim, sizes, draw) >= 1:
+            continue
+        names: dict[str, int] = {}
+        _size(dim, names, lambda: 1)
+        first = next(iter(names), None)
+        for _ in range(DOUBLINGS if first is not None and first not in fixed else 0):
+            sizes[str(first)] *= 2
+            if _size(dim, sizes, draw) >= ENOUGH:
+                break
+    empty = next((d for d in named if _size(d, sizes, draw) < 1), None)
+    if empty is not None:
+        raise RewriteError(f"no sizes are found at which the dimension '{empty}' is 1 or more")
+
+
+def _size(dim: str, sizes: dict[str, int], draw: Callable[[], int]) -> int:
+    try:
+        return resolve(dim, sizes, draw)
+    except ZeroDivisionError:
+        return 0
+
+
 def draw_sizes(pool: Iterable[int]) -> Callable[[], int]:
     values = list(pool)
     state = {"next": 0}
@@ -109,6 +139,7 @@ def make_inputs(specs: list[Spec], attempt: int, sample: Callable[..., Any] | No
     sizes: dict[str, int] = {}
     draw = draw_sizes(SIZES[attempt % len(SIZES)])
     scale = SCALES[attempt] if attempt < len(SCALES) else None
+    enlarge((d for s in specs for d in (*(s.shape or ()), *(s.value or ()))), sizes, draw)
     made = {}
     for spec in specs:
         if spec.content is not None:
@@ -365,6 +396,9 @@ def _compare_site(
         worst = max(worst, verdict.error)
         if not verdict.ok:
             return Verdict(False, worst, verdict.reason)
+        if not any(e.size for e in expected):
+            last = "its results are empty at every size that was tried"
+            continue
         if bitwise and not all(map(same_bits, expected, actual)):
             return Verdict(False, worst, f"it is not the same bit by bit (largest difference {worst:.3g}), which --bitwise asks for")
         done += 1
@@ -415,13 +449,20 @@ def model_inputs(proto: onnx.ModelProto, attempt: int, sizes: Mapping[str, int] 
     initial = {i.name for i in proto.graph.initializer}
     ranges = index_ranges(proto)
     made: dict[str, np.ndarray] = {}
-    for value in proto.graph.input:
-        if value.name in initial:
-            continue
+    inputs = [i for i in proto.graph.input if i.name not in initial]
+    given, trial = [d for i in inputs for d in _dims(i)], dict(sizes)
+    try:
+        enlarge(given, trial, draw, sizes)
+    except RewriteError as error:
+        raise RewriteError(f"{error}; give inputs with --inputs FILE.npz") from error
+    wide = dict(trial)
+    with contextlib.suppress(RewriteError):  # as far as possible, nothing inside is empty either
+        enlarge((d for v in (*proto.graph.value_info, *proto.graph.output) for d in _dims(v)), wide, draw, sizes)
+    sizes = wide if all(_size(d, wide, draw) >= 1 for d in given if isinstance(d, str)) else trial
+    for value in inputs:
         if not value.type.tensor_type.HasField("shape"):
             raise RewriteError(f"input '{value.name}' has no known tensor shape; give inputs with --inputs FILE.npz")
-        dims = [d.dim_value if d.HasField("dim_value") else d.dim_param or None for d in value.type.tensor_type.shape.dim]
-        shape = tuple(resolve(d, sizes, draw) for d in dims)
+        shape = tuple(resolve(d, sizes, draw) for d in _dims(value))
         dtype = onnx.helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type)
         low = value.name.lower()
         if dtype.kind in "iu" and "mask" in low and len(shape) == 2:
@@ -437,6 +478,10 @@ def model_inputs(proto: onnx.ModelProto, attempt: int, sizes: Mapping[str, int] 
         else:
             raise RewriteError(f"input '{value.name}' is {dtype}; give inputs with --inputs FILE.npz")
     return made
+
+
+def _dims(value: onnx.ValueInfoProto) -> list[Dim]:
+    return [d.dim_value if d.HasField("dim_value") else d.dim_param or None for d in value.type.tensor_type.shape.dim]
 
 
 def _padding(rng: np.random.Generator, shape: tuple[int, ...], attempt: int) -> np.ndarray:

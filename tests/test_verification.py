@@ -392,3 +392,50 @@ def test_a_wrong_body_is_found_by_the_check_of_the_whole_model():
     next(n for n in after.proto.functions[0].node if n.op_type == "Gelu").attribute.append(onnx.helper.make_attribute("approximate", "tanh"))
     with pytest.raises(CheckFailed, match="output 'y'"):
         check_models(load(before), after)
+
+
+WRONG = """
+import rewrite
+@rewrite.rule(priority=50)
+class Cubed:
+    def pattern(op, x): return op.Pow(op.Relu(x), 2.0)
+    def replace(op, x): return op.Pow(op.Relu(x), op.constant(3.0, "float32"))
+"""
+
+
+@pytest.mark.parametrize("size", ["S - 16", "S // 16", "(S - 30) // 2 + 1", "S - B", "2*S - 20", "S // (B - 1)"])
+def test_no_site_is_checked_on_empty_arrays(size, tmp_path):
+    """Dimensions that are computed from others, as a slice or an unfold makes them: negative or 0 at small sizes."""
+    (tmp_path / "wrong.py").write_text(WRONG)
+    model = parse("(float[n, 4] x) => (float[n, 4] y) { r = Relu(x) two = Constant<value_float = 2.0>() y = Pow(r, two) }")
+    for v in (*model.graph.input, *model.graph.output):
+        v.type.tensor_type.shape.dim[0].dim_param = size
+    report = rewrite.optimize(model, rules=[tmp_path / "wrong.py"]).report
+    assert [(m.rule, "differs" in m.reason) for m in report.rejected] == [("cubed", True)]
+    assert all(model_inputs(model, attempt)["x"].size for attempt in range(3))
+
+
+def test_a_model_is_run_at_sizes_at_which_nothing_inside_is_empty():
+    model = parse("(float[B, S, 4] x) => (float[B, T, 4] y) { y = Slice(x, start, end, axis) }", start=np.array([16]), end=np.array([2**31 - 1]), axis=np.array([1]))
+    assert all(model_inputs(model, attempt)["x"].shape[1] < 16 for attempt in range(3))  # nobody knows
+    model.graph.output[0].type.tensor_type.shape.dim[1].dim_param = "S - 16"
+    assert all(model_inputs(model, attempt)["x"].shape[1] > 16 for attempt in range(3))
+    assert model_inputs(model, 0, {"S": 5})["x"].shape[1] == 5  # those that were asked for
+
+
+def test_sizes_that_no_dimension_can_have_are_told():
+    model = parse("(float[n, 4] x) => (float[n, 4] y) { s = Sigmoid(x) y = Mul(x, s) }")
+    for v in (*model.graph.input, *model.graph.output):
+        v.type.tensor_type.shape.dim[0].dim_param = "0 - S"
+    reason = "no sizes are found at which the dimension '0 - S' is 1 or more"
+    (miss,) = rewrite.optimize(model, verify=True, inputs=[]).report.rejected
+    assert reason in miss.reason
+    with pytest.raises(rewrite.RewriteError, match=f"{reason}; give inputs with --inputs FILE.npz"):
+        model_inputs(model, 0)
+
+
+def test_results_that_are_empty_at_every_size_are_no_check():
+    body = onnx.helper.make_function("rewrite", "F", ["x"], ["y"], [onnx.helper.make_node("Neg", ["x"], ["y"])], [onnx.helper.make_opsetid("", 18)])
+    verdict = check_site(body, [], [Spec("x", np.dtype(np.float32), (0, 4))], lambda a: [a["x"]], TOLERANCE, None)
+    assert not verdict.ok
+    assert "its results are empty at every size that was tried" in verdict.reason
