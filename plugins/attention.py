@@ -47,7 +47,8 @@ class FusedAttention:
 
     inputs = ("q", "k", "v", "mask?")
     attributes = {"scale": 1.0, "softcap": 0.0, "fill": 0.0, "drop": 0, "zero_masked": 0, "causal": 0}
-    tolerance = {"float64": (1e-9, 1e-9), "float32": (5e-5, 1e-5), "float16": (2e-3, 2e-3), "bfloat16": (1.6e-2, 1.6e-2)}
+    # In float64 no nearer than the attribute scale, which ONNX stores in single precision.
+    tolerance = {"float64": (1e-6, 1e-6), "float32": (5e-5, 1e-5), "float16": (2e-3, 2e-3), "bfloat16": (1.6e-2, 1.6e-2)}
     sample = sample_mask
     cuda = attention
     operations = operations

@@ -10,7 +10,8 @@ from rewrite.plugins.activations import Array, wide
 from rewrite.plugins.cuda_norms import layer_norm, rms_link, rms_norm
 from rewrite.registry import plugin
 
-TOLERANCE = {"float64": (1e-9, 1e-9), "float32": (2e-5, 5e-6), "float16": (2e-3, 1e-3), "bfloat16": (1.6e-2, 8e-3)}
+# In float64 no nearer than the attribute epsilon, which ONNX stores in single precision.
+TOLERANCE = {"float64": (1e-7, 1e-7), "float32": (2e-5, 5e-6), "float16": (2e-3, 1e-3), "bfloat16": (1.6e-2, 8e-3)}
 MAGNITUDES = (1.0, 1e-3, 3e-6, 1e3, 3e-2)
 
 

@@ -238,7 +238,7 @@ class Driver:
             plugin, inputs = self.library.plugins[node.op], given(signature.inputs, node.inputs)
             names = {id(t): n for n, t in inputs.items()}
             key = f"{body.digest}|{site.attributes}|{[(n, str(t.dtype), t.shape) for n, t in inputs.items()]}"
-            run = reference_runner(plugin, site.attributes, [names[id(t)] if t.name else "" for t in node.inputs])
+            run = reference_runner(plugin, {n: _written(v) for n, v in site.attributes.items()}, [names[id(t)] if t.name else "" for t in node.inputs])
             verdict = self._verdict(key, graph, body.function, inputs, run, plugin.tolerance, plugin.sample, match.shapes)
             site.error, site.reduced = verdict.error, verdict.reduced
             if not verdict.ok:
@@ -325,6 +325,14 @@ class Driver:
             node.scope, node.metadata = "", {"rewrite.rule": rule.name}
             self.made.append(node)
             graph.hand_over(old, producer, node, node.outputs[0])
+
+
+def _written(value: Any) -> Any:
+    """An attribute as a file holds it: floats in single precision, those beyond it infinite."""
+    if isinstance(value, (list, tuple)):
+        return [_written(v) for v in value]
+    with np.errstate(over="ignore"):
+        return float(np.float32(value)) if isinstance(value, float) else value
 
 
 def _nearest(graph: Graph, rule: Rule, node: Node) -> Trace:

@@ -439,3 +439,18 @@ def test_results_that_are_empty_at_every_size_are_no_check():
     verdict = check_site(body, [], [Spec("x", np.dtype(np.float32), (0, 4))], lambda a: [a["x"]], TOLERANCE, None)
     assert not verdict.ok
     assert "its results are empty at every size that was tried" in verdict.reason
+
+
+def double_attention(scores):
+    inputs = "double[B, 2, S, 8] q, double[B, 2, T, 8] k, double[B, 2, T, 8] v, bool[B, 1, S, T] m"
+    text = f"({inputs}) => (double[B, 2, S, 8] y) {{ kt = Transpose<perm = [0, 1, 3, 2]>(k) s0 = MatMul(q, kt) s1 = Mul(s0, c) {scores} p = Softmax<axis = -1>(s) y = MatMul(p, v) }}"
+    return parse(text, c=np.float64(0.1), least=np.finfo(np.float64).min, far=np.float64(-1e9))
+
+
+def test_a_plugin_is_checked_with_the_attributes_that_the_file_will_hold():
+    """Single precision, in which the lowest float64 is -inf: the row of a mask that hides everything would be NaN."""
+    (site,) = rewrite.optimize(double_attention("s = Where(m, s1, far)")).report.sites
+    assert 1e-12 < site.error < 1e-6  # 0.1 has more digits
+    report = rewrite.optimize(double_attention("s = Where(m, s1, least)")).report
+    assert not report.sites
+    assert [(m.rule, "NaN or infinite on one side only" in m.reason) for m in report.rejected] == [("attention", True)]
