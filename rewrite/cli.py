@@ -93,13 +93,14 @@ def table(title: str, columns: list[str], rows: list[list[str]]) -> None:
     """Print a table; numbers to the right. Piped output is not cut to a terminal's width."""
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     made = Table(title=title or None, title_justify="left", box=None, pad_edge=False, header_style="bold")
     for i, column in enumerate(columns):
         numeric = bool(rows) and all(re.fullmatch(r"[-+\d.,e%×]*( s| ms| MB| µs)?", r[i]) for r in rows)
         made.add_column(column, justify="right" if numeric else "left", overflow="fold")
     for row in rows:
-        made.add_row(*(r.replace("[", "\\[") for r in row))
+        made.add_row(*map(Text, row))  # no markup: names of a model may look like it
     Console(width=None if sys.stdout.isatty() else 160, highlight=False).print(made)
 
 

@@ -224,6 +224,14 @@ def test_the_tables_name_rule_node_and_reason(tmp_path):
     assert "the softmax is over axis 2" in words
 
 
+@pytest.mark.parametrize("name", ["a\\[/foo]", "[red]", "[/]", "\\[", "[link=x]y[/link]"])
+def test_a_name_that_looks_like_markup_is_a_name(tmp_path, name):
+    model = attention(axis=2)
+    model.graph.node[-1].name = name
+    onnx.save(model, tmp_path / "m.onnx")
+    assert f"MatMul '{name}'" in run("explain", tmp_path / "m.onnx", "--node", name).stdout
+
+
 def test_optimize_counts_what_is_left_and_tells_how_to_ask(tmp_path, rng):
     onnx.save(mlp("Softplus", rng), tmp_path / "m.onnx")
     done = run("optimize", tmp_path / "m.onnx")
