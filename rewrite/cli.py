@@ -280,10 +280,15 @@ def optimize(model: str, output: str | None, files: tuple[str, ...], only: tuple
         result = run(source, rules=list(files), only=list(only) or None, verify=verify, explain=True, bitwise=bitwise)
     report = result.report
     failures = check_expectations(expectations, report, known.plugins)
-    if not failures and output:
-        result.model.save(output, embed=embed)
+
+    def save() -> None:
+        if not failures and output:
+            result.model.save(output, embed=embed)
+
     if report_file:
-        _write_json(report_file, report.as_json())
+        _write_json(report_file, report.as_json(), then=save)
+    else:
+        save()
     if as_json:
         click.echo(json.dumps(report.as_json(), indent=1))
     else:
@@ -295,10 +300,10 @@ def optimize(model: str, output: str | None, files: tuple[str, ...], only: tuple
         print_unfused(result)
 
 
-def _write_json(path: str, data: Any) -> None:
+def _write_json(path: str, data: Any, then: Callable[[], None] = lambda: None) -> None:
     from rewrite.files import write_atomically
 
-    write_atomically(path, lambda f: f.write((json.dumps(data, indent=1) + "\n").encode()))
+    write_atomically(path, lambda f: f.write((json.dumps(data, indent=1) + "\n").encode()), then)
 
 
 def print_report(report: Report, model: str, output: str | None) -> None:

@@ -41,9 +41,10 @@ def check_apart(path: str | os.PathLike[str], kept: Iterable[tuple[str, str | os
             raise RewriteError(f"{path}: cannot be written: it is {what} as well; choose another name")
 
 
-def write_atomically(path: str | os.PathLike[str], write: Callable[[BinaryIO], object]) -> None:
+def write_atomically(path: str | os.PathLike[str], write: Callable[[BinaryIO], object], then: Callable[[], None] = lambda: None) -> None:
     """Call `write` on a temporary file beside `path`, flush it to the disk, and rename it to `path`.
 
+    `then` is done before that: what is to be there only if this file can be written, and the other way round.
     Whatever fails, `path` holds the old content or the new one, whole. Raises RewriteError if it cannot be written.
     """
     path = Path(path)
@@ -55,6 +56,7 @@ def write_atomically(path: str | os.PathLike[str], write: Callable[[BinaryIO], o
             write(file)
             file.flush()
             os.fsync(file.fileno())
+        then()
         mask = os.umask(0)
         os.umask(mask)
         os.chmod(temporary, 0o666 & ~mask)

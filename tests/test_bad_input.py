@@ -707,6 +707,22 @@ def test_no_space_left_is_said(tmp_path, model, monkeypatch):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["m.onnx", "out.onnx"]
 
 
+@pytest.mark.parametrize("fails", [0, 1])
+def test_the_report_and_the_model_are_written_both_or_not_at_all(tmp_path, model, monkeypatch, fails):
+    flushed, sync = [], os.fsync
+
+    def full(descriptor):
+        flushed.append(descriptor)
+        if len(flushed) > fails:
+            raise OSError(28, "No space left on device")
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", full)
+    out, report = tmp_path / "out.onnx", tmp_path / "r.json"
+    refused(run("optimize", model, "-o", out, "--report", report), [report, out][fails], "No space left on device; nothing was changed")
+    assert [p.name for p in tmp_path.iterdir()] == ["m.onnx"]
+
+
 KILLED = """
 import os, signal, sys
 import rewrite.files
