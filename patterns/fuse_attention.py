@@ -48,6 +48,9 @@ class Attention:
             return f"the mask has shape {mask.shape}, expected at most {q.rank} dimensions"
         if guard not in (None, 0.0):
             return f"NaN becomes {guard}, not 0"
+        batches = [x.shape[0] for x in (q, k, v)]
+        if 1 in batches and any(b not in (1, None) for b in batches):
+            return f"q, k and v have batches of {', '.join(map(str, batches))}, expected the same for all"
         if q.rank == 3:
             return None
         heads, groups, values = q.shape[1], k.shape[1], v.shape[1]

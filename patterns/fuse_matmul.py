@@ -40,8 +40,8 @@ def _act(op, x, among=("gelu", "relu", "swish", "sigmoid", "tanh")):
     return any_of(*(form for name in among for form in forms[name]))
 
 
-def check_weight(w, b):
-    """None if `w` is a constant matrix of floats and `b`, if there, a vector; else the reason why not."""
+def check_weight(w, b, trans):
+    """None if `w` is a constant matrix of floats and `b`, if there, a vector of a number for each of its features; else the reason why not."""
     if w.rank != 2:
         return f"the weight '{w.name}' has shape {w.shape}, expected two dimensions"
     if not w.is_weight:
@@ -50,6 +50,9 @@ def check_weight(w, b):
         return f"the weight '{w.name}' is {w.dtype}, supported: {', '.join(FLOATS)}"
     if b is not None and b.rank != 1:
         return f"the bias '{b.name}' has shape {b.shape}, expected one dimension"
+    features = w.shape[0 if trans else 1]
+    if b is not None and b.shape[0] != features:
+        return f"the bias '{b.name}' has shape {b.shape}, expected [{features}], one for each feature of the weight"
     return None
 
 
@@ -66,8 +69,8 @@ class LinearActivation:
     def pattern(op, x, w, b):
         return _act(op, _linear(op, x, w, b))
 
-    def check(w, b):
-        return check_weight(w, b)
+    def check(w, b, trans):
+        return check_weight(w, b, trans)
 
     def replace(op, x, w, b, activation, trans):
         return op.MatMulAct(x, w, b, activation=activation, trans_w=trans or None)
@@ -80,8 +83,8 @@ class LinearSquaredRelu:
     def pattern(op, x, w, b):
         return op.Pow(op.Relu(_linear(op, x, w, b)), 2.0)
 
-    def check(w, b):
-        return check_weight(w, b)
+    def check(w, b, trans):
+        return check_weight(w, b, trans)
 
     def replace(op, x, w, b, trans):
         return op.MatMulAct(x, w, b, activation="relu2", trans_w=trans or None)
@@ -94,8 +97,8 @@ class LinearActivationResidual:
     def pattern(op, x, w, b, residual):
         return _act(op, _linear(op, x, w, b)) + residual
 
-    def check(w, b, residual, output):
-        return check_weight(w, b) or _check_residual(residual, output)
+    def check(w, b, residual, output, trans):
+        return check_weight(w, b, trans) or _check_residual(residual, output)
 
     def replace(op, x, w, b, residual, activation, trans):
         return op.MatMulAct(x, w, b, residual, activation=activation, trans_w=trans or None)
@@ -114,7 +117,7 @@ class GatedLinear:
             return "one of the two weights is stored transposed, the other is not"
         if w_gate.shape != w_up.shape:
             return f"the weights have shapes {w_gate.shape} and {w_up.shape}, expected equal ones"
-        return check_weight(w_gate, b_gate) or check_weight(w_up, b_up)
+        return check_weight(w_gate, b_gate, trans_gate) or check_weight(w_up, b_up, trans_up)
 
     def replace(op, x, w_gate, w_up, b_gate, b_up, activation, trans_gate):
         return op.GatedMatMulAct(x, w_gate, w_up, b_gate, b_up, activation=activation, trans_w=trans_gate or None)
@@ -133,7 +136,7 @@ class MergedGatedLinear:
         return any_of(*forms)
 
     def check(w, b, output, trans, sizes, axis, axes, first_end, second_start, second_end):
-        reason = check_weight(w, b)
+        reason = check_weight(w, b, trans)
         if reason:
             return reason
         width = w.shape[0 if trans else 1]
@@ -152,8 +155,8 @@ class LinearBiasResidual:
     def pattern(op, x, w, b, residual):
         return any_of(tag(op.MatMul(x, op.Transpose(w, perm=[1, 0])), trans=1), op.MatMul(x, w)) + b + residual
 
-    def check(w, b, residual, output):
-        return check_weight(w, b) or _check_residual(residual, output)
+    def check(w, b, residual, output, trans):
+        return check_weight(w, b, trans) or _check_residual(residual, output)
 
     def replace(op, x, w, b, residual, trans):
         return op.MatMulAct(x, w, b, residual, trans_w=trans or None)
@@ -166,8 +169,8 @@ class LinearResidual:
     def pattern(op, x, w, b, residual):
         return _linear(op, x, w, b) + residual
 
-    def check(w, b, residual, output):
-        return check_weight(w, b) or _check_residual(residual, output)
+    def check(w, b, residual, output, trans):
+        return check_weight(w, b, trans) or _check_residual(residual, output)
 
     def replace(op, x, w, b, residual, trans):
         return op.MatMulAct(x, w, b, residual, trans_w=trans or None)
@@ -180,8 +183,8 @@ class LinearBias:
     def pattern(op, x, w, b):
         return any_of(tag(op.MatMul(x, op.Transpose(w, perm=[1, 0])), trans=1), op.MatMul(x, w)) + b
 
-    def check(w, b):
-        return check_weight(w, b)
+    def check(w, b, trans):
+        return check_weight(w, b, trans)
 
     def replace(op, x, w, b, trans):
         return op.MatMulAct(x, w, b, trans_w=trans or None)
@@ -194,8 +197,8 @@ class Linear:
     def pattern(op, x, w, b):
         return _linear(op, x, w, b)
 
-    def check(w, b):
-        return check_weight(w, b)
+    def check(w, b, trans):
+        return check_weight(w, b, trans)
 
     def replace(op, x, w, b, trans):
         return op.MatMulAct(x, w, b, trans_w=trans or None)

@@ -257,6 +257,15 @@ def test_head_counts_that_do_not_divide_stay():
     assert "rewrite.FusedAttention" not in nodes(rewrite.optimize(before).model.proto)
 
 
+@pytest.mark.parametrize("one", ["q", "k", "v"])
+def test_a_batch_of_one_for_many_stays(one):
+    """The plugin takes queries, keys and values of the same batch; the product broadcasts."""
+    inputs = [f"float[{1 if x == one else 'B'}, 4, {n}, 8] {x}" for x, n in (("q", "S"), ("k", "T"), ("v", "T"))]
+    result = rewrite.optimize(model(f"{TURN} {SCORES} {TAIL}", inputs=inputs))
+    assert "rewrite.FusedAttention" not in nodes(result.model.proto)
+    assert any("expected the same for all" in m.reason for m in result.report.near_misses if m.rule == "attention")
+
+
 @pytest.mark.parametrize("attribute", ["q_num_heads = 4, kv_num_heads = 4"])
 def test_attention_of_opset_23_on_three_dimensions_stays(attribute):
     before = model(f"y = Attention<{attribute}>(q, k, v)", inputs=("float[B, S, 32] q", "float[B, T, 32] k", "float[B, T, 32] v"), output="float[B, S, 32] y", opset=23)

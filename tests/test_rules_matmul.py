@@ -207,3 +207,15 @@ def test_other_types(dtype):
     name = {np.float16: "float16", np.float64: "double"}[dtype]
     body = "m = MatMul(x, wd) s = Add(m, bd) y = Relu(s)"
     assert plugin(body, inputs=f"{name}[n, s, 8] x", output=f"{name}[n, s, 6] y", wd=array(K, N, dtype=dtype), bd=array(N, dtype=dtype))[0] == "MatMulAct"
+
+
+@pytest.mark.parametrize("body", [
+    "m = MatMul(x, w) s = Add(m, lone) y = Relu(s)", "m = MatMul(x, w) y = Add(m, lone)", "s = Gemm<transB = 1>(flat, wt, lone) y = Relu(s)", "m = MatMul(x, thin) s = Add(m, b) y = Relu(s)",
+])  # fmt: skip
+def test_a_bias_that_is_broadcast_stays_outside(body):
+    """The plugin reads a number for each feature; NumPy, which its reference is in, would find it right all the same."""
+    inputs, output = ("float[n, 8] flat", "float[n, 6] y") if "flat" in body else ("float[n, s, 8] x", "float[n, s, 6] y")
+    result = rewrite.optimize(model(body, inputs, output, lone=array(1), thin=array(K, 1)))
+    for node in result.model.proto.graph.node:
+        assert node.domain != "rewrite" or len(node.input) == 2, node
+    assert any("one for each feature of the weight" in m.reason for m in result.report.near_misses)
