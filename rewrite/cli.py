@@ -223,12 +223,14 @@ def check_expectations(expectations: list[tuple[str, str, int]], report: Report,
     return failures
 
 
-def _why_unexpected(result: Result, model: str, only: tuple[str, ...]) -> list[str]:
-    """What may be the reason that an expectation does not hold, a line each."""
+def _why_unexpected(result: Result, model: str, only: tuple[str, ...], names: list[str]) -> list[str]:
+    """What may be the reason that an expectation of these names does not hold, a line each."""
     from rewrite.explain import explained
 
     left, misses = explained(result.model.proto, result.report)
-    lines = [*map(str, left), *map(str, misses)][:10] or [f"nothing else looks like a fusion; `rewrite explain {model}` tells what is fused, and with --rule RULE how near a rule comes"]
+    asked = [m for m in result.report.attempts if m.rule in names][:3]
+    lines = list(dict.fromkeys([*map(str, left), *map(str, asked), *map(str, misses)]))[:10]
+    lines = lines or [f"nothing else looks like a fusion; `rewrite explain {model}` tells what is fused, and with --rule RULE how near a rule comes"]
     return [f"only these rules were used: {', '.join(only)}", *lines] if only else lines
 
 
@@ -294,7 +296,7 @@ def optimize(model: str, output: str | None, files: tuple[str, ...], only: tuple
     else:
         print_report(report, model, output if not failures else None)
     if failures:
-        lines = [*failures, *(f"  {line}" for line in _why_unexpected(result, model, only))]
+        lines = [*failures, *(f"  {line}" for line in _why_unexpected(result, model, only, [name for name, _, _ in expectations]))]
         raise CheckFailed("\n".join(lines) + ("\nnothing was written" if output else ""))
     if not as_json:
         print_unfused(result)
@@ -405,7 +407,7 @@ def explain(model: str, rule_name: str | None, node: str | None, files: tuple[st
     left, misses = explained(result.model.proto, report)
     left = [u for u in left if rule_name is None and concerns(u.rule, u.node)]
     if asked:
-        misses = sorted((m for m in (*report.near_misses, *report.outrun) if concerns(m.rule, m.at, m.node, *m.covered)), key=lambda m: m.rank, reverse=True)
+        misses = [m for m in report.attempts if concerns(m.rule, m.at, m.node, *m.covered)]
     if as_json:
         click.echo(json.dumps({"fused": [asdict(s) for s in taken], "unfused": [asdict(u) for u in left], "near_misses": [asdict(m) for m in misses]}, indent=1))
         return

@@ -177,6 +177,12 @@ class Report:
             self._misses[miss.rule, miss.at] = miss
 
     @property
+    def attempts(self) -> list[NearMiss]:
+        """Every place where a rule came near, nearest first, and how near at most; also where another rule took the node."""
+        by_rule = {(s.rule, n) for s in self.sites for n in s.nodes}
+        return sorted([m for m in self._misses.values() if (m.rule, m.at) not in by_rule] + self.outrun, key=lambda m: m.rank, reverse=True)
+
+    @property
     def near_misses(self) -> list[NearMiss]:
         """Every place where a rule came near, and how near at most. Where another rule took the node, only rejections are left."""
         taken = {n for s in self.sites for n in s.nodes}
