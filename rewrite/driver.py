@@ -296,9 +296,10 @@ class Driver:
 
     def _commit(self, graph: Graph, match: Match, made: list[Node], results: list[gs.Tensor], rule: Rule, scope: str) -> list[Node]:
         touched = dict.fromkeys(made)
-        origin = " ".join([n.name or n.outputs[0].name for n in match.nodes])
+        origins = [o for n in match.nodes for o in (n.metadata["rewrite.from"].split(" ") if n.metadata else [n.name or n.outputs[0].name])]  # nodes of the model itself
+        metadata = {"rewrite.rule": rule.name, "rewrite.from": " ".join(dict.fromkeys(origins))}
         for node in made:
-            node.scope, node.metadata = scope, {"rewrite.rule": rule.name, "rewrite.from": origin}
+            node.scope, node.metadata = scope, metadata
         self.made += made
         inside = match.nodes
         for old, new in zip(match.outputs, results, strict=True):
@@ -310,11 +311,11 @@ class Driver:
                 graph.shuffled = graph.shuffled or maker.position != producer.position
                 graph.hand_over(old, producer, maker, new)
             else:
-                self._alias(graph, old, new, rule, touched)
+                self._alias(graph, old, new, metadata, touched)
         graph.remove_dead(inside)
         return list(touched)
 
-    def _alias(self, graph: Graph, old: gs.Tensor, new: gs.Tensor, rule: Rule, touched: dict[Node, None]) -> None:
+    def _alias(self, graph: Graph, old: gs.Tensor, new: gs.Tensor, metadata: dict[str, str], touched: dict[Node, None]) -> None:
         """The old value is another existing value: its readers read that one."""
         touched.update(dict.fromkeys(graph.replace_uses(old, new)))
         if id(old) in graph.needed:
@@ -322,7 +323,7 @@ class Driver:
             assert producer is not None
             node = Node("Identity", graph.fresh(f"{old.name}_identity"), {}, [new], [Variable(graph.fresh(f"{old.name}_tmp"))])
             graph.add(node, producer)
-            node.scope, node.metadata = "", {"rewrite.rule": rule.name}
+            node.scope, node.metadata = "", metadata
             self.made.append(node)
             graph.hand_over(old, producer, node, node.outputs[0])
 

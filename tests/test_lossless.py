@@ -168,3 +168,18 @@ def test_fields_of_a_newer_onnx_are_kept():
     after = rewrite.optimize(model, verify=False).model.proto
     assert len(after.functions) > len(model.functions)
     assert len(UnknownFieldSet(after)) == len(UnknownFieldSet(after.graph)) == 1
+
+
+def test_a_node_made_of_what_rules_made_names_nodes_of_the_model():
+    """The Gelu between the two is in neither file."""
+    text = "(float[n, 8] x) => (float[n, 8] y) { m = MatMul(x, w) d = Div(m, root) e = Erf(d) s = Add(e, one) h = Mul(m, half) y = Mul(h, s) }"
+    before = parse(text, w=np.eye(8, dtype=np.float32), root=np.float32(2**0.5), one=np.float32(1), half=np.float32(0.5))
+    (node,) = rewrite.optimize(before).model.proto.graph.node
+    found = {p.key: p.value for p in node.metadata_props}
+    assert found["rewrite.rule"] == "linear_activation"
+    assert sorted(found["rewrite.from"].split()) == ["d", "e", "h", "m", "s", "y"]
+
+
+def test_an_identity_that_a_rule_leaves_says_what_it_was():
+    (node,) = rewrite.optimize(parse("(float[n] x) => (float[n] y) { y = Mul(x, one) }", one=np.float32(1))).model.proto.graph.node
+    assert {p.key: p.value for p in node.metadata_props} == {"rewrite.rule": "factor_one", "rewrite.from": "y"}
