@@ -18,6 +18,7 @@ from rewrite.nodes import Node
 from rewrite.outlook import may_match
 from rewrite.registry import Rule
 
+WIDE = 64  # inputs: what computes those of a node with more is not looked at, for each may change, and all would be looked at each time
 SLACK = 2  # nodes that change nothing, which a match may look through between two operators of its pattern
 
 
@@ -58,10 +59,13 @@ class Worklist:
         if node.graph is not self.graph:
             return
         # A value of an outer graph counts as computed here: then rules are tried that do not match, and none is left out.
-        around = (node.canonical, *[t.inputs[0].canonical if t.inputs else None for t in node.inputs])
-        hopeful = self._hopeful.get(around)
-        if hopeful is None:
-            hopeful = self._hopeful[around] = self._choose(around)
+        if len(node.inputs) > WIDE:
+            hopeful = list(self._groups[node.canonical].items())
+        else:
+            around = (node.canonical, *[t.inputs[0].canonical if t.inputs else None for t in node.inputs])
+            if around not in self._hopeful:
+                self._hopeful[around] = self._choose(around)
+            hopeful = self._hopeful[around]
         for level, rules in hopeful:
             if levels is None or level in levels:
                 where = (level, id(node))

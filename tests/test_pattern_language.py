@@ -825,3 +825,17 @@ def test_a_plugin_may_not_have_a_name_with_an_underscore_nor_a_built_in_one():
             library()
     finally:
         registry._program.plugins.pop("Gelu")
+
+
+def test_a_node_of_very_many_inputs_is_not_looked_through_at_each_change(monkeypatch):
+    """Each of them is fused: a look at all for each would take quadratic time."""
+    from rewrite.worklist import WIDE, Worklist
+
+    looks, choose = [], Worklist._choose
+    monkeypatch.setattr(Worklist, "_choose", lambda self, around: looks.append(len(around)) or choose(self, around))
+    count = 3 * WIDE
+    body = " ".join(f"m{i} = MatMul(x, w) b{i} = Add(m{i}, c{i}) r{i} = Relu(b{i})" for i in range(count))
+    model = parse(f"(float[n, 4] x) => (float[n, k] y) {{ {body} y = Concat<axis = 1>({', '.join(f'r{i}' for i in range(count))}) }}", w=np.eye(4, dtype=np.float32),
+                  **{f"c{i}": np.full(4, i, np.float32) for i in range(count)})  # fmt: skip
+    assert len(rewrite.optimize(model, verify=False).report.sites) == count
+    assert max(looks) <= WIDE
