@@ -10,6 +10,7 @@ import pytest
 from click.testing import CliRunner
 from conftest import parse
 
+import rewrite
 from rewrite.cli import main
 
 HEADS = "float[B, 4, S, 8] q, float[B, 4, T, 8] k, float[B, 4, T, 8] v"
@@ -153,3 +154,28 @@ def test_a_rule_that_came_near_where_another_fused_is_told_if_asked_for(tmp_path
     done = CliRunner().invoke(main, ["optimize", path, "--rules", str(rules), "--expect", "cube=1"])
     assert done.exit_code == 1
     assert "expected cube=1, found 0\n  cube at Pow 'y': 'two' is 2, not 3" in done.stderr
+
+
+REFUSALS = {  # by rule: what its check, or its pattern's last condition, refuses
+    "attention": (20, "float[B, 1, S, 8] q, float[B, 4, T, 8] k, float[B, 4, T, 8] v", f"{TURN} m = MatMul(q, kt) p = Softmax<axis = -1>(m) y = MatMul(p, v)", Y,
+                  "1 query heads, 4 key heads and 4 value heads do not go together"),
+    "gated_linear": (20, "float[n, 8] x", "a = MatMul(x, thin) b = MatMul(x, w) g = Sigmoid(a) y = Mul(g, b)", "float[n, 8] y", "the weights have shapes [8, 1] and [8, 8], expected equal ones"),
+    "native_attention": (25, HEADS, "y = Attention<left_window_size = 2>(q, k, v)", Y, "attribute left_window_size is 2, wanted: No window"),
+    "factor_one": (20, "float[4] x", "y = Mul(x, ones)", "float[1, 4] y", "the product has shape [1, 4], x [4]"),
+    "flat_gemm": (20, "float[a, b, 8] x", "f = Reshape(x, flat) g = Gemm(f, w) y = Reshape(g, turned)", "float[c, d, 8] y", "the leading dimensions change, from ['a', 'b', 8] to [2,"),
+    "einsum_product": (20, "float[b, 2, 3] p, float[b, 3, 4, 5] q", 'y = Einsum<equation = "bij,bjkl->bikl">(p, q)', "float[b, 2, 4, 5] y", "keeps 1 and 2 letters of one operand alone"),
+    "key_transpose": (20, "float[3, 2, 5, 8] k", "f = Reshape(k, folded) t = Transpose<perm = [0, 2, 1]>(f) y = Reshape(t, cut)", "float[3, 2, 4, 10] y", "is no transpose of the last two dimensions"),
+    "static_repeat": (20, "float[b, 2, t, 8] k, int64[5] to", "u = Unsqueeze(k, axis2) e = Expand(u, to) y = Reshape(e, four)", "float[b, 5, s, 8] y", "with known heads, found"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("rule", REFUSALS)
+def test_what_a_check_refuses_it_refuses_with_its_reason(rule):
+    """Verification would reject most of these, and say less."""
+    opset, inputs, body, outputs, reason = REFUSALS[rule]
+    known = {**CONSTANTS, "thin": np.ones((8, 1), np.float32), "ones": np.ones((1, 1), np.float32), "flat": np.array([-1, 8]), "turned": np.array([2, -1, 8]),
+             "folded": np.array([6, 5, 8]), "cut": np.array([3, 2, 4, 10]), "four": np.array([0, 5, -1, 8])}  # fmt: skip
+    words = set(body.replace("(", " ").replace(")", " ").replace(",", " ").split())
+    report = rewrite.optimize(parse(f"({inputs}) => ({outputs}) {{ {body} }}", opset, **{n: a for n, a in known.items() if n in words}), explain=True).report
+    assert not report.rules[rule].applied
+    assert any(m.rule == rule and reason in m.reason and m.part != "replacement" for m in report.near_misses), list(map(str, report.near_misses))

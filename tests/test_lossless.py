@@ -183,3 +183,15 @@ def test_a_node_made_of_what_rules_made_names_nodes_of_the_model():
 def test_an_identity_that_a_rule_leaves_says_what_it_was():
     (node,) = rewrite.optimize(parse("(float[n] x) => (float[n] y) { y = Mul(x, one) }", one=np.float32(1))).model.proto.graph.node
     assert {p.key: p.value for p in node.metadata_props} == {"rewrite.rule": "factor_one", "rewrite.from": "y"}
+
+
+@pytest.mark.parametrize("annotated", [False, True])
+def test_a_constant_of_a_quantization_annotation_stays(annotated):
+    """Though no node reads it any more."""
+    before = parse("(float[n] x) => (float[n] y) { m = Mul(x, one) y = Neg(m) }", one=np.float32(1))
+    if annotated:
+        before.graph.quantization_annotation.add(tensor_name="x").quant_parameter_tensor_names.add(key="SCALE_TENSOR", value="one")
+    after = rewrite.optimize(before).model.proto.graph
+    assert [n.op_type for n in after.node] == ["Neg"]
+    assert [i.name for i in after.initializer] == ["one"] * annotated
+    assert list(after.quantization_annotation) == list(before.graph.quantization_annotation)
