@@ -10,6 +10,9 @@
 // makes. So there is no barrier, no flag and no fence, and what one block wrote another has a store and a load later. There are two
 // such memories: a launch uses one and clears the other, which the launch before it used.
 //
+// Between its last weights and the first that the next chain can fetch (this one has to end first, and an attention may come between),
+// memory would rest: so it fetches the first weights of the next chain into the L2 cache.
+//
 // A root-mean-square norm between two products costs nothing: the first one also writes its result times the norm's scale, and the
 // squares of each tile; the second one reads the former and divides its sums by the root of the mean of the latter.
 // Source: the same as gemm.cu; the dealing is "Stream-K" (Osama et al., 2023), words that are flags are NCCL's LL protocol.
@@ -29,9 +32,9 @@ struct alignas(64) Link {
     int normedTiles, jobs, inner, tiles, gated, activated, grain;
 };
 struct Chain {
-    const Link* link;
-    int count, tokens, stages, size;  // size: bytes of one memory
-    int* state;                       // which memory is the next one's; blocks that are done
+    Link link[LINKS];                        // those of this chain, and the first of the next one
+    int count, next, tokens, stages, size;   // how many there are of both; size: bytes of one memory
+    int* state;                              // which memory is the next one's; blocks that are done
     u8* memory;
 };
 WGMMA
@@ -74,6 +77,23 @@ struct Share {
     }
     __device__ int owner(int unit) const { return (int)(((long long)(unit + 1) * blocks + units - 1) / units) - 1; }  // the block that does it
 };
+__device__ __forceinline__ int locate(const Link& l, int& tile) {  // the product that a tile belongs to; `tile` becomes its place there
+    int j = 0;
+    while (j + 1 < l.jobs && tile >= up((int)l.job[j].features, 64)) tile -= up((int)l.job[j++].features, 64);
+    return j;
+}
+// This block's first `most` steps of a link: `visit` gets the maps of the two halves of a tile, and where they are. Returns how many there were.
+template <typename Visit>
+__device__ __forceinline__ int walk(const Link& l, int most, Visit visit) {
+    const Share share(l);
+    const int end = min(share.end, share.first + most);
+    for (int step = share.first; step < end;) {
+        int tile = step / share.steps;
+        const int stop = min(end, (tile + 1) * share.steps), j = locate(l, tile), feature = tile * (l.gated ? 32 : 64);
+        for (int k = step % share.steps; step < stop; ++step, ++k) visit(l.w + j, l.w + (l.gated ? 1 : j), k * 64, feature, l.gated ? feature : feature + 32);
+    }
+    return max(0, end - share.first);
+}
 struct Ring {  // a place in the ring of stages, and how often it was passed
     int stage = 0, parity = 0;
     __device__ void advance(int stages) { if (++stage == stages) stage = 0, parity ^= 1; }
@@ -97,38 +117,30 @@ extern "C" __global__ void __launch_bounds__(160 + 32 * (LOADERS + FINISHERS), 1
     for (int i = threadIdx.x; i < c.stages * BN * 8; i += blockDim.x) *(uint4*)(base + i / (BN * 8) * STAGE + 8192 + i % (BN * 8) * 16) = uint4{0, 0, 0, 0};  // tokens that are none
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
     __syncthreads();
-    auto locate = [&](const Link& l, int& tile) {  // the product that a tile belongs to; `tile` becomes its place there
-        int j = 0;
-        while (j + 1 < l.jobs && tile >= up((int)l.job[j].features, 64)) tile -= up((int)l.job[j++].features, 64);
-        return j;
-    };
     if (warp == 4) {
         if (lane == 0) {
             Ring at, old;
             bool again = false;  // stages were used before
             int issued = 0;
             for (int n = 0; n < c.count; ++n) {
-                const Link& l = c.link[n];
-                const Share share(l);
                 if (n == c.count - 1) letNextKernelStart();  // it starts when all blocks say so, so none of its own keeps one of ours out
-                for (int step = share.first; step < share.end;) {
-                    int tile = step / share.steps;
-                    const int stop = min(share.end, (tile + 1) * share.steps);
-                    int k = step - tile * share.steps;
-                    const int j = locate(l, tile), feature = tile * (l.gated ? 32 : 64);
-                    const TensorMap *w = l.w + j, *half = l.gated ? l.w + 1 : w;
-                    for (; step < stop; ++step, ++k) {
-                        if (again) wait(empty + at.stage, at.parity ^ 1);
-                        if (issued++ >= WINDOW) wait(full + old.stage, old.parity), old.advance(c.stages);
-                        u8* to = base + at.stage * STAGE;
-                        expect(full + at.stage, 8192);
-                        fetch(to, w, full + at.stage, k * 64, feature);
-                        fetch(to + 4096, half, full + at.stage, k * 64, l.gated ? feature : feature + 32);
-                        at.advance(c.stages);
-                        again |= !at.stage;
-                    }
-                }
+                walk(c.link[n], 1 << 30, [&](const TensorMap* w, const TensorMap* other, int k, int feature, int second) {
+                    if (again) wait(empty + at.stage, at.parity ^ 1);
+                    if (issued++ >= WINDOW) wait(full + old.stage, old.parity), old.advance(c.stages);
+                    u8* to = base + at.stage * STAGE;
+                    expect(full + at.stage, 8192);
+                    fetch(to, w, full + at.stage, k, feature);
+                    fetch(to + 4096, other, full + at.stage, k, second);
+                    at.advance(c.stages);
+                    again |= !at.stage;
+                });
             }
+            int left = AHEAD;
+            for (int n = c.count; n < c.count + c.next; ++n)
+                left -= walk(c.link[n], left, [&](const TensorMap* w, const TensorMap* other, int k, int feature, int second) {
+                    fetchIntoCache(w, k, feature), fetchIntoCache(other, k, second);
+                    if (PACE) __nanosleep(PACE);
+                });
         }
     } else if (warp < 4) {
         Ring at;

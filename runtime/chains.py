@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from rewrite.plugins import cuda_chain, tuning
@@ -23,12 +24,20 @@ def at(frame: Frame, indices: list[int], place: int) -> tuple[int, Launch] | Non
             break
         items.append(item)
     links, ends = cuda_chain.compose(items)
-    for count in range(len(links), 1, -1):
+    for count in range(min(len(links), cuda_chain.MOST_LINKS), 1, -1):
         steps = indices[place : place + ends[count - 1]]
         part = [*links[: count - 1], replace(links[count - 1], norm=None)]
         if cuda_chain.refusal(part) is None and not _lost(frame, steps, items):
             return len(steps), _pick(frame, steps, _kept(frame, steps, ends, part))
     return None
+
+
+def connect(launches: list[Launch]) -> None:
+    """Tell each chain which one comes next, where at most an attention is between them."""
+    found = [(place, launch) for place, launch in enumerate(launches) if isinstance(launch, cuda_chain.Chain)]
+    for (place, before), (next_place, after) in pairwise(found):
+        if next_place - place <= 2:
+            before.precede(after)
 
 
 def _item(frame: Frame, index: int) -> Any:
@@ -60,11 +69,11 @@ def _pick(frame: Frame, steps: list[int], links: list[cuda_chain.Link]) -> Launc
     """
     executor = frame.executor
 
-    def chain() -> Launch:
+    def chain() -> cuda_chain.Chain:
         needed = cuda_chain.memory_bytes(links)
         if executor.chain_memory is None or executor.chain_memory.nbytes < 512 + 2 * needed:
             executor.chain_memory = cuda_chain.new_memory(needed)
-        return cuda_chain.chain(links, executor.chain_memory)
+        return cuda_chain.Chain(links, executor.chain_memory)
 
     def single() -> Launch:
         launches = frame.launches_of(steps)

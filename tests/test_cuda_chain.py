@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import itertools
 import sys
 from dataclasses import replace
@@ -93,6 +94,11 @@ def test_what_the_kernel_cannot_do_is_refused(hopper, monkeypatch):
     links, _ = compose(layer())
     assert cuda_chain.refusal(compose(layer(9))[0]) == "9 tokens, at most 8"
     assert cuda_chain.refusal(links[:3]) == "a norm behind the last product"
+    row = [product(Array(3, 256), 256)]
+    while len(row) < 6:
+        row.append(product(row[-1].products[0].y, 256))
+    assert cuda_chain.refusal(row) == "6 links, at most 5"
+    assert cuda_chain.refusal(row[:5]) is None
     assert "two activations" in cuda_chain.refusal([links[0], links[1], replace(links[2], activation="gelu"), links[3]])
     assert "does not read" in cuda_chain.refusal([links[0], links[2]])
     normed = layer()
@@ -169,7 +175,7 @@ def test_a_chain_is_taken_where_it_was_measured_to_be_faster(tmp_path, hopper, m
     plan = rewrite.build(rewrite.optimize(graphs.half(graphs.model(1, "llama"), onnx.TensorProto.BFLOAT16)).model, tmp_path / "p", engines=False, verify=False)
     frame, steps = frame_of(plan, 5), plan.manifest.steps
     monkeypatch.setattr(frame, "launches_of", lambda indices: ["one by one"], raising=False)
-    monkeypatch.setattr(cuda_chain, "chain", lambda links, memory: "chain")
+    monkeypatch.setattr(cuda_chain, "Chain", lambda links, memory: "chain")
     monkeypatch.setattr(cuda_chain, "new_memory", lambda size: SimpleNamespace(nbytes=512 + 2 * size))
     first = next(i for i, s in enumerate(steps) if s.name == "MatMulAct" and len(s.inputs) == 4)
     (links,) = [cuda_chain.compose([chains._item(frame, i) for i in range(first, len(steps)) if chains._item(frame, i)])[0]]
@@ -192,6 +198,24 @@ def test_a_norm_that_others_read_is_computed(tmp_path, hopper, monkeypatch):
     norm = next(i for i in indices[first:] if steps[i].name == "RMSNormalization")
     frame.readers[steps[norm].outputs[0]].add(len(steps))  # it is an output of the model, say
     assert chains.at(frame, indices, first) is None
+
+
+@pytest.fixture
+def arrays(hopper, monkeypatch):
+    """Chains can be made, and enqueue nothing."""
+    monkeypatch.setattr(cuda_chain, "tensor_map", lambda array, box: (ctypes.c_char * 128)(*array.data.ptr.to_bytes(8, "little")))
+    monkeypatch.setattr(cuda_chain, "module", lambda *_: SimpleNamespace(get_function=lambda name: name))
+    monkeypatch.setattr(cuda_chain, "launcher", lambda *_, **__: lambda: None)
+    return lambda tokens=3: cuda_chain.Chain(compose(layer(tokens))[0], SimpleNamespace(nbytes=512 + (1 << 20), data=SimpleNamespace(ptr=1 << 30)))
+
+
+def test_a_chain_fetches_the_first_weights_of_the_next_one(arrays):
+    first, second, far = arrays(), arrays(), arrays()
+    chains.connect([print, first, print, second, print, print, far])
+    assert (first.call.count, first.call.next) == (4, 2)
+    assert bytes(first.call)[4 * 576 : 6 * 576] == bytes(second.call)[: 2 * 576]
+    assert [link.inner for link in first.call.link[:6]] == [256, 256, 512, 256, 256, 256]
+    assert second.call.next == far.call.next == 0  # what lies two launches away might be gone before it is read
 
 
 # --- dealing ---------------------------------------------------------------------------------------------------------
@@ -260,10 +284,9 @@ def test_places_in_the_memory_between_blocks_do_not_overlap(hopper):
 
 
 def test_structures_are_as_long_as_in_the_source():
-    import ctypes
-
     assert ctypes.sizeof(cuda_chain._Link) == 576
-    assert ctypes.sizeof(cuda_chain._Chain) == 40
+    assert ctypes.sizeof(cuda_chain._Chain) == 4096  # what the arguments of any kernel may have
+    assert (cuda_chain._Chain.state.offset, cuda_chain._Chain.memory.offset) == (4056, 4064)
     assert cuda_chain._Link.job.offset == 3 * 128
 
 
