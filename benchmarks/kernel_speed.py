@@ -194,15 +194,6 @@ def time_decoding(limits: dict[str, float], all_layouts: bool) -> list[dict[str,
     return rows
 
 
-def in_turn(parts: Sequence[Sequence[cuda_chain.Link]]) -> list[cuda_chain.Chain]:
-    """Chains that follow one another, through the same memory, and know it."""
-    memory = cuda_chain.new_memory(max(cuda_chain.memory_bytes(part) for part in parts))
-    made = [cuda_chain.Chain(part, memory) for part in parts]
-    for chain, following in itertools.pairwise(made):
-        chain.precede(following)
-    return made
-
-
 def check_chains() -> list[dict[str, Any]]:
     """Layers of a decoder (output product, norm, gated product, the one after it, norm, queries, keys and values) against float64; outputs poisoned.
 
@@ -210,7 +201,7 @@ def check_chains() -> list[dict[str, Any]]:
     """
     rows, rng = [], cupy.random.default_rng(0)
     compile_all(cuda_chain.variant(d, a) for d in ("float16", "bfloat16") for a in ("swish", "gelu"))
-    sizes = [(1, 2048, (2048, 512, 512), 8192), (3, 256, (256, 64, 64), 512), (7, 1024, (1024,) * 3, 4096)]
+    sizes = [(1, 2048, (2048, 512, 512), 8192), (1, 4096, (4096, 1024, 1024), 14336), (4, 4096, (4096, 1024, 1024), 14336), (3, 256, (256, 64, 64), 512), (7, 1024, (1024,) * 3, 4096)]
     sizes += [(2, 520, (72, 40, 40), 1000), (6, 2048, (512, 512, 512), 768), (5, 384, (384,) * 3, 1536), (8, 64, (64, 8, 8), 64)]
     for dtype, (tokens, width, heads, hidden), biased, layers in itertools.product(("bfloat16", "float16"), sizes, (False, True), (1, 3)):
         normed, limit = dtype == "bfloat16", 1e-3 if dtype == "float16" else 8e-3
@@ -241,7 +232,8 @@ def check_chains() -> list[dict[str, Any]]:
             read, stream = links[-1].products[0].y, down.y
         parts = [links[i : i + 4] for i in range(0, len(links), 4)]  # a layer each
         assert all(cuda_chain.refusal(part) is None for part in parts), [cuda_chain.refusal(part) for part in parts]
-        launches, worst = in_turn(parts), 0.0
+        memory, worst = cuda_chain.new_memory(max(map(cuda_chain.memory_bytes, parts))), 0.0
+        launches = [cuda_chain.chain(part, memory) for part in parts]
         for _ in range(2):
             for link in links:
                 for p in link.outputs:
@@ -268,7 +260,7 @@ def check_chains() -> list[dict[str, Any]]:
 
 
 def time_chains(limits: dict[str, float], batches: tuple[int, ...] = (1, 2, 4, 8)) -> list[dict[str, Any]]:
-    """All products of a decoding step but the head, one layer a launch, and the same with the next layer's first weights fetched ahead; beside launches one by one."""
+    """All products of a decoding step but the head, one layer a launch; beside launches one by one."""
     rows, rng, dtype = [], cupy.random.default_rng(0), "bfloat16"
     for name, layers in (("llama-1b", 16), ("llama-8b", 12)):
         width, heads, hidden, _ = DECODERS[name]
@@ -293,10 +285,10 @@ def time_chains(limits: dict[str, float], batches: tuple[int, ...] = (1, 2, 4, 8
                 single += [cuda_gemm.product(values["q"], [P(x, w["out"], None, x)]), normed, cuda_gemm.product(values["normed"], gated, "swish", True)]
                 single += [cuda_gemm.product(values["gate"], [P(x, w["down"], None, x)]), normed, cuda_gemm.product(values["normed"], qkv)]
             row: dict[str, Any] = {"model": name, "tokens": tokens, "layers": layers, "bytes": moved}
-            for kind, launches in (("single", single), ("layer", [cuda_chain.Chain(c) for c in chains]), ("ahead", in_turn(chains))):
+            for kind, launches in (("single", single), ("layer", [cuda_chain.chain(c) for c in chains])):
                 row[f"{kind}_us"] = median_us(launches, least=3) * len(launches)
             rows.append(row)
-            told = ", ".join(f"{k} {row[f'{k}_us']:.0f} us ({moved / row[f'{k}_us'] / 1e3:.0f} GB/s)" for k in ("single", "layer", "ahead"))
+            told = ", ".join(f"{k} {row[f'{k}_us']:.0f} us ({moved / row[f'{k}_us'] / 1e3:.0f} GB/s)" for k in ("single", "layer"))
             print(f"chain {name} x {layers} layers, {tokens} tokens: {told}", flush=True)
     return rows
 

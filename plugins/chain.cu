@@ -10,9 +10,6 @@
 // makes. So there is no barrier, no flag and no fence, and what one block wrote another has a store and a load later. There are two
 // such memories: a launch uses one and clears the other, which the launch before it used.
 //
-// Between its last weights and the first that the next chain can fetch (this one has to end first, and an attention may come between),
-// memory would rest: so it fetches the first weights of the next chain into the L2 cache.
-//
 // A root-mean-square norm between two products costs nothing: the first one also writes its result times the norm's scale, and the
 // squares of each tile; the second one reads the former and divides its sums by the root of the mean of the latter.
 // Source: the same as gemm.cu; the dealing is "Stream-K" (Osama et al., 2023), words that are flags are NCCL's LL protocol.
@@ -32,9 +29,9 @@ struct alignas(64) Link {
     int normedTiles, jobs, inner, tiles, gated, activated, grain;
 };
 struct Chain {
-    Link link[LINKS];                        // those of this chain, and the first of the next one
-    int count, next, tokens, stages, size;   // how many there are of both; size: bytes of one memory
-    int* state;                              // which memory is the next one's; blocks that are done
+    Link link[LINKS];
+    int count, tokens, stages, size;  // size: bytes of one memory
+    int* state;                       // which memory is the next one's; blocks that are done
     u8* memory;
 };
 WGMMA
@@ -82,18 +79,6 @@ __device__ __forceinline__ int locate(const Link& l, int& tile) {  // the produc
     while (j + 1 < l.jobs && tile >= up((int)l.job[j].features, 64)) tile -= up((int)l.job[j++].features, 64);
     return j;
 }
-// This block's first `most` steps of a link: `visit` gets the maps of the two halves of a tile, and where they are. Returns how many there were.
-template <typename Visit>
-__device__ __forceinline__ int walk(const Link& l, int most, Visit visit) {
-    const Share share(l);
-    const int end = min(share.end, share.first + most);
-    for (int step = share.first; step < end;) {
-        int tile = step / share.steps;
-        const int stop = min(end, (tile + 1) * share.steps), j = locate(l, tile), feature = tile * (l.gated ? 32 : 64);
-        for (int k = step % share.steps; step < stop; ++step, ++k) visit(l.w + j, l.w + (l.gated ? 1 : j), k * 64, feature, l.gated ? feature : feature + 32);
-    }
-    return max(0, end - share.first);
-}
 struct Ring {  // a place in the ring of stages, and how often it was passed
     int stage = 0, parity = 0;
     __device__ void advance(int stages) { if (++stage == stages) stage = 0, parity ^= 1; }
@@ -124,23 +109,26 @@ extern "C" __global__ void __launch_bounds__(160 + 32 * (LOADERS + FINISHERS), 1
             int issued = 0;
             for (int n = 0; n < c.count; ++n) {
                 if (n == c.count - 1) letNextKernelStart();  // it starts when all blocks say so, so none of its own keeps one of ours out
-                walk(c.link[n], 1 << 30, [&](const TensorMap* w, const TensorMap* other, int k, int feature, int second) {
-                    if (again) wait(empty + at.stage, at.parity ^ 1);
-                    if (issued++ >= WINDOW) wait(full + old.stage, old.parity), old.advance(c.stages);
-                    u8* to = base + at.stage * STAGE;
-                    expect(full + at.stage, 8192);
-                    fetch(to, w, full + at.stage, k, feature);
-                    fetch(to + 4096, other, full + at.stage, k, second);
-                    at.advance(c.stages);
-                    again |= !at.stage;
-                });
+                const Link& l = c.link[n];
+                const Share share(l);
+                for (int step = share.first; step < share.end;) {
+                    int tile = step / share.steps;
+                    const int stop = min(share.end, (tile + 1) * share.steps);
+                    int k = step - tile * share.steps;
+                    const int j = locate(l, tile), feature = tile * (l.gated ? 32 : 64);
+                    const TensorMap *w = l.w + j, *half = l.gated ? l.w + 1 : w;
+                    for (; step < stop; ++step, ++k) {
+                        if (again) wait(empty + at.stage, at.parity ^ 1);
+                        if (issued++ >= WINDOW) wait(full + old.stage, old.parity), old.advance(c.stages);
+                        u8* to = base + at.stage * STAGE;
+                        expect(full + at.stage, 8192);
+                        fetch(to, w, full + at.stage, k * 64, feature);
+                        fetch(to + 4096, half, full + at.stage, k * 64, l.gated ? feature : feature + 32);
+                        at.advance(c.stages);
+                        again |= !at.stage;
+                    }
+                }
             }
-            int left = AHEAD;
-            for (int n = c.count; n < c.count + c.next; ++n)
-                left -= walk(c.link[n], left, [&](const TensorMap* w, const TensorMap* other, int k, int feature, int second) {
-                    fetchIntoCache(w, k, feature), fetchIntoCache(other, k, second);
-                    if (PACE) __nanosleep(PACE);
-                });
         }
     } else if (warp < 4) {
         Ring at;
@@ -177,18 +165,20 @@ extern "C" __global__ void __launch_bounds__(160 + 32 * (LOADERS + FINISHERS), 1
                 if (lane == 0) arrive(given + side);
             }
         }
-    } else if (warp < 5 + LOADERS) {  // tokens: a group of steps at a time, 16 bytes of a token's 64 elements a lane
+    } else if (warp < 5 + LOADERS) {
+        // Tokens: a group of steps at a time, 16 bytes of a token's 64 elements a lane. Groups go round, through all links: a barrier tells only whether
+        // the phase that is asked for or the one two before it is over, and no warp is that far ahead as long as its groups are at most c.stages apart.
         waitForPrecedingKernel();
         const u8* memory = c.memory + (*(volatile int*)c.state ? c.size : 0);
         const int wide = 8 * c.tokens, group = min(4, 32 * LOADS / wide);
-        int done = 0;
+        int done = 0, turn = warp - 5;  // groups until this warp's next one
         for (int n = 0; n < c.count; ++n) {
             const Link& l = c.link[n];
             const Share share(l);
-            const int count = share.end - share.first;
+            const int count = share.end - share.first, groups = up(count, group);
             const u8* x = n ? memory + l.from : (const u8*)l.x;
-            for (int g = (warp - 5) * group; g < count; g += LOADERS * group) {
-                const int here = min(group, count - g);
+            for (; turn < groups; turn += LOADERS) {
+                const int g = turn * group, here = min(group, count - g);
                 const u8* at[LOADS];
                 uint4 v[LOADS];
                 #pragma unroll
@@ -221,7 +211,7 @@ extern "C" __global__ void __launch_bounds__(160 + 32 * (LOADERS + FINISHERS), 1
                     if (lane == 0) arrive(arrived + stage);
                 }
             }
-            done += count;
+            done += count, turn -= groups;
         }
     } else {
         const int thread = threadIdx.x - 160 - 32 * LOADERS;

@@ -14,15 +14,14 @@ from typing import Any
 
 from rewrite.plugins import cuda_gemm
 from rewrite.plugins.cuda_gemm import ACTIVATIONS, Job, Product, address, ceil_div
-from rewrite.plugins.cuda_launch import launcher, module, tensor_map, wgmma
+from rewrite.plugins.cuda_launch import Launch, launcher, module, tensor_map, wgmma
 
 TOKENS = 8  # of a tile: the most there may be
 RING = 160 << 10  # bytes of shared memory for what is fetched ahead: leaves room for the blocks of an attention beside
 TILE = 64  # rows of weights
 STAGE = 8192 + TOKENS * 128  # bytes of 64 inner elements
 WINDOW = 8  # stages that are on their way at a time: more would keep what the blocks tell each other waiting
-AHEAD, PACE = 16, 0  # stages of the next chain that a block brings into the L2 cache, and nanoseconds between them
-MOST_LINKS, NEXT = 5, 2  # links of a chain, and of the next one, that the arguments of a kernel have room for
+MOST_LINKS = 7  # that the arguments of a kernel have room for
 PIECE, PART = 4.0, 2.0  # a piece of a tile and a part of a sum, in steps: what they cost beside what is fetched
 
 
@@ -70,8 +69,8 @@ class _Link(ctypes.Structure):
 
 class _Chain(ctypes.Structure):
     _fields_ = [
-        ("link", _Link * (MOST_LINKS + NEXT)), *((n, ctypes.c_int) for n in ("count", "next", "tokens", "stages", "size")), ("state", ctypes.c_void_p), ("memory", ctypes.c_void_p),
-        ("_", ctypes.c_char * 24),
+        ("link", _Link * MOST_LINKS), *((n, ctypes.c_int) for n in ("count", "tokens", "stages", "size")), ("state", ctypes.c_void_p), ("memory", ctypes.c_void_p),
+        ("_", ctypes.c_char * 32),
     ]  # fmt: skip
 
 
@@ -164,7 +163,7 @@ def best_grain(tiles: int, steps: int, blocks: int) -> int:
 
 def variant(dtype: str, activation: str) -> tuple[str, str, tuple[str, ...], tuple[tuple[str, str], ...]]:
     """What `cuda_launch.module` needs."""
-    defines = {"ACTIVATION": ACTIVATIONS.index(activation), "WINDOW": WINDOW, "LINKS": MOST_LINKS + NEXT, "AHEAD": AHEAD, "PACE": PACE}
+    defines = {"ACTIVATION": ACTIVATIONS.index(activation), "WINDOW": WINDOW, "LINKS": MOST_LINKS}
     return "chain", dtype, tuple(f"{n}={v}" for n, v in defines.items()), (("WGMMA\n", wgmma(TOKENS, dtype=dtype)),)
 
 
@@ -177,47 +176,36 @@ def key(links: Sequence[Link]) -> str:
     return f"chain {links[0].x.dtype.name} {links[0].x.shape[0]}x{links[0].x.shape[1]} > {' > '.join(told(link) for link in links)}"
 
 
-class Chain:
-    """What enqueues `links` in order. Make one only where `refusal` is None.
+def chain(links: Sequence[Link], memory: Any = None) -> Launch:
+    """A function that enqueues the links in order. Call only where `refusal` is None.
 
     `memory`, uint8 of 512 bytes of zeros and then two parts of 0xFF, each of `memory_bytes(links)` or more, may be shared by chains that
     never run at the same time.
     """
-
-    def __init__(self, links: Sequence[Link], memory: Any = None):
-        tokens, blocks, stages = links[0].x.shape[0], _blocks(), RING // STAGE
-        if memory is None:
-            memory = new_memory(memory_bytes(links))
-        places, _ = _layout(links, blocks)
-        base = int(memory.data.ptr)
-        self.call = call = _Chain(count=len(links), tokens=tokens, stages=stages, size=(memory.nbytes - 512) // 2, state=base, memory=base + 512)
-        for index, (link, into, place) in enumerate(zip(links, call.link, places, strict=False)):
-            before = links[index - 1].norm if index else None
-            w = [tensor_map(p.w, (TILE // 2, 64)) for p in link.products]
-            for number, map_ in enumerate((w + w[:1] * 2)[:3]):
-                ctypes.memmove(ctypes.byref(into.maps[number]), ctypes.byref(map_), 128)
-            for number, p in enumerate(link.products):
-                into.job[number] = Job(address(p.y) if link.kept else None, address(p.bias), address(p.residual), p.w.shape[0])
-            for name, offset in place.items():
-                setattr(into, name, offset)
-            into.x, into.scale = address(link.x), address(link.norm.scale) if link.norm else None
-            if before is not None:
-                into.epsilon, into.normed_tiles = before.epsilon, links[index - 1].tiles
-            into.jobs, into.inner, into.tiles, into.gated, into.activated = len(link.outputs), link.x.shape[1], link.tiles, link.gated, link.activation != "none"
-            into.grain = best_grain(link.tiles, link.steps, blocks)
-        activation = next((link.activation for link in links if link.activation != "none"), "none")
-        function = module(*variant(links[0].x.dtype.name, activation)).get_function("multiply")
-        shared = 1024 + stages * (STAGE + 24) + TOKENS * 548 + 64
-        self._launch = launcher(function, (blocks,), 352, [call], shared=shared, keep=(links, memory))
-
-    def __call__(self) -> None:
-        self._launch()
-
-    def precede(self, other: Chain) -> None:
-        """Let the next launches of this chain fetch the first weights of `other`, which comes soon after it, into the L2 cache."""
-        first = self.call.count
-        self.call.next = min(NEXT, other.call.count)
-        self.call.link[first : first + self.call.next] = other.call.link[: self.call.next]
+    tokens, blocks, stages = links[0].x.shape[0], _blocks(), RING // STAGE
+    if memory is None:
+        memory = new_memory(memory_bytes(links))
+    places, _ = _layout(links, blocks)
+    base = int(memory.data.ptr)
+    call = _Chain(count=len(links), tokens=tokens, stages=stages, size=(memory.nbytes - 512) // 2, state=base, memory=base + 512)
+    for index, (link, into, place) in enumerate(zip(links, call.link, places, strict=False)):
+        before = links[index - 1].norm if index else None
+        w = [tensor_map(p.w, (TILE // 2, 64)) for p in link.products]
+        for number, map_ in enumerate((w + w[:1] * 2)[:3]):
+            ctypes.memmove(ctypes.byref(into.maps[number]), ctypes.byref(map_), 128)
+        for number, p in enumerate(link.products):
+            into.job[number] = Job(address(p.y) if link.kept else None, address(p.bias), address(p.residual), p.w.shape[0])
+        for name, offset in place.items():
+            setattr(into, name, offset)
+        into.x, into.scale = address(link.x), address(link.norm.scale) if link.norm else None
+        if before is not None:
+            into.epsilon, into.normed_tiles = before.epsilon, links[index - 1].tiles
+        into.jobs, into.inner, into.tiles, into.gated, into.activated = len(link.outputs), link.x.shape[1], link.tiles, link.gated, link.activation != "none"
+        into.grain = best_grain(link.tiles, link.steps, blocks)
+    activation = next((link.activation for link in links if link.activation != "none"), "none")
+    function = module(*variant(links[0].x.dtype.name, activation)).get_function("multiply")
+    shared = 1024 + stages * (STAGE + 24) + TOKENS * 548 + 64
+    return launcher(function, (blocks,), 352, [call], shared=shared, keep=(links, memory))
 
 
 def memory_bytes(links: Sequence[Link]) -> int:

@@ -27,9 +27,6 @@ __device__ __forceinline__ void fetch(void* to, const TensorMap* map, u64* barri
                  "r"(shared(barrier)), "r"(column), "r"(row)
                  : "memory");
 }
-__device__ __forceinline__ void fetchIntoCache(const TensorMap* map, int column, int row) {  // L2
-    asm volatile("cp.async.bulk.prefetch.tensor.2d.L2.global.tile [%0, {%1, %2}];" ::"l"(map), "r"(column), "r"(row) : "memory");
-}
 __device__ __forceinline__ u64 descriptor(const void* tile) { return descriptor<128>(tile, 16); }  // K-major
 __device__ __forceinline__ int up(int n, int d) { return (n + d - 1) / d; }
 __device__ __forceinline__ uint4 read(const void* array, long long at) { return array ? *(const uint4*)((const u16*)array + at) : uint4{0, 0, 0, 0}; }

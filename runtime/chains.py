@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from rewrite.plugins import cuda_chain, tuning
@@ -32,14 +31,6 @@ def at(frame: Frame, indices: list[int], place: int) -> tuple[int, Launch] | Non
     return None
 
 
-def connect(launches: list[Launch]) -> None:
-    """Tell each chain which one comes next, where at most an attention is between them."""
-    found = [(place, launch) for place, launch in enumerate(launches) if isinstance(launch, cuda_chain.Chain)]
-    for (place, before), (next_place, after) in pairwise(found):
-        if next_place - place <= 2:
-            before.precede(after)
-
-
 def _item(frame: Frame, index: int) -> Any:
     plugin, attributes = frame.of(index)
     if plugin is None or plugin.link is None:
@@ -63,17 +54,14 @@ def _read_within(frame: Frame, index: int, steps: list[int]) -> bool:
 
 
 def _pick(frame: Frame, steps: list[int], links: list[cuda_chain.Link]) -> Launch:
-    """The chain where that was measured to be faster than its steps one by one (`--tune`).
-
-    Not by estimate: with the widths of Llama 8B a launch hung once, on one GPU of several, for a reason that was not found (docs/generation.md).
-    """
+    """The chain, or its steps one by one where that was measured to be faster."""
     executor = frame.executor
 
-    def chain() -> cuda_chain.Chain:
+    def chain() -> Launch:
         needed = cuda_chain.memory_bytes(links)
         if executor.chain_memory is None or executor.chain_memory.nbytes < 512 + 2 * needed:
             executor.chain_memory = cuda_chain.new_memory(needed)
-        return cuda_chain.Chain(links, executor.chain_memory)
+        return cuda_chain.chain(links, executor.chain_memory)
 
     def single() -> Launch:
         launches = frame.launches_of(steps)
@@ -84,4 +72,4 @@ def _pick(frame: Frame, steps: list[int], links: list[cuda_chain.Link]) -> Launc
 
         return launch
 
-    return tuning.pick(cuda_chain.key(links), {"chain": chain, "one by one": single}, "one by one")
+    return tuning.pick(cuda_chain.key(links), {"chain": chain, "one by one": single}, "chain")

@@ -283,7 +283,6 @@ class Frame:
                 if inputs is not None:
                     launch()
             self.launches = [launch for _, launch in self.work] + (finish(self) if finish is not None else [])
-            chains.connect(self.launches)
             for launch in self.launches:
                 launch()
         self.graph: Any = None
