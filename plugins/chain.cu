@@ -29,7 +29,7 @@ struct alignas(64) Link {
     int normedTiles, jobs, inner, tiles, gated, activated, grain;
 };
 struct Chain {
-    const Link* link;
+    Link link[LINKS];
     int count, tokens, stages, size;  // size: bytes of one memory
     int* state;                       // which memory is the next one's; blocks that are done
     u8* memory;
@@ -74,6 +74,11 @@ struct Share {
     }
     __device__ int owner(int unit) const { return (int)(((long long)(unit + 1) * blocks + units - 1) / units) - 1; }  // the block that does it
 };
+__device__ __forceinline__ int locate(const Link& l, int& tile) {  // the product that a tile belongs to; `tile` becomes its place there
+    int j = 0;
+    while (j + 1 < l.jobs && tile >= up((int)l.job[j].features, 64)) tile -= up((int)l.job[j++].features, 64);
+    return j;
+}
 struct Ring {  // a place in the ring of stages, and how often it was passed
     int stage = 0, parity = 0;
     __device__ void advance(int stages) { if (++stage == stages) stage = 0, parity ^= 1; }
@@ -97,20 +102,15 @@ extern "C" __global__ void __launch_bounds__(160 + 32 * (LOADERS + FINISHERS), 1
     for (int i = threadIdx.x; i < c.stages * BN * 8; i += blockDim.x) *(uint4*)(base + i / (BN * 8) * STAGE + 8192 + i % (BN * 8) * 16) = uint4{0, 0, 0, 0};  // tokens that are none
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
     __syncthreads();
-    auto locate = [&](const Link& l, int& tile) {  // the product that a tile belongs to; `tile` becomes its place there
-        int j = 0;
-        while (j + 1 < l.jobs && tile >= up((int)l.job[j].features, 64)) tile -= up((int)l.job[j++].features, 64);
-        return j;
-    };
     if (warp == 4) {
         if (lane == 0) {
             Ring at, old;
             bool again = false;  // stages were used before
             int issued = 0;
             for (int n = 0; n < c.count; ++n) {
+                if (n == c.count - 1) letNextKernelStart();  // it starts when all blocks say so, so none of its own keeps one of ours out
                 const Link& l = c.link[n];
                 const Share share(l);
-                if (n == c.count - 1) letNextKernelStart();  // it starts when all blocks say so, so none of its own keeps one of ours out
                 for (int step = share.first; step < share.end;) {
                     int tile = step / share.steps;
                     const int stop = min(share.end, (tile + 1) * share.steps);
@@ -165,18 +165,20 @@ extern "C" __global__ void __launch_bounds__(160 + 32 * (LOADERS + FINISHERS), 1
                 if (lane == 0) arrive(given + side);
             }
         }
-    } else if (warp < 5 + LOADERS) {  // tokens: a group of steps at a time, 16 bytes of a token's 64 elements a lane
+    } else if (warp < 5 + LOADERS) {
+        // Tokens: a group of steps at a time, 16 bytes of a token's 64 elements a lane. Groups go round, through all links: a barrier tells only whether
+        // the phase that is asked for or the one two before it is over, and no warp is that far ahead as long as its groups are at most c.stages apart.
         waitForPrecedingKernel();
         const u8* memory = c.memory + (*(volatile int*)c.state ? c.size : 0);
         const int wide = 8 * c.tokens, group = min(4, 32 * LOADS / wide);
-        int done = 0;
+        int done = 0, turn = warp - 5;  // groups until this warp's next one
         for (int n = 0; n < c.count; ++n) {
             const Link& l = c.link[n];
             const Share share(l);
-            const int count = share.end - share.first;
+            const int count = share.end - share.first, groups = up(count, group);
             const u8* x = n ? memory + l.from : (const u8*)l.x;
-            for (int g = (warp - 5) * group; g < count; g += LOADERS * group) {
-                const int here = min(group, count - g);
+            for (; turn < groups; turn += LOADERS) {
+                const int g = turn * group, here = min(group, count - g);
                 const u8* at[LOADS];
                 uint4 v[LOADS];
                 #pragma unroll
@@ -209,7 +211,7 @@ extern "C" __global__ void __launch_bounds__(160 + 32 * (LOADERS + FINISHERS), 1
                     if (lane == 0) arrive(arrived + stage);
                 }
             }
-            done += count;
+            done += count, turn -= groups;
         }
     } else {
         const int thread = threadIdx.x - 160 - 32 * LOADERS;

@@ -12,8 +12,6 @@ from functools import cache
 from itertools import pairwise
 from typing import Any
 
-import numpy as np
-
 from rewrite.plugins import cuda_gemm
 from rewrite.plugins.cuda_gemm import ACTIVATIONS, Job, Product, address, ceil_div
 from rewrite.plugins.cuda_launch import Launch, launcher, module, tensor_map, wgmma
@@ -23,6 +21,7 @@ RING = 160 << 10  # bytes of shared memory for what is fetched ahead: leaves roo
 TILE = 64  # rows of weights
 STAGE = 8192 + TOKENS * 128  # bytes of 64 inner elements
 WINDOW = 8  # stages that are on their way at a time: more would keep what the blocks tell each other waiting
+MOST_LINKS = 7  # that the arguments of a kernel have room for
 PIECE, PART = 4.0, 2.0  # a piece of a tile and a part of a sum, in steps: what they cost beside what is fetched
 
 
@@ -69,7 +68,10 @@ class _Link(ctypes.Structure):
 
 
 class _Chain(ctypes.Structure):
-    _fields_ = [("link", ctypes.c_void_p), *((n, ctypes.c_int) for n in ("count", "tokens", "stages", "size")), ("state", ctypes.c_void_p), ("memory", ctypes.c_void_p)]
+    _fields_ = [
+        ("link", _Link * MOST_LINKS), *((n, ctypes.c_int) for n in ("count", "tokens", "stages", "size")), ("state", ctypes.c_void_p), ("memory", ctypes.c_void_p),
+        ("_", ctypes.c_char * 32),
+    ]  # fmt: skip
 
 
 def compose(items: Sequence[Link | Norm]) -> tuple[list[Link], list[int]]:
@@ -113,6 +115,8 @@ def refusal(links: Sequence[Link]) -> str | None:
     tokens = links[0].x.shape[0]
     if tokens > TOKENS:
         return f"{tokens} tokens, at most {TOKENS}"
+    if len(links) > MOST_LINKS:
+        return f"{len(links)} links, at most {MOST_LINKS}"
     if not all(cuda_gemm.supported(link.x, link.products) for link in links):
         return "types, sizes or the GPU"
     if len({link.activation for link in links} - {"none"}) > 1:
@@ -159,7 +163,8 @@ def best_grain(tiles: int, steps: int, blocks: int) -> int:
 
 def variant(dtype: str, activation: str) -> tuple[str, str, tuple[str, ...], tuple[tuple[str, str], ...]]:
     """What `cuda_launch.module` needs."""
-    return "chain", dtype, (f"ACTIVATION={ACTIVATIONS.index(activation)}", f"WINDOW={WINDOW}"), (("WGMMA\n", wgmma(TOKENS, dtype=dtype)),)
+    defines = {"ACTIVATION": ACTIVATIONS.index(activation), "WINDOW": WINDOW, "LINKS": MOST_LINKS}
+    return "chain", dtype, tuple(f"{n}={v}" for n, v in defines.items()), (("WGMMA\n", wgmma(TOKENS, dtype=dtype)),)
 
 
 def key(links: Sequence[Link]) -> str:
@@ -177,14 +182,13 @@ def chain(links: Sequence[Link], memory: Any = None) -> Launch:
     `memory`, uint8 of 512 bytes of zeros and then two parts of 0xFF, each of `memory_bytes(links)` or more, may be shared by chains that
     never run at the same time.
     """
-    import cupy
-
     tokens, blocks, stages = links[0].x.shape[0], _blocks(), RING // STAGE
     if memory is None:
         memory = new_memory(memory_bytes(links))
     places, _ = _layout(links, blocks)
-    described = (_Link * len(links))()
-    for index, (link, into, place) in enumerate(zip(links, described, places, strict=True)):
+    base = int(memory.data.ptr)
+    call = _Chain(count=len(links), tokens=tokens, stages=stages, size=(memory.nbytes - 512) // 2, state=base, memory=base + 512)
+    for index, (link, into, place) in enumerate(zip(links, call.link, places, strict=False)):
         before = links[index - 1].norm if index else None
         w = [tensor_map(p.w, (TILE // 2, 64)) for p in link.products]
         for number, map_ in enumerate((w + w[:1] * 2)[:3]):
@@ -198,13 +202,10 @@ def chain(links: Sequence[Link], memory: Any = None) -> Launch:
             into.epsilon, into.normed_tiles = before.epsilon, links[index - 1].tiles
         into.jobs, into.inner, into.tiles, into.gated, into.activated = len(link.outputs), link.x.shape[1], link.tiles, link.gated, link.activation != "none"
         into.grain = best_grain(link.tiles, link.steps, blocks)
-    table = cupy.asarray(np.frombuffer(bytes(described), np.uint8))
-    base = int(memory.data.ptr)
-    call = _Chain(link=int(table.data.ptr), count=len(links), tokens=tokens, stages=stages, size=(memory.nbytes - 512) // 2, state=base, memory=base + 512)
     activation = next((link.activation for link in links if link.activation != "none"), "none")
     function = module(*variant(links[0].x.dtype.name, activation)).get_function("multiply")
     shared = 1024 + stages * (STAGE + 24) + TOKENS * 548 + 64
-    return launcher(function, (blocks,), 352, [call], shared=shared, keep=(links, memory, table))
+    return launcher(function, (blocks,), 352, [call], shared=shared, keep=(links, memory))
 
 
 def memory_bytes(links: Sequence[Link]) -> int:

@@ -23,7 +23,7 @@ def at(frame: Frame, indices: list[int], place: int) -> tuple[int, Launch] | Non
             break
         items.append(item)
     links, ends = cuda_chain.compose(items)
-    for count in range(len(links), 1, -1):
+    for count in range(min(len(links), cuda_chain.MOST_LINKS), 1, -1):
         steps = indices[place : place + ends[count - 1]]
         part = [*links[: count - 1], replace(links[count - 1], norm=None)]
         if cuda_chain.refusal(part) is None and not _lost(frame, steps, items):
@@ -54,10 +54,7 @@ def _read_within(frame: Frame, index: int, steps: list[int]) -> bool:
 
 
 def _pick(frame: Frame, steps: list[int], links: list[cuda_chain.Link]) -> Launch:
-    """The chain where that was measured to be faster than its steps one by one (`--tune`).
-
-    Not by estimate: with the widths of Llama 8B a launch hung once, on one GPU of several, for a reason that was not found (docs/generation.md).
-    """
+    """The chain, or its steps one by one where that was measured to be faster."""
     executor = frame.executor
 
     def chain() -> Launch:
@@ -75,4 +72,4 @@ def _pick(frame: Frame, steps: list[int], links: list[cuda_chain.Link]) -> Launc
 
         return launch
 
-    return tuning.pick(cuda_chain.key(links), {"chain": chain, "one by one": single}, "one by one")
+    return tuning.pick(cuda_chain.key(links), {"chain": chain, "one by one": single}, "chain")
