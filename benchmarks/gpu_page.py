@@ -90,10 +90,11 @@ def decoding(products: dict[str, Any], chains: dict[str, Any], divisions: dict[s
     lines += ["| product | tokens | cuBLASLt, µs | ours, µs | layout | GB/s |", "| --- | ---: | ---: | ---: | --- | ---: |"]
     for r in products["results"]["decoding"]:
         lines.append(f"| {r['model']} {r['what']}, {r['features']} x {r['inner']} | {r['tokens']} | {r['library_us']:.1f} | {r['best_us']:.1f} | {r['best']} | {r['gbs']:.0f} |")
-    lines += ["", source("chains", chains), "", "All products and norms of the layers: a launch each, one launch a layer, one launch in all.", ""]
-    lines += ["| model | layers | tokens | each, µs | a layer, µs | all, µs | GB/s |", "| --- | ---: | ---: | ---: | ---: | ---: | --- |"]
+    lines += ["", source("chains", chains), "", "All products and norms of the layers: a launch each, and one launch a layer.", ""]
+    lines += ["| model | layers | tokens | each, µs | a layer, µs | GB/s |", "| --- | ---: | ---: | ---: | ---: | --- |"]
     for r in chains["results"]["chains"]:
-        lines.append(f"| {r['model']} | {r['layers']} | {r['tokens']} | {r['single_us']} | {r['layer_us']} | {r['all_us']} | {r['single_gbs']}, {r['layer_gbs']}, {r['all_gbs']} |")
+        single, layer = r["single_us"], r["layer_us"]
+        lines.append(f"| {r['model']} | {r['layers']} | {r['tokens']} | {single:.0f} | {layer:.0f} | {r['bytes'] / single / 1e3:.0f}, {r['bytes'] / layer / 1e3:.0f} |")
     lines += ["", source("paged_divisions", divisions), ""]
     lines += ["Attention of one new token a text over the paged cache, rotary embedding and store included; the best of the divisions tried,"]
     lines += ["and the same where positions read earlier may be fetched before the preceding kernel ends. Keys and values alone in GB/s.", ""]
