@@ -179,15 +179,18 @@ class Report:
     @property
     def attempts(self) -> list[NearMiss]:
         """Every place where a rule came near, nearest first, and how near at most; also where another rule took the node."""
-        by_rule = {(s.rule, n) for s in self.sites for n in s.nodes}
-        return sorted([m for m in self._misses.values() if (m.rule, m.at) not in by_rule] + self.outrun, key=lambda m: m.rank, reverse=True)
+        return sorted(self._unmatched() + self.outrun, key=lambda m: m.rank, reverse=True)
 
     @property
     def near_misses(self) -> list[NearMiss]:
         """Every place where a rule came near, and how near at most. Where another rule took the node, only rejections are left."""
         taken = {n for s in self.sites for n in s.nodes}
-        by_rule = {(s.rule, n) for s in self.sites for n in s.nodes}
-        return [m for m in self._misses.values() if (m.at not in taken if m.part != "replacement" else (m.rule, m.at) not in by_rule)]
+        return [m for m in self._unmatched() if m.part == "replacement" or m.at not in taken]
+
+    def _unmatched(self) -> list[NearMiss]:
+        """The near misses but those at nodes that their own rule took after all."""
+        matched = {(s.rule, n) for s in self.sites for n in s.nodes}
+        return [m for m in self._misses.values() if (m.rule, m.at) not in matched]
 
     def add(self, site: Site) -> None:
         self.sites.append(site)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import itertools
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -27,6 +28,7 @@ import graphs
 
 gpu = pytest.mark.gpu
 BLOCKS = 132
+SOURCE = (Path(cuda_chain.__file__).parent / "chain.cu").read_text()
 
 
 class Array:
@@ -248,7 +250,7 @@ def test_no_block_has_much_more_to_do_than_others(tiles, steps):
 class Loaders:
     """The warps of chain.cu that bring tokens: for each, in order, the steps of this block that it brings, counted through all links."""
 
-    count, group = 4, 4
+    count, group = (int(re.search(p, SOURCE)[1]) for p in (r"LOADERS = (\d+)", r"group = min\((\d+), "))
 
     def __init__(self, counts):
         self.steps = [[] for _ in range(self.count)]

@@ -23,6 +23,8 @@ CONSTANTS = {
     "c": np.float32(0.35), "two": np.float32(2), "half": np.float32(0.5), "one": np.float32(1), "root": np.float32(1.4142135), "eps": np.float32(1e-6),
     "w": RNG.standard_normal((8, 8)).astype(np.float32), "weight": RNG.standard_normal(8).astype(np.float32), "bias": np.ones(8, np.float32), "last": np.array([-1]), "axis2": np.array([2]),
     "expand": np.array([1, 1, 2, 1, 1]), "to3": np.array([0, 6, -1, 8]), "grouped": np.array([0, 3, 2, 0, 8]),
+    "thin": np.ones((8, 1), np.float32), "ones": np.ones((1, 1), np.float32), "flat": np.array([-1, 8]), "turned": np.array([2, -1, 8]), "folded": np.array([6, 5, 8]),
+    "cut": np.array([3, 2, 4, 10]), "four": np.array([0, 5, -1, 8]),
 }  # fmt: skip
 
 # What is written: inputs, nodes, outputs. What is told: the kind, the node of the site, the rule, and what the reason says.
@@ -86,10 +88,15 @@ MISSES = {
 }  # fmt: skip
 
 
-def explained(tmp_path, inputs, body, outputs):
+def planted(inputs, body, outputs, opset=20):
+    """The model, with those of the constants that it reads."""
     words = set(body.replace("(", " ").replace(")", " ").replace(",", " ").split())
+    return parse(f"({inputs}) => ({outputs}) {{ {body} }}", opset, **{n: a for n, a in CONSTANTS.items() if n in words})
+
+
+def explained(tmp_path, inputs, body, outputs):
     path = tmp_path / "m.onnx"
-    onnx.save(parse(f"({inputs}) => ({outputs}) {{ {body} }}", 20, **{n: a for n, a in CONSTANTS.items() if n in words}), path)
+    onnx.save(planted(inputs, body, outputs), path)
     done = CliRunner().invoke(main, ["explain", str(path), "--json"])
     assert done.exit_code == 0, done.output
     return json.loads(done.stdout)
@@ -148,7 +155,7 @@ class Cube:
 def test_a_rule_that_came_near_where_another_fused_is_told_if_asked_for(tmp_path):
     path, rules = str(tmp_path / "m.onnx"), tmp_path / "cube.py"
     rules.write_text(CUBE)
-    onnx.save(parse("(float[n, 8] x) => (float[n, 8] y) { m = MatMul(x, w) r = Relu(m) y = Pow(r, two) }", w=CONSTANTS["w"], two=CONSTANTS["two"]), path)
+    onnx.save(planted("float[n, 8] x", "m = MatMul(x, w) r = Relu(m) y = Pow(r, two)", "float[n, 8] y"), path)
     done = CliRunner().invoke(main, ["explain", path, "--rules", str(rules), "--rule", "cube", "--json"])
     assert [(m["at"], m["reason"]) for m in json.loads(done.stdout)["near_misses"]] == [("Pow 'y'", "'two' is 2, not 3")]
     done = CliRunner().invoke(main, ["optimize", path, "--rules", str(rules), "--expect", "cube=1"])
@@ -173,9 +180,6 @@ REFUSALS = {  # by rule: what its check, or its pattern's last condition, refuse
 def test_what_a_check_refuses_it_refuses_with_its_reason(rule):
     """Verification would reject most of these, and say less."""
     opset, inputs, body, outputs, reason = REFUSALS[rule]
-    known = {**CONSTANTS, "thin": np.ones((8, 1), np.float32), "ones": np.ones((1, 1), np.float32), "flat": np.array([-1, 8]), "turned": np.array([2, -1, 8]),
-             "folded": np.array([6, 5, 8]), "cut": np.array([3, 2, 4, 10]), "four": np.array([0, 5, -1, 8])}  # fmt: skip
-    words = set(body.replace("(", " ").replace(")", " ").replace(",", " ").split())
-    report = rewrite.optimize(parse(f"({inputs}) => ({outputs}) {{ {body} }}", opset, **{n: a for n, a in known.items() if n in words}), explain=True).report
+    report = rewrite.optimize(planted(inputs, body, outputs, opset), explain=True).report
     assert not report.rules[rule].applied
     assert any(m.rule == rule and reason in m.reason and m.part != "replacement" for m in report.near_misses), list(map(str, report.near_misses))
