@@ -117,11 +117,13 @@ def arrays(planned: Plan, size: int, ahead: int) -> tuple[Batch, list[tuple[Grou
     for line, table_blocks in zip(blocks, tables, strict=True):
         line[: len(table_blocks)] = np.frombuffer(table_blocks, np.int32)
     np.maximum(blocks, 0, out=blocks)  # before the window
-    counts = np.diff(starts)
-    positions = np.arange(len(tokens)) + np.repeat(np.array(lengths) - starts[1:], counts)
-    slots = blocks[np.repeat(np.arange(len(tables)), counts), positions // size] * size + positions % size
+    begins, keys = np.array(starts, np.int32), np.array(lengths, np.int32)
+    counts = begins[1:] - begins[:-1]
+    positions = np.arange(len(tokens)) + (keys - begins[1:]).repeat(counts)
+    places = positions // size
+    slots = positions + (blocks[np.arange(len(tables)).repeat(counts), places] - places) * size
     batch = Batch(
-        tokens=np.frombuffer(tokens, np.int64), positions=positions, slots=slots.astype(np.int32), block_tables=blocks, query_starts=np.array(starts, np.int32),
-        context_lengths=np.array(lengths, np.int32), logit_rows=np.array(rows, np.int64),
+        tokens=np.frombuffer(tokens, np.int64), positions=positions, slots=slots.astype(np.int32), block_tables=blocks, query_starts=begins, context_lengths=keys,
+        logit_rows=np.array(rows, np.int64),
     )  # fmt: skip
     return batch, wanted
