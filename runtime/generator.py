@@ -23,6 +23,7 @@ from rewrite.runtime.tokenizer import Tokenizer
 
 Messages = Sequence[dict[str, str]]
 Prompt = str | Sequence[int] | Messages
+OPTIONS = [f.name for f in dataclasses.fields(Sampling)]
 
 
 @dataclass
@@ -186,11 +187,11 @@ class Generator:
     # --- the scheduler, one caller at a time ---------------------------------------------------------------------
     def request(self, prompt: Prompt, sampling: Sampling | None, ignore_eos: bool, options: dict[str, Any]) -> Request:
         """A prompt as the scheduler takes it. Raises RewriteError for an unknown option, or one that makes no sense."""
-        unknown = [o for o in options if o not in {f.name for f in dataclasses.fields(Sampling)}]
+        unknown = [o for o in options if o not in OPTIONS]
         if unknown:
-            raise RewriteError(f"generate: there is no option {unknown[0]!r}; the options are {', '.join(f.name for f in dataclasses.fields(Sampling))}")
+            raise RewriteError(f"generate: there is no option {unknown[0]!r}; the options are {', '.join(OPTIONS)}")
         try:
-            chosen = dataclasses.replace(sampling or Sampling(), **options)
+            chosen = dataclasses.replace(sampling, **options) if sampling else Sampling(**options)
             if not ignore_eos:
                 chosen = dataclasses.replace(chosen, stop_tokens=(*chosen.stop_tokens, *(t for t in self.eos if t not in chosen.stop_tokens)))
         except (TypeError, ValueError) as error:
