@@ -190,10 +190,12 @@ class Generator:
         unknown = [o for o in options if o not in OPTIONS]
         if unknown:
             raise RewriteError(f"generate: there is no option {unknown[0]!r}; the options are {', '.join(OPTIONS)}")
+        ends = () if ignore_eos else self.eos
         try:
-            chosen = dataclasses.replace(sampling, **options) if sampling else Sampling(**options)
-            if not ignore_eos:
-                chosen = dataclasses.replace(chosen, stop_tokens=(*chosen.stop_tokens, *(t for t in self.eos if t not in chosen.stop_tokens)))
+            chosen = dataclasses.replace(sampling, **options) if sampling else Sampling(**{"stop_tokens": ends, **options})
+            more = [t for t in ends if t not in chosen.stop_tokens]
+            if more:
+                chosen = dataclasses.replace(chosen, stop_tokens=(*chosen.stop_tokens, *more))
         except (TypeError, ValueError) as error:
             raise RewriteError(f"generate: {error}") from error
         tokens = self.tokens(prompt)
