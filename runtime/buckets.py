@@ -67,7 +67,7 @@ def sizes_of(batch: Batch, limits: Limits) -> Sizes:
     """The bucket of a batch that `Limits.check` accepts. Where prompts are read there are fewer sizes: such steps come in every mixture."""
     tokens, sequences, rows = len(batch.tokens), len(batch.context_lengths), len(batch.logit_rows)
     table = max(NARROWEST, power(batch.block_tables.shape[1]))
-    singles = bool((np.diff(batch.query_starts) <= 1).all())
+    singles = tokens <= sequences and bool((np.diff(batch.query_starts) <= 1).all())
     if singles:
         place = max(few(sequences), limits.tokens[0])
         length = place = place if place <= limits.tokens[1] else sequences
@@ -107,8 +107,8 @@ def fill(views: Mapping[str, Array], batch: Batch) -> None:
     }  # fmt: skip
     for name, array in given.items():
         view, rest = views[name], INPUTS[name]
-        view[...] = len(batch.tokens) if rest is None else rest
-        view[tuple(slice(n) for n in array.shape)] = array
+        view.fill(len(batch.tokens) if rest is None else rest)
+        view[tuple(map(slice, array.shape))] = array
 
 
 def padded(batch: Batch, sizes: Sizes) -> Batch:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import gc
 from collections import OrderedDict, deque
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -52,13 +52,13 @@ class Inputs:
         self.host = {n: np.ndarray(shape, dtype, self.pinned[places[n] :].data) for n, (dtype, shape) in kinds.items()}
         self.copied = cupy.cuda.Event(disable_timing=True)
         self.copied.record(self.stream)
-        self._copy = cupy.cuda.runtime.memcpyAsync
+        self._copy = partial(cupy.cuda.runtime.memcpyAsync, self.memory.data.ptr, self.pinned.ctypes.data, self.size, HOST_TO_DEVICE, self.stream.ptr)
 
     def fill(self, batch: Batch) -> None:
         """Enqueue the copy of a batch, padded."""
         self.copied.synchronize()  # or else the last copy still reads
         buckets.fill(self.host, batch)
-        self._copy(self.memory.data.ptr, self.pinned.ctypes.data, self.size, HOST_TO_DEVICE, self.stream.ptr)
+        self._copy()
         self.copied.record(self.stream)
 
 

@@ -23,6 +23,7 @@ from rewrite.runtime.tokenizer import Tokenizer
 
 Messages = Sequence[dict[str, str]]
 Prompt = str | Sequence[int] | Messages
+OPTIONS = [f.name for f in dataclasses.fields(Sampling)]
 
 
 @dataclass
@@ -186,25 +187,27 @@ class Generator:
     # --- the scheduler, one caller at a time ---------------------------------------------------------------------
     def request(self, prompt: Prompt, sampling: Sampling | None, ignore_eos: bool, options: dict[str, Any]) -> Request:
         """A prompt as the scheduler takes it. Raises RewriteError for an unknown option, or one that makes no sense."""
-        unknown = [o for o in options if o not in {f.name for f in dataclasses.fields(Sampling)}]
+        unknown = [o for o in options if o not in OPTIONS]
         if unknown:
-            raise RewriteError(f"generate: there is no option {unknown[0]!r}; the options are {', '.join(f.name for f in dataclasses.fields(Sampling))}")
+            raise RewriteError(f"generate: there is no option {unknown[0]!r}; the options are {', '.join(OPTIONS)}")
+        ends = () if ignore_eos else self.eos
         try:
-            chosen = dataclasses.replace(sampling or Sampling(), **options)
-            if not ignore_eos:
-                chosen = dataclasses.replace(chosen, stop_tokens=(*chosen.stop_tokens, *(t for t in self.eos if t not in chosen.stop_tokens)))
+            chosen = dataclasses.replace(sampling, **options) if sampling else Sampling(**{"stop_tokens": ends, **options})
+            more = [t for t in ends if t not in chosen.stop_tokens]
+            if more:
+                chosen = dataclasses.replace(chosen, stop_tokens=(*chosen.stop_tokens, *more))
         except (TypeError, ValueError) as error:
             raise RewriteError(f"generate: {error}") from error
         tokens = self.tokens(prompt)
         return Request(tokens, chosen, decode=self.tokenizer.continuation(tokens) if self.has_tokenizer else None)
 
-    def tokens(self, prompt: Prompt) -> list[int]:
+    def tokens(self, prompt: Prompt) -> Sequence[int]:
         """The ids of a prompt, a dialogue by the tokenizer's template. Raises RewriteError without tokenizer or template."""
         if isinstance(prompt, str):
             return self.tokenizer.encode(prompt)
         if prompt and isinstance(prompt[0], dict):
             return self.tokenizer.encode_chat([m for m in prompt if isinstance(m, dict)])
-        return cast(list[int], list(prompt))
+        return cast(Sequence[int], prompt)
 
     def add(self, request: Request, sink: Callable[[Output], None]) -> int:
         """Queue a request, whose outputs go to `sink`, in whatever thread steps; returns its number. Raises RewriteError if it can never be served."""
@@ -248,8 +251,8 @@ def default_budget(plan: Plan) -> int:
 
 def as_prompts(given: Prompt | Sequence[Prompt]) -> list[Prompt]:
     """A list of prompts from one, or from several. Raises RewriteError for anything else."""
-    if not isinstance(given, Sequence) or not all(isinstance(p, (str, int, dict, Sequence)) for p in given):
+    if isinstance(given, str) or (isinstance(given, Sequence) and len(given) and isinstance(given[0], int)):
+        return [given]  # type: ignore[list-item]  # whether all are tokens the scheduler sees
+    if not isinstance(given, Sequence) or not all(isinstance(p, (dict, Sequence)) for p in given):
         raise RewriteError("generate: a prompt is a text, a list of token ids, or a list of messages {'role': ..., 'content': ...}; give one or a list of them")
-    if isinstance(given, str) or (len(given) and isinstance(given[0], (int, dict))):
-        return [given]  # type: ignore[list-item]
-    return list(given)  # type: ignore[arg-type]
+    return [given] if len(given) and isinstance(given[0], dict) else list(given)  # type: ignore[list-item, arg-type]

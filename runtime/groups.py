@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import secrets
 from array import array
+from collections.abc import Iterable
 
 import numpy as np
 
@@ -65,7 +66,7 @@ class Group:
         self.last = 0.0  # when it got its last token
         self.running = table is not None
 
-    def stream(self, known: list[int]) -> TextStream | None:
+    def stream(self, known: Iterable[int]) -> TextStream | None:
         """The text that follows these tokens, if text is wanted as it comes."""
         if self.job.request.decode is None or self.beams is not None:
             return None
@@ -96,7 +97,7 @@ def arrays(planned: Plan, size: int, ahead: int) -> tuple[Batch, list[tuple[Grou
 
     size: of a block. ahead: steps that are done at once; each sequence has slots for the tokens of the later ones, too.
     """
-    tokens: list[int] = []
+    tokens = array("q")
     starts, lengths, tables = [0], [], []
     wanted: list[tuple[Group, list[int]]] = []
     rows: list[int] = []
@@ -105,7 +106,7 @@ def arrays(planned: Plan, size: int, ahead: int) -> tuple[Batch, list[tuple[Grou
             table, known = sequence.table, sequence.row.tokens
             assert table is not None
             length = table.length - ahead + 1
-            tokens += known[table.length - count : length]
+            tokens.extend(known[table.length - count : length])
             starts.append(len(tokens))
             lengths.append(length)
             tables.append(table.blocks)
@@ -116,11 +117,13 @@ def arrays(planned: Plan, size: int, ahead: int) -> tuple[Batch, list[tuple[Grou
     for line, table_blocks in zip(blocks, tables, strict=True):
         line[: len(table_blocks)] = np.frombuffer(table_blocks, np.int32)
     np.maximum(blocks, 0, out=blocks)  # before the window
-    counts = np.diff(starts)
-    positions = np.arange(len(tokens)) + np.repeat(np.array(lengths) - starts[1:], counts)
-    slots = blocks[np.repeat(np.arange(len(tables)), counts), positions // size] * size + positions % size
+    begins, keys = np.array(starts, np.int32), np.array(lengths, np.int32)
+    counts = begins[1:] - begins[:-1]
+    positions = np.arange(len(tokens)) + (keys - begins[1:]).repeat(counts)
+    places = positions // size
+    slots = positions + (blocks[np.arange(len(tables)).repeat(counts), places] - places) * size
     batch = Batch(
-        tokens=np.frombuffer(array("q", tokens), np.int64), positions=positions, slots=slots.astype(np.int32), block_tables=blocks, query_starts=np.array(starts, np.int32),
-        context_lengths=np.array(lengths, np.int32), logit_rows=np.array(rows, np.int64),
+        tokens=np.frombuffer(tokens, np.int64), positions=positions, slots=slots.astype(np.int32), block_tables=blocks, query_starts=begins, context_lengths=keys,
+        logit_rows=np.array(rows, np.int64),
     )  # fmt: skip
     return batch, wanted

@@ -290,7 +290,7 @@ class BlockTable:
         self.length = 0
         self.computed = 0
         self.tail = pool._root  # content of the last full block
-        self._open: list[int] = []  # tokens after that block
+        self._open = array("q")  # tokens after that block
 
     def extend(self, count: int) -> None:
         """Slots for the next tokens. A block that others share is replaced by a copy first.
@@ -331,7 +331,7 @@ class BlockTable:
         self._open.extend(tokens)
         full = len(self._open) // size
         for number in range(full if pool.reuse else 0):
-            self.tail = pool._intern(self.tail, array("q", self._open[number * size : (number + 1) * size]).tobytes())
+            self.tail = pool._intern(self.tail, self._open[number * size : (number + 1) * size].tobytes())
             self._share(first + number)
         if full:
             del self._open[: full * size]
@@ -365,7 +365,7 @@ class BlockTable:
             raise CacheError("KV cache: a table is forked before its last tokens were committed")
         table = BlockTable(self.pool)
         table.blocks, table.length, table.computed = self.blocks[:], self.length, self.computed
-        table.tail, table._open = self.tail, list(self._open)
+        table.tail, table._open = self.tail, self._open[:]
         for block in self.blocks:
             if block != HIDDEN:
                 self.pool._acquire(block)

@@ -19,7 +19,7 @@ from __future__ import annotations
 import json
 import math
 import operator
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, MutableSequence, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -206,7 +206,7 @@ class Row:
     """One sequence whose next token is chosen: its parameters, all tokens so far, and what its random numbers are keyed by."""
 
     sampling: Sampling
-    tokens: list[int]
+    tokens: MutableSequence[int]  # of a scheduler an array of int64: thousands are copied and hashed as they lie
     prompt: int  # so many of the tokens are the prompt
     seed: int = 0
     choice: int = 0  # which of the n outputs

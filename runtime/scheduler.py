@@ -219,19 +219,21 @@ class Scheduler:
 
     # What can be served
 
-    def _admissible(self, request: Request) -> list[int]:
-        """The prompt, if the request can be served."""
+    def _admissible(self, request: Request) -> array[int]:
+        """The prompt, int64, if the request can be served."""
         try:
-            packed = array("q", request.prompt)
-        except (TypeError, OverflowError):
+            prompt = array("Q", request.prompt)  # made in a quarter of the time that "q" takes
+            good = np.asarray(prompt).max(initial=0) < self.model.vocabulary
+        except TypeError:
             raise Refused("request: the prompt has to be a list of tokens, which are whole numbers") from None
-        prompt, s, size = packed.tolist(), request.sampling, len(packed)
+        except OverflowError:
+            good = False
+        if not good:
+            bad = next(t for t in request.prompt if not 0 <= t < self.model.vocabulary)
+            raise Refused(f"request: the prompt has token {bad}; the model's tokens are 0 to {self.model.vocabulary - 1}")
+        s, size = request.sampling, len(prompt)
         if not size:
             raise Refused("request: the prompt is empty; it has to have at least one token")
-        known = np.frombuffer(packed, np.int64)
-        if known.min() < 0 or known.max() >= self.model.vocabulary:
-            bad = next(t for t in prompt if not 0 <= t < self.model.vocabulary)
-            raise Refused(f"request: the prompt has token {bad}; the model's tokens are 0 to {self.model.vocabulary - 1}")
         s.check(self.model.vocabulary)
         if s.stop and request.decode is None:
             raise Refused("request: stop strings need text; give Request.decode")
@@ -244,7 +246,7 @@ class Scheduler:
         if blocks > self.pool.blocks:
             raise Refused(f"request: {size} tokens and {s.max_new_tokens} new ones need {blocks} blocks of the KV cache, which has {self.pool.blocks}; "
                           "shorten it, ask for fewer beams, or give the cache more memory")  # fmt: skip
-        return prompt
+        return array("q", prompt.tobytes())
 
     def _blocks_for(self, prompt: int, length: int, beams: int) -> int:
         """The most blocks that the request must be able to hold alone. Beams share the whole blocks of their prompt."""
@@ -431,7 +433,7 @@ class Scheduler:
         assert table is not None
         for choice in range(1, job.request.sampling.n):
             seat = self._taken() < self.seats
-            self._enter(Group(job, Row(row.sampling, list(row.tokens), row.prompt, row.seed, choice), table.fork() if seat else None))
+            self._enter(Group(job, Row(row.sampling, row.tokens[:], row.prompt, row.seed, choice), table.fork() if seat else None))
         return list(job.groups)
 
     def _accept(self, group: Group, tokens: list[int], logprobs: list[Logprob | None], errors: list[str | None], now: float) -> Output:
@@ -513,8 +515,8 @@ class Scheduler:
             assert unused is not None
             unused.free()
         row = old[0].row
-        prompt = row.tokens[: row.prompt]
-        group.sequences = [Sequence(Row(s, [*prompt, *tokens], row.prompt, row.seed), table) for tokens, table in zip(beams.running, tables, strict=True)]
+        prompt = array("q", row.tokens[: row.prompt])
+        group.sequences = [Sequence(Row(s, prompt + array("q", tokens), row.prompt, row.seed), table) for tokens, table in zip(beams.running, tables, strict=True)]
         return []
 
     def _ended(self, group: Group, tokens: tuple[int, ...]) -> bool:

@@ -292,6 +292,8 @@ WRONG = [
     (["words"], {}, "the plan has no tokenizer"),
     (5, {}, "a prompt is a text"),
     ([None], {}, "a prompt is a text"),
+    ([[1], 5], {}, "a prompt is a text"),
+    ([1, None], {}, "the prompt has to be a list of tokens"),
     ([[1], [1] * 200], {}, "are more than the model's"),
 ]
 

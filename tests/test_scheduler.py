@@ -394,6 +394,7 @@ def test_a_request_that_can_never_fit_is_refused_at_once_and_blocks_nobody():
 
 REFUSED = [
     (Request([]), "the prompt is empty"), (Request([1, VOCABULARY]), f"the prompt has token {VOCABULARY}; the model's tokens are 0 to {VOCABULARY - 1}"), (Request([-1]), "has token -1"),
+    (Request([3, 2**70]), f"has token {2**70}"),
     (Request([1.5]), "whole numbers"), (Request(["a"]), "whole numbers"), (Request([1], Sampling(stop=["x"])), "stop strings need text; give Request.decode"),
     (Request([1], Sampling(beams=9)), "9 beams are more than the 8 sequences of a step"), (Request([1] * 90, Sampling(max_new_tokens=20)), "are more than the model's 100"),
     (Request([1], Sampling(stop_tokens=[99])), "stop_tokens names token 99"), (Request([1], Sampling(beams=8, max_new_tokens=60)), "need 120 blocks .* fewer beams"),
