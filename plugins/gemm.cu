@@ -33,25 +33,37 @@ __device__ __forceinline__ float activate(float v) { return activate(v, ACTIVATI
 __device__ __forceinline__ float at(const float* array, long long i) { return array ? __ldg(array + i) : 0.f; }
 __device__ __forceinline__ float at16(const void* array, long long i) { return array ? unpack(__ldg((const u16*)array + i)).x : 0.f; }
 
-// The mean of a token's y, and rate / by. Without divisions, whose rare cases are a function that needs more registers than the warps that fetch have.
-__device__ __forceinline__ float2 rowOf(const Call& c, int token) {
-    const Norm& n = c.norm;
-    if (token >= c.tokens) return {0.f, 0.f};
-    const float2* rows = n.rows + token;
-    float mean = 0.f, square = 0.f;
-    if (n.centred) {
-        #pragma unroll 8
-        for (int p = 0; p < n.parts; ++p) mean += rows[(long long)p * c.tokens].x;
-        mean *= n.share;
+// The parts of a token's row, asked for early; then the mean of its y, and rate / by. Without divisions, whose rare cases are a function that needs more
+// registers than the warps that fetch have.
+template <int HELD>
+struct Parts {
+    float2 held[HELD];
+    const float2* rows;
+    __device__ __forceinline__ void ask(const Call& c, int token) {
+        rows = token < c.tokens ? c.norm.rows + token : nullptr;
+        #pragma unroll
+        for (int p = 0; p < HELD; ++p) held[p] = rows && p < c.norm.parts ? rows[(long long)p * c.tokens] : float2{0.f, 0.f};
     }
-    #pragma unroll 8
-    for (int p = 0; p < n.parts; ++p) {
-        const float2 v = rows[(long long)p * c.tokens];
-        const float count = min(n.part, n.width - p * n.part), apart = __fdividef(v.x, count) - mean;
-        square += v.y + count * apart * apart;
+    __device__ __forceinline__ float2 finish(const Call& c) const {
+        const Norm& n = c.norm;
+        float mean = 0.f, square = 0.f;
+        if (!rows) return {0.f, 0.f};
+        if (n.centred) {
+            #pragma unroll
+            for (int p = 0; p < HELD; ++p) mean += held[p].x;
+            for (int p = HELD; p < n.parts; ++p) mean += rows[(long long)p * c.tokens].x;
+            mean *= n.share;
+        }
+        auto join = [&](float2 v, int p) {
+            const float count = min(n.part, n.width - p * n.part), apart = __fdividef(v.x, count) - mean;
+            square += v.y + count * apart * apart;
+        };
+        #pragma unroll
+        for (int p = 0; p < HELD; ++p) if (p < n.parts) join(held[p], p);
+        for (int p = HELD; p < n.parts; ++p) join(rows[(long long)p * c.tokens], p);
+        return {mean, rsqrtf(square * n.share + n.epsilon) * n.back};
     }
-    return {mean, rsqrtf(square * n.share + n.epsilon) * n.back};
-}
+};
 // 8 neighbouring elements of a norm, rounded, from z.
 __device__ __forceinline__ uint4 normed(uint4 z, const float (&scale)[8], const float (&offset)[8], float2 row) {
     u32 v[4] = {z.x, z.y, z.z, z.w};
@@ -195,7 +207,9 @@ __device__ __forceinline__ void narrow(const TensorMap& x, const TensorMap& w0, 
         readResiduals();
     } else {
         readResiduals();
-        if (NORMED) for (int t = threadIdx.x; t < ROWS; t += 128) rows[t] = rowOf(c, token + rank * ROWS + t);
+        Parts<NORMED ? 12 : 1> parts;  // which are here when all products are done
+        const bool counts = NORMED && threadIdx.x < ROWS;
+        if (counts) parts.ask(c, token + rank * ROWS + threadIdx.x);
         float d[BN / 2];
         #pragma unroll
         for (int i = 0; i < BN / 2; ++i) d[i] = 0.f;
@@ -214,6 +228,7 @@ __device__ __forceinline__ void narrow(const TensorMap& x, const TensorMap& w0, 
         }
         wgmmaWait<0>();
         keep<BN, PITCH>(part, d, warp, lane);
+        if (counts) rows[threadIdx.x] = parts.finish(c);
     }
     if (RANKS > 1) clusterSync();
     else __syncthreads();
@@ -344,7 +359,12 @@ __device__ __forceinline__ void wide(const TensorMap& x, const TensorMap& w0, co
                 locate(index, token, tile);
                 const int side = count & 1;
                 if (count > 1) wait(taken + side, (count >> 1) - 1 & 1);
-                for (int t = threadIdx.x - 32; t < 128; t += 96) rows[side * 128 + t] = rowOf(c, token + t);
+                Parts<4> first, second;  // 128 rows by 96 threads
+                const int t = threadIdx.x - 32;
+                first.ask(c, token + t);
+                if (t < 32) second.ask(c, token + 96 + t);
+                rows[side * 128 + t] = first.finish(c);
+                if (t < 32) rows[side * 128 + 96 + t] = second.finish(c);
                 __syncwarp();
                 if (lane == 0) arrive(given + side);
             }
