@@ -149,10 +149,8 @@ def median_us(launch: Any, stream: Any, rounds: int = 30) -> float:
 def variants(dtype: str) -> Iterator[tuple[Any, ...]]:
     """The kernels that these models may use, to be compiled by all processors at once."""
     layouts = [cuda_gemm.Shape("narrow", t, s) for t in cuda_gemm.NARROW for s in cuda_gemm.CLUSTERS if s <= t] + [cuda_gemm.Shape("wide", t) for t in cuda_gemm.WIDE]
-    kinds = [("none", False, 0, False), ("gelu", False, 0, False), ("swish", True, 0, False)]
-    kinds += [("none", False, 0, True), ("none", False, 2, True), ("none", False, 1, False), ("gelu", False, 1, False), ("swish", True, 1, False)]  # norms in products
-    for kind in kinds:
-        yield from (cuda_gemm.variant(layout, dtype, *kind) for layout in layouts)
+    for activation, gated in (("none", False), ("gelu", False), ("swish", True)):
+        yield from (cuda_gemm.variant(layout, dtype, activation, gated) for layout in layouts)
     for size in (32, 64, 128):
         for mask, rows, causal in ((0, True, False), (0, True, True), (2, True, False), (2, False, False)):
             yield from (cuda_attention.variant(cut, size, dtype, mask, rows, causal, False, True) for cut in cuda_attention.cuts(size, 90))

@@ -1,7 +1,7 @@
 """Our CUDA kernels one by one: right against float64, and how fast against the libraries and the ceilings of the card.
 
     python benchmarks/kernel_speed.py                       everything (about 2 minutes on an H100)
-    python benchmarks/kernel_speed.py --only products       products, folded (norms in products), decoding, chains, attention or norms
+    python benchmarks/kernel_speed.py --only products       products, decoding, chains, attention or norms
 
 Each time is the median of the GPU time of one launch among 20 in a CUDA graph. Weights are different ones in turn where a model's
 would not stay in the L2 cache. Ceilings: a product of 8192 x 8192 x 8192 by cuBLASLt, and a copy of 1 GB.
@@ -121,68 +121,6 @@ def check_products() -> list[dict[str, Any]]:
                     print(f"WRONG product {dtype} {tokens}x{features}x{inner} gated={gated} {activation} {shape}: {worst:.1e}", flush=True)
                 rows.append({"dtype": dtype, "sizes": [tokens, features, inner], "gated": gated, "activation": activation, "layout": str(shape), "error": worst, "right": worst < limit})
     print(f"products: {sum(r['right'] for r in rows)} of {len(rows)} right, worst {max(r['error'] for r in rows):.1e}", flush=True)
-    return rows
-
-
-def check_folded() -> list[dict[str, Any]]:
-    """Norms that products take over, each layout before and after one, on awkward sizes against float64; outputs poisoned. What stands behind a norm
-    is compared with the norm of what the product before it wrote.
-    """
-    rows, rng, epsilon = [], cupy.random.default_rng(0), 1e-5
-    sizes = [(9, 64, 64), (33, 200, 328), (130, 384, 1536), (257, 776, 768), (1000, 520, 136)]
-    layouts = cuda_gemm.shapes(1000, 520, 1032)
-    kinds = [("none", False, 0, True), ("none", False, 2, True), ("gelu", False, 1, False), ("swish", True, 1, False)]
-    compile_all(cuda_gemm.variant(s, d, a, g, n, t) for s in layouts for d in ("float16", "bfloat16") for a, g, n, t in kinds)
-    for dtype, (tokens, width, inner), centred, bare in itertools.product(("float16", "bfloat16"), sizes, (True, False), (False, True)):
-
-        def new(*shape: int, scale: float = 1.0, shift: float = 0.0, dtype: str = dtype) -> Any:
-            return (random(rng, *shape, dtype="float32", scale=scale) + shift).astype(dtype)
-
-        def norm(told: Any, y: Any, offset: Any, of_x: bool, jobs: Any = (), centred: bool = centred) -> tuple[Any, Any]:
-            """The norm as a product gets it, and its value."""
-            wide, scale = y.astype(np.float64), told.scale.astype(np.float64)
-            wide -= wide.mean(-1, keepdims=True) if centred else 0
-            value = wide / cupy.sqrt((wide * wide).mean(-1, keepdims=True) + epsilon) * scale + (0 if offset is None else offset.astype(np.float64))
-            shifts = [(told.by * (j.w.astype(np.float64) @ scale)).astype(np.float32) if centred else None for j in jobs]
-            biases = [(j.bias.astype(np.float64) + (0 if offset is None else j.w.astype(np.float64) @ offset.astype(np.float64))).astype(np.float32) for j in jobs]
-            return cuda_gemm.Norm(told, epsilon, centred, of_x, shifts, biases, None if of_x else offset), value
-
-        x, u, scales = new(tokens, inner), new(tokens, inner), [new(width, scale=2.0) for _ in range(2)]
-        offsets = [new(width) if centred else None for _ in range(2)]
-        first, second = (cuda_gemm.Product(cupy.empty((tokens, width), dtype), new(width, inner, scale=inner**-0.5), new(width), new(tokens, width, shift=0.5)) for _ in range(2))
-        for shape in cuda_gemm.shapes(tokens, width, inner):
-            tolds = [cuda_gemm.Told(cupy.full((tokens, width), POISON, dtype), cupy.full((-(-width // 64), tokens, 2), POISON, np.float32), s, 2.0**-3) for s in scales]
-            worst = 0.0
-            first.y[...] = second.y[...] = POISON
-            cuda_gemm.product(x, [first], shape=shape, told=tolds[0])()
-            y = first.y.astype(np.float64)
-            worst = max(worst, error(y, x.astype(np.float64) @ first.w.astype(np.float64).T + first.bias.astype(np.float64) + first.residual.astype(np.float64)))
-            if bare:  # the same without its own result
-                again = cuda_gemm.Told(cupy.full_like(tolds[0].z, POISON), cupy.full_like(tolds[0].rows, POISON), scales[0], 2.0**-3)
-                cuda_gemm.product(x, [cuda_gemm.Product(None, first.w, first.bias, first.residual)], shape=shape, told=again)()
-                worst = max(worst, error(again.z, tolds[0].z))
-                tolds[0] = again
-            worst = max(worst, error(tolds[0].z, y * scales[0].astype(np.float64) * 2.0**-3))
-            for activation, gated in (("gelu", False), ("swish", True)):
-                jobs = [cuda_gemm.Product(cupy.full((tokens, f), POISON, dtype), new(f, width, scale=width**-0.5), new(f)) for f in ((72, 72) if gated else (72, 136))]
-                taken, value = norm(tolds[0], first.y, offsets[0], True, jobs)
-                cuda_gemm.product(tolds[0].z, jobs, activation, gated, shape if shape in cuda_gemm.shapes(tokens, 208, width) else None, norm=taken)()
-                sums = [value @ j.w.astype(np.float64).T + j.bias.astype(np.float64) for j in jobs]
-                act = ACTIVATE[activation]
-                worst = max(worst, *(error(j.y, w) for j, w in zip(jobs, [act(sums[0]) * sums[1]] if gated else [act(s) for s in sums], strict=False)))
-            taken, value = norm(tolds[0], first.y, offsets[0], False)
-            cuda_gemm.product(u, [cuda_gemm.Product(second.y, second.w, second.bias, tolds[0].z)], shape=shape, norm=taken, told=tolds[1])()
-            worst = max(worst, error(second.y, u.astype(np.float64) @ second.w.astype(np.float64).T + second.bias.astype(np.float64) + value))
-            parts = tolds[1].rows[: -(-width // tolds[1].part)].astype(np.float64)
-            wide, counts = second.y.astype(np.float64), [min(tolds[1].part, width - i) for i in range(0, width, tolds[1].part)]
-            starts = range(0, width, tolds[1].part)
-            want = cupy.stack([cupy.stack([wide[:, i : i + n].sum(1), n * wide[:, i : i + n].var(1)], -1) for i, n in zip(starts, counts, strict=True)])
-            worst = max(worst, error(parts[..., 0], want[..., 0]), error(parts[..., 1], want[..., 1]))
-            limit = 1e-3 if dtype == "float16" else 8e-3
-            if not worst < limit:
-                print(f"WRONG folded norm {dtype} {tokens} x {width} x {inner} {'layer' if centred else 'rms'} {shape}: {worst:.1e}", flush=True)
-            rows.append({"dtype": dtype, "tokens": tokens, "width": width, "inner": inner, "centred": centred, "bare": bare, "layout": str(shape), "error": worst, "right": worst < limit})
-    print(f"folded norms: {sum(r['right'] for r in rows)} of {len(rows)} right, worst {max(r['error'] for r in rows):.1e}", flush=True)
     return rows
 
 
@@ -438,7 +376,7 @@ def norms(limits: dict[str, float]) -> list[dict[str, Any]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", default="products,folded,decoding,chains,attention,norms")
+    parser.add_argument("--only", default="products,decoding,chains,attention,norms")
     parser.add_argument("--all-layouts", action="store_true", help="time every layout of a product, not only the chosen one")
     parser.add_argument("--output", default="kernel_speed")
     options = parser.parse_args()
@@ -446,8 +384,6 @@ def main() -> None:
     limits = ceilings()
     print(f"{device}: {limits['tflops']:.0f} TFLOP/s, {limits['gbs']:.0f} GB/s", flush=True)
     results: dict[str, Any] = {"ceilings": limits}
-    if "folded" in options.only:
-        results["folded_right"] = check_folded()
     if "products" in options.only:
         results["products_right"], results["products"] = check_products(), time_products(limits, options.all_layouts)
     if "decoding" in options.only:

@@ -37,12 +37,6 @@ def pick(key: str, candidates: Mapping[str, Callable[[], Launch]], default: str)
     return candidates[min(known, key=known.__getitem__) if known else default]()
 
 
-def slower(key: str, one: str, other: str) -> bool:
-    """Whether `one` was measured to take longer than `other`."""
-    found = _state.get()[0].get(key, {})
-    return one in found and other in found and found[one] > found[other]
-
-
 def microseconds(launch: Launch) -> float:
     """GPU time of one launch: the median over graphs of several in a row."""
     import cupy
@@ -54,20 +48,12 @@ def microseconds(launch: Launch) -> float:
     for _ in range(REPEATS):
         launch()
     graph = stream.end_capture()
-    return timed(lambda: graph.launch(stream)) / REPEATS
-
-
-def timed(launch: Launch, repeats: int = 1) -> float:
-    """GPU time, microseconds, of one of several launches in a row on the current stream: a median, the first round left out."""
-    import cupy
-
-    stream, times = cupy.cuda.get_current_stream(), []
+    times = []
     for _ in range(ROUNDS + 1):
         first, last = cupy.cuda.Event(), cupy.cuda.Event()
         first.record(stream)
-        for _ in range(repeats):
-            launch()
+        graph.launch(stream)
         last.record(stream)
         last.synchronize()
-        times.append(cupy.cuda.get_elapsed_time(first, last) * 1e3 / repeats)
+        times.append(cupy.cuda.get_elapsed_time(first, last) * 1e3 / REPEATS)
     return statistics.median(times[1:])

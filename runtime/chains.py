@@ -33,7 +33,7 @@ def at(frame: Frame, indices: list[int], place: int) -> tuple[int, Launch] | Non
 
 def _item(frame: Frame, index: int) -> Any:
     plugin, attributes = frame.of(index)
-    if plugin is None or plugin.link is None or index in frame.folding.before or index in frame.folding.after:
+    if plugin is None or plugin.link is None:
         return None
     return plugin.link(*frame.arguments(frame.executor.plan.manifest.steps[index], plugin), **attributes)
 

@@ -22,7 +22,6 @@ from rewrite.errors import RewriteError
 from rewrite.plugins import tuning
 from rewrite.registry import Plugin, library
 from rewrite.runtime import chains, engine
-from rewrite.runtime.folding import Folding, settled
 from rewrite.runtime.layout import Views, apply
 from rewrite.runtime.machine import TUNED_ON
 from rewrite.runtime.partition import Step, ValueType
@@ -115,7 +114,6 @@ class CudaExecutor:
             self.stream.synchronize()
         self.cupy.get_default_memory_pool().free_all_blocks()  # what matrices took before they were turned
         self.chain_memory: Any = None  # through which the blocks of chains talk
-        self.constants: dict[Any, Any] = {}  # what follows from weights alone (`folding`)
         self.frames: OrderedDict[tuple[int, ...], Frame] = OrderedDict()
         self._arena: Any = None
         measured = plan.manifest.versions.get(TUNED_ON) == engine.gpu_model()
@@ -154,10 +152,7 @@ class CudaExecutor:
         `ordered`: inputs that are 0, 1, 2, ... to the end of what they pick from; `without`: steps, by index, that are not done.
         """
         with self.stream, tuning.using(self.times, measure):
-            def make() -> Frame:
-                return Frame(self, sizes, {} if measure else None, given, finish, ordered, without)
-
-            return settled(make) if measure else make()
+            return Frame(self, sizes, {} if measure else None, given, finish, ordered, without)
 
     def agreed(self) -> contextlib.AbstractContextManager[None]:
         """A context in which frames are made: of several ranks all succeed, or all raise OutOfMemory, so that all keep the same frames."""
@@ -227,7 +222,7 @@ class CudaExecutor:
         arrays = {n: a if isinstance(a, np.ndarray) else self._view(a) for n, a in inputs.items()}
         sizes, known = self.plan.check(arrays), set(self.times)
         with self.stream, tuning.using(self.times, measure=True):
-            made = settled(lambda: Frame(self, sizes, arrays))
+            made = Frame(self, sizes, arrays)
             made.capture()
         self.frames[tuple(sizes.values())] = made
         return {key: times for key, times in self.times.items() if key not in known}
@@ -262,7 +257,6 @@ class Frame:
             root = views.root(name)
             if root in lives:
                 lives[root] = (min(first, lives[root][0]), max(last, lives[root][1]))
-        self.folding = Folding(self, shapes, dtypes, lives, views)
         needed = {n: int(np.prod(shapes[n], dtype=np.int64)) * dtypes[n].itemsize for n in lives if n not in executor.weights}
         offsets, total = plan_arena(needed, lives)
         with memory(self.cupy, f"the values for {self.sizes}", total, "run smaller batches"):
@@ -272,11 +266,9 @@ class Frame:
             self.values[name] = self.cupy.ndarray(shapes[name], dtypes[name], self.arena.data + offset)
         for name in (*self.updated, *views.of):
             self._view(name, views)
-        self.folding.place(self.values)
         self.readers: dict[str, set[int]] = {views.root(n): {len(steps)} for n in manifest.outputs.values()}  # by the value whose memory is read
-        skipped = views.skipped | self.folding.skipped
         for index, step in enumerate(steps):
-            for name in step.inputs if index not in skipped else ():
+            for name in step.inputs if index not in views.skipped else ():
                 self.readers.setdefault(views.root(name), set()).add(index)
         self.root = views.root
         self._repeat(steps)
@@ -286,7 +278,7 @@ class Frame:
             if inputs is not None:
                 self._take(inputs)
             empty = {i for i, s in enumerate(steps) if all(0 in shapes[o] for o in s.outputs)}  # a step of which no logits are wanted
-            for indices, launch in self._launches([i for i in range(len(steps)) if i not in skipped | empty | set(without)]):
+            for indices, launch in self._launches([i for i in range(len(steps)) if i not in views.skipped | empty | set(without)]):
                 self.work.append((indices, launch))
                 if inputs is not None:
                     launch()
@@ -303,11 +295,6 @@ class Frame:
             self.executor.stream.synchronize()
             self.executor.kernels.save()
             self.graph = self._capture()
-
-    def microseconds(self) -> float:
-        """GPU time of one run, on the executor's stream, which has to be the current one."""
-        self.capture()
-        return tuning.timed(self.replay, max(1, int(2000 / tuning.timed(self.replay))))
 
     def _in_place(self, lives: dict[str, tuple[int, int]]) -> None:
         """Decide where results of plugins that update an input lie: in its memory, if it is given or nobody else reads it, else in a
@@ -410,7 +397,7 @@ class Frame:
                 yield [indices[place]], self._segment(first)
                 place += 1
                 continue
-            chained = self._sum_and_norm(indices, place) or self.folding.at(indices, place) or (chains.at(self, indices, place) if chain else None)
+            chained = self._sum_and_norm(indices, place) or (chains.at(self, indices, place) if chain else None)
             if chained is not None:
                 count, launch = chained
                 yield indices[place : place + count], launch

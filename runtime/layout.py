@@ -125,10 +125,6 @@ class Views:
             self._arrays[name] = np.empty(self._shapes[name], np.int8)
         return self._arrays[name]
 
-    def packed(self, name: str) -> bool:
-        """Whether the value has no gaps."""
-        return self._array(name).flags.c_contiguous
-
     def root(self, name: str) -> str:
         """The value in whose memory `name` lies."""
         while name in self.of:

@@ -124,7 +124,7 @@ def frame_of(plan, tokens):
     executor.plugins, executor.plan, executor.chain_memory = library().plugins, plan, None
     executor.turned = {i for i, s in enumerate(plan.manifest.steps) if 'MatMul' in s.name}
     frame = Frame.__new__(Frame)
-    frame.executor, frame.root, frame.folding = executor, lambda name: name, SimpleNamespace(before={}, after={})
+    frame.executor, frame.root = executor, lambda name: name
     steps, arrays, types = plan.manifest.steps, {}, {**plan.manifest.inputs, **plan.manifest.values}
 
     def array(name):

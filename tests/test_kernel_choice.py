@@ -155,7 +155,6 @@ def test_neighbours_that_read_one_value_share_a_launch(tmp_path):
     executor.plan, executor.turned, executor.ranks = plan, set(), None
     frame = Frame.__new__(Frame)
     frame.executor, frame.copied = executor, {}
-    frame.folding = types.SimpleNamespace(before={}, after={}, at=lambda indices, place: None)
     frame._segment = lambda step: step.name
     frame.arguments = lambda step, plugin: ([step.inputs[0], step.inputs[1]], [step.outputs[0]])
     frame._plugin = lambda plugin, inputs, outputs, attributes: plugin.name
