@@ -189,7 +189,7 @@ def parse_expectation(text: str) -> tuple[str, str, int]:
 
 
 def check_names(expectations: list[tuple[str, str, int]], plugins: Mapping[str, Plugin], rules: set[str]) -> None:
-    """Asked before the work. Raises RewriteError if an expectation names neither a plugin nor a rule, or what a plugin has no names for."""
+    """Asked before the work. Raises RewriteError if an expectation names neither a plugin nor a rule, or what no node of its plugin can have."""
     import difflib
 
     known = {_plugin_key(p): plugin for p, plugin in plugins.items()}
@@ -202,6 +202,9 @@ def check_names(expectations: list[tuple[str, str, int]], plugins: Mapping[str, 
             raise RewriteError(f"--expect {name}: {'no plugin' if kind else 'neither a plugin nor a rule'}; {hint}")
         if kind and plugin is not None and not any(isinstance(v, str) for v in plugin.attributes.values()):
             raise RewriteError(f"--expect {name}: plugin {plugin.name} has no attribute that is a name, as the activation of MatMulAct is; leave out ':{kind}'")
+        if kind and plugin is not None and plugin.kinds and _plugin_key(kind) not in map(_plugin_key, plugin.kinds):
+            near = difflib.get_close_matches(kind, plugin.kinds, 1)
+            raise RewriteError(f"--expect {name}: plugin {plugin.name} has no form '{kind}'; " + (f"did you mean '{near[0]}'?" if near else f"use one of {', '.join(plugin.kinds)}"))
 
 
 def check_expectations(expectations: list[tuple[str, str, int]], report: Report, plugins: Collection[str]) -> list[str]:
