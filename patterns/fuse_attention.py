@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from rewrite.pattern import any_of, attr, ints, maybe, scalar
 from rewrite.registry import rule
+from rewrite.shapes import is_named
 
 
 def _repeated(op, k, name):
@@ -17,6 +18,14 @@ def _keys(op, k):
     scaled = any_of(repeated * scalar("k_scale"), repeated)
     turned = any_of(op.Transpose(scaled, perm=[0, 1, 3, 2]), op.Transpose(scaled, perm=[0, 2, 1]))
     return any_of(turned * scalar("kt_scale"), turned)
+
+
+def _check_mask(q, k, mask):
+    """None if the mask, as far as sizes are known, is broadcast to the scores, and not they to it, which kernels do not do; else the reason."""
+    scores = [*q.shape[:-1], k.shape[-2]]
+    if mask is not None and any(s == 1 and m != 1 and is_named(m) for s, m in zip(scores[::-1], (mask.shape or [])[::-1], strict=False)):
+        return f"the mask has shape {mask.shape}, the scores have {scores}; expected a mask that is broadcast to the scores"
+    return None
 
 
 @rule(priority=10)
@@ -52,11 +61,11 @@ class Attention:
         if 1 in batches and any(b not in (1, None) for b in batches):
             return f"q, k and v have batches of {', '.join(map(str, batches))}, expected the same for all"
         if q.rank == 3:
-            return None
+            return _check_mask(q, k, mask)
         heads, groups, values = q.shape[1], k.shape[1], v.shape[1]
         if groups != values or not isinstance(heads, int) or not isinstance(groups, int) or heads % groups:
             return f"{heads} query heads, {groups} key heads and {values} value heads do not go together"
-        return None
+        return _check_mask(q, k, mask)
 
     def replace(op, q, k, v, mask, q_scale, k_scale, kt_scale, s_scale, cap_in, cap_out, fill, drop_fill, guard):
         scale = 1.0
@@ -88,7 +97,7 @@ class NativeAttention:
             return f"q, k, v have shapes {q.shape}, {k.shape}, {v.shape}; expected four dimensions"
         if not isinstance(q.shape[-1], int):
             return f"the size of each head is not known: q has shape {q.shape}"
-        return None
+        return _check_mask(q, k, mask)
 
     def replace(op, q, k, v, mask, scale, softcap, causal):
         boolean = mask is not None and mask.dtype == "bool"

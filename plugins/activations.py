@@ -77,6 +77,7 @@ class Gelu:
 
     inputs = ("x",)
     attributes = {"approximate": "none"}
+    kinds = ("tanh",)
     since = 20
     tolerance = TOLERANCE
 

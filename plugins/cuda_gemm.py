@@ -81,17 +81,16 @@ def choose(tokens: int, widths: Sequence[int], inner: int) -> list[Shape]:
 
 def estimate(shape: Shape, tokens: int, widths: Sequence[int], inner: int) -> float:
     """About how many microseconds a layout takes on an H100. A tile is of one product."""
-    features, steps = sum(widths), ceil_div(inner, 64)
-    memory = 1.47e-8 * (features * inner + tokens * (inner + features)) * 2  # bytes
+    steps = ceil_div(inner, 64)
     if shape.kind == "wide":
         waves = ceil_div(ceil_div(tokens, 128) * sum(ceil_div(w, shape.tile) for w in widths), 132)
-        return max(memory, waves * (steps * shape.tile * 0.00236 + 2.55 + 0.0095 * shape.tile))
+        return waves * (steps * shape.tile * 0.00236 + 2.55 + 0.0095 * shape.tile)
     per, stages = ceil_div(steps, shape.split), _stages(shape, inner)
     together = max(1, min(12, MOST_SHARED // (_shared(shape, stages) + 1024)))  # blocks of a multiprocessor
     blocks = ceil_div(tokens, shape.tile) * sum(ceil_div(w, 64) for w in widths) * shape.split
     active, waves = min(together, max(1.0, blocks / 132)), ceil_div(blocks, 132 * together)
     step = max(0.249 + 0.00009 * shape.tile, active * (8192 + 128 * shape.tile) * 1.9e-5)
-    return 0.14 + 1.29 * (shape.split > 1) + 0.36 * shape.split + max(memory, waves * (per * step + 1.6 * active**0.486))
+    return 0.14 + 1.29 * (shape.split > 1) + 0.36 * shape.split + waves * (per * step + 1.6 * active**0.486)
 
 
 def _shared(shape: Shape, stages: int) -> int:

@@ -10,6 +10,7 @@ from rewrite.plugins.activations import Array
 from rewrite.plugins.cuda_masks import attention_mask, view
 from rewrite.registry import plugin
 
+LAYOUTS = dict.fromkeys(f"{batch}{heads}{rows}T"[-n:] for n in (4, 3, 2) for batch in "B1" for heads in "1H" for rows in "S1")
 TESTS = {"!=": np.not_equal, "==": np.equal, ">": np.greater}
 
 
@@ -55,6 +56,7 @@ class AttentionMask:
         "layout": "B1ST", "heads": 1, "dtype": "bool", "invert": 0, "fill": 0.0, "split": 0, "padding_fill": 0.0, "both_fill": 0.0,
         "batch_axis": 0, "query_axis": 1, "past_axis": 2,
     }  # fmt: skip
+    kinds = ("start", "float64", "float32", "float16", "bfloat16", *list(LAYOUTS)[1:])
     tolerance = dict.fromkeys(("bool", "float64", "float32", "float16", "bfloat16"), (0.0, 0.0))
     sample = sample_padding
     cuda = attention_mask

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from rewrite.plugins.activations import Array, activate, wide
+from rewrite.plugins.cuda_gemm import ACTIVATIONS
 from rewrite.plugins.cuda_matmul import gated_link, gated_matmul_act, matmul_act, matmul_link, merged_matmul_act
 from rewrite.registry import plugin
 
@@ -44,6 +45,7 @@ class MatMulAct:
 
     inputs = ("x", "w", "bias?", "residual?")
     attributes = {"activation": "none", "trans_w": 0}
+    kinds = ACTIVATIONS[1:]
     tolerance = TOLERANCE
     sample = sample
     cuda = matmul_act
@@ -67,6 +69,7 @@ class GatedMatMulAct:
 
     inputs = ("x", "w_gate", "w_up?", "bias_gate?", "bias_up?")
     attributes = {"activation": "swish", "merged": "none", "trans_w": 0}
+    kinds = (*ACTIVATIONS[1:], "gate_up", "up_gate")
     tolerance = TOLERANCE
     sample = sample
     cuda = gated_matmul_act

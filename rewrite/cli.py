@@ -1,4 +1,4 @@
-"""The command `rewrite`. Exit codes: 0 done, 1 a check failed, 2 bad input (one line, nothing written)."""
+"""The command `rewrite`. Exit codes: 0 done, 1 a check failed, 2 bad input (one line, nothing written), 130 interrupted, 141 the reader of its output is gone."""
 
 from __future__ import annotations
 
@@ -46,22 +46,25 @@ class Commands(click.Group):
         try:
             return super().invoke(ctx)
         except RewriteError as error:
-            click.echo(f"rewrite: {error}", err=True)
+            self._say(str(error))
             ctx.exit(error.exit_code)
         except click.UsageError as error:
             self._tell(error)
             ctx.exit(2)
         except MemoryError:
-            click.echo("rewrite: out of memory; the model needs about three times its size", err=True)
+            self._say("out of memory; the model needs about three times its size")
             ctx.exit(2)
+        except KeyboardInterrupt:
+            self._say("interrupted")
+            ctx.exit(130)
         except BrokenPipeError:
-            sys.stderr.close()
-            ctx.exit(1)
+            sys.stdout = None  # type: ignore[assignment]  # what it still holds would be tried once more
+            ctx.exit(141)
         except OSError as error:
             if error.filename is not None or error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
                 raise
-            click.echo(f"rewrite: standard output cannot be written: {error.strerror}; make room, or send it elsewhere", err=True)
-            sys.stdout = None  # type: ignore[assignment]  # what it still holds would be tried once more
+            self._say(f"standard output cannot be written: {error.strerror}; make room, or send it elsewhere")
+            sys.stdout = None  # type: ignore[assignment]
             ctx.exit(2)
 
     def resolve_command(self, ctx: click.Context, args: list[str]) -> tuple[str | None, click.Command | None, list[str]]:
@@ -73,10 +76,16 @@ class Commands(click.Group):
         return super().resolve_command(ctx, args)
 
     @staticmethod
-    def _tell(error: click.UsageError) -> None:
+    def _say(text: str) -> None:
+        try:
+            click.echo(f"rewrite: {text}", err=True)
+        except OSError:  # nobody reads it, or its disk is full: the exit code is told all the same
+            sys.stderr = None  # type: ignore[assignment]
+
+    def _tell(self, error: click.UsageError) -> None:
         command = error.ctx.command_path if error.ctx is not None else "rewrite"
         text = " ".join(error.format_message().split()).rstrip(".")
-        click.echo(f"rewrite: {text[:1].lower()}{text[1:]}; `{command} --help` shows how it is called", err=True)
+        self._say(f"{text[:1].lower()}{text[1:]}; `{command} --help` shows how it is called")
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -101,7 +110,10 @@ def table(title: str, columns: list[str], rows: list[list[str]]) -> None:
         made.add_column(column, justify="right" if numeric else "left", overflow="fold")
     for row in rows:
         made.add_row(*map(Text, row))  # no markup: names of a model may look like it
-    Console(width=None if sys.stdout.isatty() else 160, highlight=False).print(made)
+    console = Console(width=None if sys.stdout is not None and sys.stdout.isatty() else 160, highlight=False)
+    with console.capture() as shown:  # where nobody reads it, rich ends the program with an exit code of its own
+        console.print(made)
+    click.echo(shown.get(), nl=False)
 
 
 def _load_inputs(files: tuple[str, ...], model: Model) -> list[dict[str, Any]] | None:
@@ -189,7 +201,7 @@ def parse_expectation(text: str) -> tuple[str, str, int]:
 
 
 def check_names(expectations: list[tuple[str, str, int]], plugins: Mapping[str, Plugin], rules: set[str]) -> None:
-    """Asked before the work. Raises RewriteError if an expectation names neither a plugin nor a rule, or what a plugin has no names for."""
+    """Asked before the work. Raises RewriteError if an expectation names neither a plugin nor a rule, or what no node of its plugin can have."""
     import difflib
 
     known = {_plugin_key(p): plugin for p, plugin in plugins.items()}
@@ -202,6 +214,9 @@ def check_names(expectations: list[tuple[str, str, int]], plugins: Mapping[str, 
             raise RewriteError(f"--expect {name}: {'no plugin' if kind else 'neither a plugin nor a rule'}; {hint}")
         if kind and plugin is not None and not any(isinstance(v, str) for v in plugin.attributes.values()):
             raise RewriteError(f"--expect {name}: plugin {plugin.name} has no attribute that is a name, as the activation of MatMulAct is; leave out ':{kind}'")
+        if kind and plugin is not None and plugin.kinds and _plugin_key(kind) not in map(_plugin_key, plugin.kinds):
+            near = difflib.get_close_matches(kind, plugin.kinds, 1)
+            raise RewriteError(f"--expect {name}: plugin {plugin.name} has no form '{kind}'; " + (f"did you mean '{near[0]}'?" if near else f"use one of {', '.join(plugin.kinds)}"))
 
 
 def check_expectations(expectations: list[tuple[str, str, int]], report: Report, plugins: Collection[str]) -> list[str]:

@@ -24,6 +24,8 @@ from rewrite.nodes import Constant, Node, Variable
 
 SMALL = 4096  # elements: a constant up to this size may be read while matching and written into a function body
 
+WIDE = 64  # inputs: a node with more is not searched each time that one of them changes
+
 MOVES = {"Transpose", "Split", "Slice", "Reshape", "Squeeze", "Unsqueeze", "Identity", "Cast", "Concat", "Gather"}
 
 NOTHING = Variable("")  # the output of a node that is about to be removed
@@ -73,6 +75,7 @@ class Graph:
         self.outputs = {id(t) for t in graph.outputs}
         self.names = {t.name for t in (*graph.inputs, *graph.outputs)} if names is None else names
         self._numbered: dict[str, int] = {}  # the last number given to a stem
+        self._slots: dict[Node, dict[int, list[int]]] = {}  # of wide nodes: where they read a tensor
         self.overridable = overridable
         # Values an inner graph (If, Loop, Scan) reads from this one are used, though no node here lists them.
         self.captured: set[int] = set()
@@ -104,7 +107,7 @@ class Graph:
 
     def release(self) -> None:
         """Forget everything: nothing asks any more, but closures that name one another still hold this."""
-        for found in (self.nodes, self.known, self.symbolic, self.kinds, self.bodies, self.names):
+        for found in (self.nodes, self.known, self.symbolic, self.kinds, self.bodies, self.names, self._slots):
             found.clear()
         self.gs = gs.Graph()
 
@@ -229,12 +232,24 @@ class Graph:
         users = self.consumers(old)
         for user in users:
             user.rewired = True
-            for index, tensor in enumerate(user.inputs):
-                if tensor is old:
-                    user.inputs[index] = new
-                    list.append(new.outputs, user)
+            for index in self._reads_at(user, old, new):
+                user.inputs[index] = new
+                list.append(new.outputs, user)
         old.outputs[:] = [u for u in old.outputs if u.graph is not self]
         return users
+
+    def _reads_at(self, user: Node, old: gs.Tensor, new: gs.Tensor) -> list[int]:
+        """At which of its inputs `user` reads `old`, and from now on `new`."""
+        if len(user.inputs) <= WIDE:
+            return [i for i, t in enumerate(user.inputs) if t is old]
+        slots = self._slots.get(user)
+        if slots is None:
+            slots = self._slots[user] = {}
+            for i, tensor in enumerate(user.inputs):
+                slots.setdefault(id(tensor), []).append(i)
+        found = slots.pop(id(old), [])
+        slots.setdefault(id(new), []).extend(found)
+        return found
 
     def hand_over(self, tensor: gs.Tensor, old: Node, new: Node, result: gs.Tensor) -> None:
         """`new`, not `old`, computes `tensor` from now on: as its output `result`, which is no value of the graph any more."""

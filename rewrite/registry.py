@@ -92,6 +92,7 @@ class Plugin:
     updates: Mapping[str, str]
     source: str
     operations: Callable[..., int] | None = None
+    kinds: tuple[str, ...] = ()
 
     @cached_property
     def parameters(self) -> list[str]:
@@ -236,7 +237,8 @@ def plugin(cls: type) -> Plugin:
     `view(y, **attributes)` gives the part of an output that differs, repeated by strides of 0, for readers that are `strided`;
     `transposable` names the matrices that attribute `trans_w` = 1 says are stored the other way round, which the kernels prefer;
     `operations(inputs, outputs, **attributes)`, on shapes (None for an absent input), counts what `rewrite bench` calls operations,
-    by default one for each element of the outputs; `since` is the opset from which ONNX itself has the operator, and `kernels` the
+    by default one for each element of the outputs; `kinds` are the names that attributes of its nodes may have (of what a node leaves out,
+    none), so that `--expect` knows a misspelled one; `since` is the opset from which ONNX itself has the operator, and `kernels` the
     dtypes for which such a plugin's `cuda` is worth a step of its own in a plan.
 
     Raises RewriteError if the class is incomplete.
@@ -267,6 +269,7 @@ def plugin(cls: type) -> Plugin:
         updates=dict(getattr(cls, "updates", {})),
         source=_origin(cls.__module__),
         operations=getattr(cls, "operations", None),
+        kinds=tuple(getattr(cls, "kinds", ())),
     )
     try:
         inspect.signature(made.reference).bind(*made.inputs, **made.attributes)

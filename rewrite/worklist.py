@@ -13,12 +13,11 @@ from collections.abc import Collection, Iterable, Iterator
 from typing import Any
 
 from rewrite import pattern as P
-from rewrite.graph import Graph
+from rewrite.graph import WIDE, Graph
 from rewrite.nodes import Node
 from rewrite.outlook import may_match
 from rewrite.registry import Rule
 
-WIDE = 64  # inputs: what computes those of a node with more is not looked at, for each may change, and all would be looked at each time
 SLACK = 2  # nodes that change nothing, which a match may look through between two operators of its pattern
 
 
@@ -59,7 +58,7 @@ class Worklist:
         if node.graph is not self.graph:
             return
         # A value of an outer graph counts as computed here: then rules are tried that do not match, and none is left out.
-        if len(node.inputs) > WIDE:
+        if len(node.inputs) > WIDE:  # what computes them is not looked at, for each may change, and all would be looked at each time
             hopeful = list(self._groups[node.canonical].items())
         else:
             around = (node.canonical, *[t.inputs[0].canonical if t.inputs else None for t in node.inputs])

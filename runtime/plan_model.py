@@ -98,7 +98,8 @@ class PlanModel:
         self.block_bytes = max(self.block_size * sum(sizes), 1)  # a stage may be without attention
         if memory is None:
             memory = self.device.free_memory() if self.device is not None else int(SHARE * free_memory())
-        self.blocks = min(memory // self.block_bytes, (2**31 - 1) // self.block_size)  # slots are int32
+        addressed = (2**31 - 1) // self.block_size  # slots are int32
+        self.blocks = min(memory // self.block_bytes, addressed)
         if self.communicator is not None:
             self.blocks = smallest(self.communicator, self.blocks)
         if self.blocks < 1:
@@ -115,8 +116,8 @@ class PlanModel:
                     caches[layer["key_cache"]] = np.zeros((*shape, layer["size"]), layer["dtype"])
                     caches[layer["value_cache"]] = np.zeros((*shape, layer["value_size"]), layer["dtype"])
                 except MemoryError as error:
-                    needed = self.blocks * self.block_bytes / 2**20
-                    raise RewriteError(f"{self.plan.directory}: there is no room for {needed:.0f} MiB of keys and values; give less with --kv-memory") from error
+                    needed, most = self.blocks * self.block_bytes / 2**20, f", all that can be addressed of the {memory / 2**20:.0f} MiB asked for" * (self.blocks == addressed)
+                    raise RewriteError(f"{self.plan.directory}: there is no room for {needed:.0f} MiB of keys and values{most}; give less with --kv-memory") from error
 
     def step(self, batch: Batch) -> Any:
         """Store the keys and values of the batch's tokens; returns float32 [R, vocabulary], the logits of its rows."""

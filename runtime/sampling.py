@@ -38,6 +38,7 @@ TOLD = (
     "temperature", "top_k", "top_p", "min_p", "typical_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "no_repeat_ngram", "bad_words", "min_new_tokens",
     "max_new_tokens", "stop_tokens",
 )  # fmt: skip
+MOST = 1024  # outputs, or beams, of a request
 CACHED = 1 << 18  # logits worked on at once: more leave the processor's cache, which takes five times as long
 
 
@@ -61,8 +62,8 @@ class Sampling:
     max_new_tokens      ends the output with the reason "length"
     stop_tokens         end the output, which contains them, with the reason "stop"
     stop                strings that end the output; its text stops before them
-    n                   so many outputs; with beams, the n best
-    beams               more than 1: beam search
+    n                   so many outputs, at most 1024; with beams, the n best
+    beams               more than 1: beam search; at most 1024
     length_penalty      beams are compared by log-probability / tokens ** length_penalty
     early_stopping      True: end when there are `beams` finished outputs; False: when the best running beam is worse than
                         all finished ones at its present length; "never": ... at any length it may reach
@@ -105,8 +106,9 @@ class Sampling:
         self._number("length_penalty", -5, 5)
         for name in ("top_k", "no_repeat_ngram", "min_new_tokens"):
             self._integer(name, 0)
-        for name in ("max_new_tokens", "n", "beams"):
-            self._integer(name, 1)
+        self._integer("max_new_tokens", 1)
+        for name in ("n", "beams"):
+            self._integer(name, 1, MOST)
         if self.logprobs is not None:
             self._integer("logprobs", 0)
         if self.seed is not None:

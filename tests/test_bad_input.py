@@ -563,9 +563,18 @@ def test_names_of_rules(tmp_path, model):
 @pytest.mark.parametrize(("expectation", "reason"), [
     ("attention", "write NAME=COUNT"), ("attention=x", "write NAME=COUNT"), ("=3", "write NAME=COUNT"), ("atention=3", "did you mean 'attention'?"), ("zzz=1", "neither a plugin nor a rule"),
     ("linear:gelu=0", "no plugin; did you mean"), ("attention:causal=0", "plugin FusedAttention has no attribute that is a name"),  # which would hold for ever
+    ("matmul_act:bogus=0", "plugin MatMulAct has no form 'bogus'; use one of relu, relu2, gelu,"), ("MatMulAct:geluu=0", "did you mean 'gelu'?"),
+    ("matmul_act:none=0", "no form 'none'"), ("gated_mat_mul_act:gate_upp=0", "did you mean 'gate_up'?"), ("attention_mask:BIST=0", "did you mean"), ("gelu:erf=0", "use one of tanh"),
 ])  # fmt: skip
 def test_expectations(model, expectation, reason):
-    refused(run("optimize", model, "--expect", expectation), "--expect", reason)
+    output = model.with_name("o.onnx")
+    refused(run("optimize", model, "-o", output, "--expect", expectation), "--expect", reason)
+    assert not output.exists()
+
+
+@pytest.mark.parametrize("expectation", ["matmul_act:gelu_tanh=0", "MatMulAct:Relu2=0", "gated_mat_mul_act:gate_up=0", "attention_mask:b11t=0", "attention_mask:start=0", "gelu:tanh=0"])
+def test_names_that_nodes_can_have_are_expected(model, expectation):
+    assert run("optimize", model, "--expect", expectation).exit_code == 0
 
 
 @pytest.mark.parametrize(("arguments", "reason"), [

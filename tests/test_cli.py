@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -239,3 +240,29 @@ def test_a_reader_that_goes_away_is_no_traceback(model):
     done = subprocess.run(["bash", "-c", f"{sys.executable} -m rewrite.cli list | head -1"], capture_output=True, text=True, timeout=120)
     assert done.stdout.strip() == "Rules"
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(("command", "redirected", "code"), [
+    ("list", "stdout", 141), ("list --json", "stdout", 141), ("optimize nothing.onnx", "stderr", 2), ("optimize --nothing", "stderr", 2), ("nothing", "stderr", 2), ("list", "stderr", 0),
+])  # fmt: skip
+def test_the_exit_code_is_the_same_where_nobody_reads_what_is_told(command, redirected, code):
+    read, write = os.pipe()
+    os.close(read)
+    with open(write, "wb") as stream:
+        done = subprocess.run([sys.executable, "-m", "rewrite.cli", *command.split()], **{"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, redirected: stream}, timeout=120)
+    assert done.returncode == code
+    assert not done.stderr
+
+
+def test_without_a_standard_output_nothing_is_shown():
+    done = subprocess.run(["bash", "-c", f"{sys.executable} -m rewrite.cli list >&-"], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_ctrl_c_is_one_line(monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("rewrite.registry.library", interrupt)
+    done = run("list")
+    assert (done.exit_code, done.stderr) == (130, "rewrite: interrupted\n")

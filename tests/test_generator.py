@@ -349,7 +349,9 @@ def test_the_command(plans, tmp_path):
 @pytest.mark.parametrize(("arguments", "reason"), [
     (["--tokens", "a"], "write whole numbers"), ([], "there is no prompt"), (["--prompt", "w1"], "no tokenizer"), (["--tokens", "1", "--kv-memory", "much"], "write a number of bytes"),
     (["--tokens", "1", "--kv-memory", "10"], "a block of keys and values takes"), (["--tokens", "1", "--device", "cuda"], "device cuda needs CuPy"),
-    (["--prompts", "none"], "cannot be read"), (["--tokens", "-5"], "the prompt has token -5"), (["--tokens", "1", "--kv-memory", "4000000G"], "give less with --kv-memory"),
+    (["--prompts", "none"], "cannot be read"), (["--tokens", "-5"], "the prompt has token -5"),
+    (["--tokens", "1", "--kv-memory", "4000000G"], "of the 4096000000 MiB asked for; give less with --kv-memory"),
+    (["--tokens", "1", "--n", "100000"], "n is 100000; it has to be a whole number, at least 1 and at most 1024"),
 ])  # fmt: skip
 def test_wrong_calls_are_one_line(plans, arguments, reason):
     shown = call("generate", plans / "ids", *arguments)

@@ -839,3 +839,33 @@ def test_a_node_of_very_many_inputs_is_not_looked_through_at_each_change(monkeyp
                   **{f"c{i}": np.full(4, i, np.float32) for i in range(count)})  # fmt: skip
     assert len(rewrite.optimize(model, verify=False).report.sites) == count
     assert max(looks) <= WIDE
+
+
+def test_a_node_of_very_many_inputs_is_searched_once_whatever_is_replaced_in_it():
+    """A value read twice, one that is replaced again, and one that another becomes are found, too."""
+    from rewrite.graph import WIDE, Graph
+    from rewrite.model import load, open_graph
+    from rewrite.nodes import Variable
+
+    class Told(list):
+        searches = 0
+
+        def __iter__(self):
+            Told.searches += 1
+            return super().__iter__()
+
+    count = 3 * WIDE
+    body = " ".join(f"r{i} = Relu(x)" for i in range(count))
+    source = load(parse(f"(float[n, 4] x) => (float[n, 4] y) {{ {body} y = Sum({', '.join(f'r{i}' for i in (0, *range(count)))}) }}"))
+    graph = Graph(open_graph(source).graph, source.opset)
+    node = next(n for n in graph.nodes if n.op == "Sum")
+    node.inputs = Told(node.inputs)
+    old, new = list(node.inputs)[1:], [Variable(f"n{i}") for i in range(count)]
+    Told.searches = 0
+    for a, b in zip(old, new, strict=True):
+        assert set(graph.replace_uses(a, b)) == {node}
+    graph.replace_uses(new[0], new[5])
+    graph.replace_uses(new[5], old[0])
+    assert Told.searches <= 1
+    assert [t.name for t in node.inputs] == [{0: "r0", 5: "r0"}.get(i, f"n{i}") for i in (0, *range(count))]
+    assert (len(old[0].outputs), [len(t.outputs) for t in new[:6]]) == (3, [0, 1, 1, 1, 1, 0])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ml_dtypes
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 from conftest import nodes, parse
 
@@ -264,6 +265,42 @@ def test_a_batch_of_one_for_many_stays(one):
     result = rewrite.optimize(model(f"{TURN} {SCORES} {TAIL}", inputs=inputs))
     assert "rewrite.FusedAttention" not in nodes(result.model.proto)
     assert any("expected the same for all" in m.reason for m in result.report.near_misses if m.rule == "attention")
+
+
+WIDENED = {"batch": ("1, 4, S", "B, 1, S, T"), "batch by number": ("1, 4, S", "3, 4, S, T"), "heads": ("B, 1, S", "B, 4, S, T"), "queries": ("B, 4, 1", "S, T"), "one head": ("1, S", "B, S, T")}
+
+
+@pytest.mark.parametrize("case", WIDENED)
+def test_a_mask_that_makes_more_of_the_scores_stays(case):
+    """The product broadcasts, and so does the reference; kernels have as many results as queries."""
+    lead, mask = WIDENED[case]
+    rank = lead.count(",") + 2
+    turn = TURN if rank == 4 else "kt = Transpose<perm = [0, 2, 1]>(k)"
+    keys = lead.rsplit(",", 1)[0] + ", T"
+    inputs = [f"float[{lead}, 8] q", f"float[{keys}, 8] k", f"float[{keys}, 8] v", f"float[{mask}] mask"]
+    output = {"batch by number": "3, 4, S", "heads": "B, 4, S", "one head": "B, S"}.get(case, "B, 4, S")
+    result = rewrite.optimize(model(f"{turn} {SCORES} a = Add(s, mask) p = Softmax<axis = -1>(a) y = MatMul(p, v)", inputs=inputs, output=f"float[{output}, 8] y"))
+    assert "rewrite.FusedAttention" not in nodes(result.model.proto)
+    assert any("expected a mask that is broadcast to the scores" in m.reason for m in result.report.near_misses if m.rule == "attention")
+
+
+def test_a_batch_of_another_name_is_fused_and_does_what_it_did():
+    """Exporters may name each input's batch for itself. Where sizes differ, one of them is 1, or both models fail."""
+    body = f"{TURN} {SCORES} a = Add(s, mask) p = Softmax<axis = -1>(a) y = MatMul(p, v)"
+    before = model(body, inputs=(Q4, K4, V4, "float[M, 1, S, T] mask"))
+    fused(body, inputs=(Q4, K4, V4, "float[M, 1, S, T] mask"))
+    sessions = [onnxruntime.InferenceSession(m.SerializeToString()) for m in (before, rewrite.optimize(before).model.proto)]
+    rng = np.random.default_rng(0)
+    for queries, masks in ((2, 2), (2, 1), (1, 2), (2, 3)):
+        shapes = {"q": (queries, 4, 3, 8), "k": (queries, 4, 5, 8), "v": (queries, 4, 5, 8), "mask": (masks, 1, 3, 5)}
+        feeds = {n: rng.standard_normal(s).astype(np.float32) for n, s in shapes.items()}
+        if (queries, masks) == (2, 3):
+            for session in sessions:
+                with pytest.raises(Exception, match="broadcast"):
+                    session.run(None, feeds)
+            continue
+        want, got = (s.run(None, feeds)[0] for s in sessions)
+        np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("attribute", ["q_num_heads = 4, kv_num_heads = 4"])

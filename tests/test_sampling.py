@@ -232,6 +232,7 @@ WRONG = [
     ("bad_words", [[1, -3]], "-3 where a token belongs"), ("bad_words", ["word"], "list of lists"), ("bad_words", 5, "list of lists"), ("allowed", [1], "function"),
     ("min_new_tokens", -1, "at least 0"), ("min_new_tokens", 99, "at most max_new_tokens, 64"), ("max_new_tokens", 0, "at least 1"), ("stop_tokens", [1.5], "1.5 where a token belongs"),
     ("stop_tokens", 3, "list of tokens"), ("stop", "end", "list of strings"), ("stop", [""], "not empty"), ("n", 0, "at least 1"), ("beams", 0, "at least 1"),
+    ("n", 100_000, "at least 1 and at most 1024"), ("beams", 1025, "at most 1024"),
     ("length_penalty", math.nan, "number"), ("early_stopping", "soon", "never"), ("logprobs", -1, "at least 0"), ("seed", -1, "at least 0"), ("seed", 2**64, "at most 18446744073709551615"),
     ("seed", True, "whole number"),
 ]  # fmt: skip
