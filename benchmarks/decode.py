@@ -225,8 +225,9 @@ class Bench:
         batches, only = self.options.batches, self.options.only
         if "ours" in only:
             yield "ours", self.ours
-        if "compile" in only:
+        if "prefill" in only:
             yield "torch.compile, prefill", self.compiled_prefill
+        if "compile" in only:
             for batch in sorted(batches, key=lambda b: (b not in (1, 32), b)):
                 yield f"torch.compile, batch {batch}", lambda batch=batch: self.compiled(batch)
         if "generate" in only:
@@ -347,7 +348,7 @@ def main() -> None:
     parser.add_argument("--models", default="1b,8b")
     parser.add_argument("--batches", default="1,8,32")
     parser.add_argument("--kinds", default=",".join(peers.KINDS), help="how torch.compile's steps attend")
-    parser.add_argument("--only", default="compile,ours,generate,continuous,kl")
+    parser.add_argument("--only", default="ours,prefill,compile,generate,continuous,kl", help="prefill and compile: torch.compile reads a prompt, and decodes; generate and continuous: transformers")
     parser.add_argument("--seconds", type=float, default=1e9, help="of each model: begin nothing after that")
     parser.add_argument("--folder", default=None, help="for weights and plans, three times the size of the weights; /dev/shm if it has room")
     parser.add_argument("--parts", action="store_true", help="of ours: the time of each launch of a step, and of the host's functions, too")

@@ -200,7 +200,7 @@ def test_the_script_measures_everything_it_was_asked_for(made, tmp_path, monkeyp
     monkeypatch.setattr(decode, "PROMPT", 40)
     monkeypatch.setattr(decode, "CONTEXT", 40)
     monkeypatch.setattr(llamas, "make_plan", lambda *_: {"export": 1.0})
-    options = argparse.Namespace(batches=[1], kinds=["grouped"], only=["compile", "ours", "generate", "continuous"], seconds=1e9, device="cpu", backend="eager", output="x", graphs=None,
+    options = argparse.Namespace(batches=[1], kinds=["grouped"], only=["prefill", "compile", "ours", "generate", "continuous"], seconds=1e9, device="cpu", backend="eager", output="x", graphs=None,
                                  parts=False, lookahead=None, tune=False, continuous={"num_blocks": 64, "max_batch_tokens": 64})  # fmt: skip
 
     class Pool:
@@ -223,7 +223,7 @@ def test_the_script_measures_everything_it_was_asked_for(made, tmp_path, monkeyp
 
 def test_a_peer_that_fails_is_told_and_the_rest_is_measured(tmp_path, monkeypatch):
     monkeypatch.setattr(record, "RESULTS", tmp_path)
-    options = argparse.Namespace(batches=[1], kinds=["sdpa", "grouped"], only=["compile"], seconds=1e9, device="cpu", backend="eager", output="x", continuous={})
+    options = argparse.Namespace(batches=[1], kinds=["sdpa", "grouped"], only=["prefill", "compile"], seconds=1e9, device="cpu", backend="eager", output="x", continuous={})
     monkeypatch.setattr(peers, "decode", lambda model, texts, new, kind, backend: Timing(steps=[1.0]) if kind == "grouped" else 1 / 0)
     monkeypatch.setattr(peers, "prefill", lambda *_, **__: Timing(first=[1.0]))
     rows = decode.Bench("tiny", "a CPU", tmp_path, options).run(None)["rows"]
