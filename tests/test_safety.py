@@ -13,6 +13,7 @@ import sys
 import time
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import ml_dtypes
 import numpy as np
@@ -595,6 +596,17 @@ def test_hashes_of_large_files_are_of_pieces(tmp_path, monkeypatch):
         writer.write(data[:600])
         with pytest.raises(OSError, match="No space left"):
             writer.digests()
+
+
+def test_large_files_are_written_in_blocks(monkeypatch):
+    sizes = []
+    monkeypatch.setattr(seal, "PIECE", 1000)
+    monkeypatch.setattr(seal, "BLOCK", 300)
+    writer = seal.Writer(SimpleNamespace(write=lambda part: sizes.append(len(part)), fileno=lambda: 1))
+    monkeypatch.setattr(os, "fdatasync", lambda descriptor: None)
+    writer.write(bytes(2100))
+    assert sizes == [300, 300, 300, 100, 300, 300, 300, 100, 100]
+    assert writer.digests() == seal.digests(bytes(2100))
 
 
 def test_weights_without_elements(tmp_path):
