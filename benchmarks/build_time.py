@@ -5,8 +5,9 @@
 Identical layers share their segments, so each is compiled once however many layers there are; what grows with the layers
 is the weights, which are written, hashed and flushed to the disk, and the check, which runs the whole model. So the
 times are told apart: cutting, TensorRT, writing, checking. Medians of several builds in one process, after one to warm up;
-the command as a whole (its start, reading the model) is measured in processes of its own. The weights lie beside the
-model, as external data. NumPy has one thread: its products in the check are small.
+the command as a whole (its start, reading the model) is measured in processes of its own, those of few and many layers in
+turns, because the machine may be shared: into a new folder, and in the place of an older plan, which is removed then. The
+weights lie beside the model, as external data. NumPy has one thread: its products in the check are small.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import argparse
 import itertools
 import os
 import resource
+import shutil
 import statistics
 import subprocess
 import sys
@@ -35,6 +37,7 @@ SIZES = (1024, 16, 16, 4096)  # width, heads, groups of heads, width inside the 
 PROFILE = "batch=1:8:32,seq=1:128:512"
 PHASES = {"cutting": "cutting", "TensorRT": "compiling", "writing": "writing", "comparing": "checking"}  # by the first word of the progress
 MOST_ENGINES = 5e6  # bytes
+COMMANDS = {"command": ["--no-verify"], "command_again": ["--no-verify"], "command_and_check": []}  # options of each
 
 
 def phases(model: Any, target: Path, verify: bool) -> dict[str, float]:
@@ -62,17 +65,29 @@ def measure(layers: int, dtype: str, repeat: int, folder: Path) -> dict[str, Any
     files = rewrite.Plan(target).manifest.files
     found["engines"], found["engine_bytes"] = sum(n.startswith("engines/") for n in files), sum(s for n, (s, _) in files.items() if n.startswith("engines/"))
     found["weight_bytes"] = files["weights.safetensors"][0]
-    del fused
-    for key, options in (("command", ["--no-verify"]), ("command_and_check", [])):
-        walls, processors = zip(*(command(source, target, options) for _ in range(repeat)), strict=True)
-        found["seconds"] |= {key: statistics.median(walls), f"{key}_cpu": statistics.median(processors)}
     return found
+
+
+def measure_commands(rows: list[dict[str, Any]], repeat: int, folder: Path) -> None:
+    """Enter the seconds of each command, by the clock and of the processors, among those of each row."""
+    for key, options in COMMANDS.items():
+        runs: dict[int, list[tuple[float, float]]] = {row["layers"]: [] for row in rows}
+        for layers in list(runs) * repeat:
+            target = folder / f"p{layers}"
+            if key != "command_again":
+                shutil.rmtree(target)
+            runs[layers].append(command(folder / f"m{layers}.onnx", target, options))
+        for row in rows:
+            walls, processors = zip(*runs[row["layers"]], strict=True)
+            row["seconds"] |= {key: statistics.median(walls), f"{key}_cpu": statistics.median(processors)}
 
 
 def command(source: Path, target: Path, options: list[str]) -> tuple[float, float]:
     """Seconds by the clock, and of processor time, that of its own children included."""
+    environment = {n: v for n, v in os.environ.items() if n != "PYTHONDONTWRITEBYTECODE"}  # it would have the package compiled in each run
     before, started = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
-    subprocess.run([sys.executable, "-m", "rewrite.cli", "build", source, "-o", target, "--profile", PROFILE, *options], check=True, capture_output=True)
+    line = [sys.executable, "-m", "rewrite.cli", "build", source, "-o", target, "--profile", PROFILE, *options]
+    subprocess.run(line, check=True, capture_output=True, env=environment)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     return time.perf_counter() - started, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
@@ -86,6 +101,7 @@ def main() -> None:
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
         rows = [measure(int(n), arguments.dtype, arguments.repeat, Path(folder)) for n in arguments.layers.split(",")]
+        measure_commands(rows, arguments.repeat, Path(folder))
     names = list(rows[0]["seconds"])
     print("  ".join(f"{c:>21}" for c in ("layers", *names, "engines", "engines MB", "weights MB")))
     for row in rows:

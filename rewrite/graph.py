@@ -53,6 +53,7 @@ def decode(value: object) -> object:
     return value.decode() if isinstance(value, bytes) else value
 
 
+@cache
 def dtype_name(dtype: object) -> str:
     if isinstance(dtype, int):  # a type NumPy lacks, by its ONNX number
         return str(onnx.TensorProto.DataType.Name(dtype)).lower()

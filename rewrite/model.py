@@ -195,6 +195,7 @@ def _line(error: Exception) -> str:
 def _find_external(model: Model, path: Path) -> None:
     """Check every reference to external data; read small tensors in, remember the files of the others."""
     assert model.folder is not None
+    sizes: dict[str, int] = {}  # of the files
     for tensor in tensors(model.proto):
         if tensor.data_location != onnx.TensorProto.EXTERNAL:
             continue
@@ -209,10 +210,11 @@ def _find_external(model: Model, path: Path) -> None:
             info = ExternalDataInfo(tensor)
         except ValueError as error:
             raise RewriteError(f"{where}: its reference to external data is broken ({_line(error)}); export the model again") from error
-        file = external_file(model.folder, info.location, where)
+        if info.location not in sizes:
+            sizes[info.location] = external_file(model.folder, info.location, where).stat().st_size
+        file, size = model.folder / info.location, sizes[info.location]
         needed = byte_size(tensor)
         offset, length = info.offset or 0, info.length if info.length is not None else needed
-        size = file.stat().st_size
         if offset < 0 or (length or 0) < 0:
             raise RewriteError(f"{where}: its data in {info.location} has offset {offset} and length {length}; export the model again")
         if offset + (length or 0) > size:

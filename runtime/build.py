@@ -143,8 +143,7 @@ def _write(work: Path, source: Model, cut: Partition, profile: Profile, engines:
         (work / "segments" / f"{key}.onnx").write_bytes(segment.SerializeToString(deterministic=True))
     for key, data in engines.items():
         (work / "engines" / f"{key}.engine").write_bytes(data)
-    with (work / WEIGHTS).open("wb") as file:
-        writer = seal.Writer(file)
+    with (work / WEIGHTS).open("wb") as file, seal.Writer(file) as writer:
         weights.write(writer, cut.weights, {"format": "np", "model": source.name})
         digests = writer.digests()
     import onnxruntime

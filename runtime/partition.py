@@ -38,6 +38,8 @@ SHAPE_ARITHMETIC = {
 }  # fmt: skip
 RANDOM = {"RandomNormal", "RandomUniform", "RandomNormalLike", "RandomUniformLike", "Multinomial", "Bernoulli", "Dropout"}
 
+INTEGERS = {getattr(onnx.TensorProto, k) for k in ("INT64", "INT32", "INT16", "INT8", "UINT8", "UINT16", "UINT32", "UINT64", "BOOL", "STRING")}
+
 
 @dataclass(frozen=True)
 class ValueType:
@@ -198,7 +200,7 @@ class _Cutter:
         proto = self.protos.get(tensor.name)
         if proto is None or self.graph.producer(tensor) is not None:
             return False
-        return not _is_integer(proto.data_type) and int(np.prod(proto.dims, dtype=np.int64)) > 1
+        return proto.data_type not in INTEGERS and math.prod(proto.dims) > 1
 
     def weight(self, tensor: gs.Tensor) -> str:
         """Enter a constant among the plan's weights; returns its name there."""
@@ -432,11 +434,6 @@ class _Segment:
             kind = ValueType(self.cutter.weights[name].dtype.name, self.cutter.weights[name].shape)
         element = onnx.helper.np_dtype_to_tensor_dtype(np.dtype(kind.dtype)) if not isinstance(tensor.dtype, int) else tensor.dtype
         return onnx.helper.make_tensor_value_info(self.names[id(tensor)], element, list(kind.shape))
-
-
-def _is_integer(data_type: int) -> bool:
-    kinds = onnx.TensorProto
-    return data_type in (kinds.INT64, kinds.INT32, kinds.INT16, kinds.INT8, kinds.UINT8, kinds.UINT16, kinds.UINT32, kinds.UINT64, kinds.BOOL, kinds.STRING)
 
 
 def _small_integer(tensor: gs.Tensor) -> bool:

@@ -13,7 +13,6 @@ once, and what is used are the bytes that were compared.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 import os
@@ -65,9 +64,9 @@ class Manifest:
         return self.world // self.stages
 
     def to_json(self) -> str:
-        data = {"format": FORMAT, **dataclasses.asdict(self), "profile": dict(self.profile.ranges)}
-        data["steps"] = [{k: v for k, v in dataclasses.asdict(s).items() if v or k in ("inputs", "outputs")} for s in self.steps]
-        return json.dumps(_finite(data), indent=1) + "\n"
+        steps = [{k: v for k, v in vars(s).items() if v or k in ("inputs", "outputs")} for s in self.steps]
+        data = {"format": FORMAT, **vars(self), "profile": self.profile.ranges, "steps": steps}
+        return json.dumps(_plain(data), indent=1) + "\n"
 
     @staticmethod
     def from_json(text: str) -> Manifest:
@@ -129,13 +128,15 @@ class Manifest:
             raise ValueError(f"steps[{index}]: {step.name} with {len(step.inputs)} inputs and {len(step.outputs)} outputs")
 
 
-def _finite(value: Any) -> Any:
-    """JSON has no infinities: they are written as {"float": "-inf"}."""
+def _plain(value: Any) -> Any:
+    """What JSON has: no types, and no infinities, which are written as {"float": "-inf"}."""
     if isinstance(value, float) and not math.isfinite(value):
         return {"float": str(value)}
-    if isinstance(value, dict):
-        return {k: _finite(v) for k, v in value.items()}
-    return [_finite(v) for v in value] if isinstance(value, (list, tuple)) else value
+    if isinstance(value, ValueType):
+        return _plain(vars(value))
+    if isinstance(value, Mapping):
+        return {k: _plain(v) for k, v in value.items()}
+    return [_plain(v) for v in value] if isinstance(value, (list, tuple)) else value
 
 
 def _infinite(value: Any) -> Any:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import io
 import itertools
 import json
 import os
@@ -577,24 +576,47 @@ def test_hashes_of_large_files_are_of_pieces(tmp_path, monkeypatch):
     changed[700] ^= 1
     assert [a == b for a, b in zip(pieces, seal.digests(bytes(changed)), strict=True)] == [True, False, True]
     for cuts in ([], [1], [499], [500], [501], [1000], [0, 500, 1000], [3, 1100]):
-        with (tmp_path / "file").open("wb") as file:
-            writer = seal.Writer(file)
+        with (tmp_path / "file").open("wb") as file, seal.Writer(file) as writer:
             for start, end in itertools.pairwise([0, *cuts, len(data)]):
                 writer.write(data[start:end])
             assert writer.digests() == pieces
         assert (tmp_path / "file").read_bytes() == data
-    assert seal.Writer(io.BytesIO()).digests() == seal.digests(b"")
+    with (tmp_path / "file").open("wb") as file, seal.Writer(file) as writer:
+        assert writer.digests() == seal.digests(b"")
     assert seal.digests(b"") == [seal.hashlib.sha256().hexdigest()]
 
     def full(descriptor):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fdatasync", full)  # what is written goes to the disk meanwhile; if that fails, the writer says so
-    with (tmp_path / "file").open("wb") as file:
-        writer = seal.Writer(file)
+    with (tmp_path / "file").open("wb") as file, seal.Writer(file) as writer:
         writer.write(data[:600])
         with pytest.raises(OSError, match="No space left"):
             writer.digests()
+
+
+def test_large_files_are_written_in_blocks(tmp_path, monkeypatch):
+    """As large as the system takes them, which may be less than a block."""
+    sizes, write, data = [], os.pwrite, random.Random(0).randbytes(2100)
+    monkeypatch.setattr(seal, "PIECE", 1000)
+    monkeypatch.setattr(seal, "BLOCK", 300)
+    monkeypatch.setattr(os, "pwrite", lambda file, part, at: sizes.append(len(part)) or write(file, part[:200], at))
+    with (tmp_path / "file").open("wb") as file, seal.Writer(file) as writer:
+        writer.write(data)
+        assert writer.digests() == seal.digests(data)
+    assert (tmp_path / "file").read_bytes() == data
+    assert Counter(sizes) == {300: 8, 200: 2, 100: 1}
+
+
+def test_a_writer_that_is_left_early_writes_no_more(tmp_path, monkeypatch):
+    """Its file's number may be another file's by then."""
+    write = os.pwrite
+    monkeypatch.setattr(seal, "PIECE", 1000)
+    monkeypatch.setattr(os, "pwrite", lambda *call: time.sleep(0.01) or write(*call))
+    with (tmp_path / "file").open("wb") as file:
+        with seal.Writer(file) as writer:
+            writer.write(bytes(2 * seal.PROCESSORS * 1000))
+        assert all(piece.done() for piece in writer.pieces)
 
 
 def test_weights_without_elements(tmp_path):

@@ -18,6 +18,7 @@ from conftest import parse
 import rewrite
 from rewrite import weights
 from rewrite.cli import main, print_report
+from rewrite.model import external_file
 from rewrite.registry import library
 from rewrite.report import Report, Site
 from rewrite.verify import LARGE, TOLERANCE, Spec, check_site, shrink
@@ -54,6 +55,15 @@ def test_weights_stay_where_they_are(tmp_path):
     assert (after.st_ino, after.st_mtime_ns, after.st_nlink) == (before.st_ino, before.st_mtime_ns, 1)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["m.onnx", "out.onnx", "w.bin"]
     assert [n.op_type for n in onnx.load(tmp_path / "out.onnx", load_external_data=False).graph.node] == ["MatMulAct"]
+
+
+def test_a_file_of_many_weights_is_looked_for_once(tmp_path, monkeypatch):
+    made = parse("(float[n, 128] x) => (float[n, 128] y) { a = MatMul(x, v)\n y = MatMul(a, w) }", v=np.ones((128, 128), np.float32), w=np.ones((128, 128), np.float32))
+    onnx.save(made, tmp_path / "m.onnx", save_as_external_data=True, location="w.bin")
+    names, look = [], external_file
+    monkeypatch.setattr("rewrite.model.external_file", lambda folder, name, where: names.append(name) or look(folder, name, where))
+    assert rewrite.load(tmp_path / "m.onnx").external == {"w.bin": tmp_path / "w.bin"}
+    assert names == ["w.bin"]
 
 
 @pytest.mark.parametrize("arguments", [
