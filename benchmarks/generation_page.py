@@ -63,9 +63,8 @@ def serving(data: dict[str, Any]) -> list[str]:
     lines = [f"| arrivals | | {' | '.join(head)} |", f"| --- | --- | {' | '.join('---:' for _ in head)} |"]
     for r in data["rows"]:
         first, between, whole = r["first_token"], r["between_tokens"], r["end_to_end"]
-        times = [first["p50"], first["p90"], first["p99"]]
-        cells = [f"{r['requests_per_second']:.1f}", f"{r['output_tokens_per_second']:.0f}", *(f"{t:.0f}" for t in times)]
-        cells += [f"{between['mean']:.2f}", f"{between['p50']:.2f}", f"{between['p99']:.1f}", f"{whole['p50']:.0f}", f"{whole['p99']:.0f}"]
+        wanted = [(first, "p50", 0), (first, "p90", 0), (first, "p99", 0), (between, "mean", 2), (between, "p50", 2), (between, "p99", 1), (whole, "p50", 0), (whole, "p99", 0)]
+        cells = [f"{r['requests_per_second']:.1f}", f"{r['output_tokens_per_second']:.0f}", *(f"{found[k]:.{digits}f}" if k in found else "" for found, k, digits in wanted)]
         when = "all at once" if r["rate"] is None else f"{r['rate']:.1f}/s"
         lines.append(f"| {when} | {r['who']} | {' | '.join(cells)} |")
     return lines

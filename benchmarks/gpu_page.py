@@ -132,7 +132,7 @@ def plot(data: dict[str, Any]) -> bool:
 
 def generation() -> list[str]:
     """What there is of text generation."""
-    names = [f"decode_{m}" for m in generation_page.MODELS if (HERE / "results" / f"decode_{m}.json").exists()]
+    names = [n for m in generation_page.MODELS for n in (f"decode_{m}", f"decode_ways_{m}", f"decode_prompt_{m}") if (HERE / "results" / f"{n}.json").exists()]
     decoded = [(source(name, data), data["results"]) for name in names for data in [read(name)]]
     served = read("serving") if (HERE / "results" / "serving.json").exists() else None
     return generation_page.section(decoded, None if served is None else (source("serving", served), served["results"]))
