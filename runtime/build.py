@@ -85,9 +85,8 @@ def build(
     key = seal.read_key(sign_key)
     say("cutting the model at its plugin nodes")
     shards = shards_of(source.proto)
-    if shards is not None and (tune or (engines and shards.stages > 1)):
-        what = "whose kernels are not timed yet; build it without --tune" if tune else "in stages, which run on the CPU yet; build it with --no-engines"
-        raise RewriteError(f"{source.name}: it is for {shards.ranks} ranks, {what}")
+    if shards is not None and tune:
+        raise RewriteError(f"{source.name}: it is for {shards.ranks} ranks, whose kernels are not timed yet; build it without --tune")
     cut = partition(source, library().plugins) if shards is None else partition_ranks(source, library().plugins)
     generator, folder = generator_of(source.proto), None
     if generator is None and tokenizer is not None:

@@ -35,7 +35,7 @@ def _item(frame: Frame, index: int) -> Any:
     plugin, attributes = frame.of(index)
     if plugin is None or plugin.link is None:
         return None
-    return plugin.link(*frame.arguments(frame.executor.plan.manifest.steps[index], plugin), **attributes)
+    return plugin.link(*frame.arguments(frame.executor.steps[index], plugin), **attributes)
 
 
 def _lost(frame: Frame, steps: list[int], items: list[Any]) -> bool:
@@ -49,7 +49,7 @@ def _kept(frame: Frame, steps: list[int], ends: list[int], links: list[cuda_chai
 
 
 def _read_within(frame: Frame, index: int, steps: list[int]) -> bool:
-    made = frame.executor.plan.manifest.steps[index].outputs
+    made = frame.executor.steps[index].outputs
     return all(frame.readers.get(frame.root(name), set()) <= set(steps) for name in made)
 
 

@@ -22,6 +22,7 @@ from rewrite.errors import RewriteError
 from rewrite.plugins import tuning
 from rewrite.registry import Plugin, library
 from rewrite.runtime import chains, engine
+from rewrite.runtime.cpu import TOLD
 from rewrite.runtime.layout import Views, apply
 from rewrite.runtime.machine import TUNED_ON
 from rewrite.runtime.partition import Step, ValueType
@@ -90,11 +91,12 @@ def memory(cupy: Any, what: str, needed: int, advice: str) -> Iterator[None]:
 
 
 class CudaExecutor:
-    """A plan on the GPU."""
+    """A plan on the GPU; of a plan for several ranks what one of them does: `steps`, `inputs` and `outputs` are those of its stage."""
 
     def __init__(self, plan: Plan, rank: int = 0, ranks: DeviceRanks | None = None):
         """`ranks` are the others of a plan for several, of which this is the `rank`-th (`cuda_ranks.open_rank`)."""
         self.cupy, self.plan, self.ranks = device(), plan, ranks
+        self.steps, self.inputs, self.outputs = plan.steps_of(rank), plan.inputs_of(rank), plan.outputs_of(rank)
         self.plugins = library().plugins
         self.stream = self.cupy.cuda.Stream(non_blocking=True)
         self.runtime = engine.runtime()
@@ -102,7 +104,7 @@ class CudaExecutor:
         self.models: dict[str, onnx.ModelProto] = {}
         self.engines: dict[str, Any] = {}
         self.contexts: dict[str, Any] = {}
-        for key in dict.fromkeys(s.name for s in plan.manifest.steps if s.kind == "segment"):
+        for key in dict.fromkeys(s.name for s in self.steps if s.kind == "segment"):
             loaded = engine.deserialize(self.runtime, plan.engine(key), f"{plan.directory}: engine {key}")
             self.engines[key] = loaded
             self.contexts[key] = engine.execution_context(loaded, self.kernels)
@@ -166,15 +168,15 @@ class CudaExecutor:
 
     def _turn_weights(self) -> set[int]:
         """Store matrices the way kernels read them, [N, K]; the steps (by index) whose `trans_w` becomes 1 by that."""
-        readers = Counter(name for step in self.plan.manifest.steps for name in step.inputs)
+        readers = Counter(name for step in self.steps for name in step.inputs)
         turned: set[int] = set()
-        for index, step in enumerate(self.plan.manifest.steps):
+        for index, step in enumerate(self.steps):
             plugin = self.plugins.get(step.name) if step.kind == "plugin" else None
             if plugin is None or not plugin.transposable or step.attributes.get("trans_w"):
                 continue
             names = [n for n, given in zip(step.inputs, plugin.inputs, strict=False) if n and given.rstrip("?") in plugin.transposable]
             own = all(n in self.weights and readers[n] == 1 and self.weights[n].dtype.itemsize == 2 for n in names)
-            if not own or set(names) & set(self.plan.manifest.outputs.values()):
+            if not own or set(names) & set(self.outputs.values()):
                 continue
             for name in names:
                 self.weights[name] = self.cupy.ascontiguousarray(self.weights[name].T)
@@ -238,10 +240,10 @@ class Frame:
         """
         self.executor, self.cupy, manifest = executor, executor.cupy, executor.plan.manifest
         self.sizes, self.given = dict(sizes), dict(given or {})
-        types = {**manifest.inputs, **manifest.values}
+        types = {**executor.inputs, **manifest.values}
         shapes = {name: self._shape(name, kind) for name, kind in types.items()}
-        steps = manifest.steps
-        lives = {name: (0, len(steps)) for name in (*manifest.inputs, *manifest.outputs.values())}
+        steps = executor.steps
+        lives = {name: (0, len(steps)) for name in (*executor.inputs, *executor.outputs.values())}
         for index, step in enumerate(steps):
             until = index + 2 if executor.ranks is not None and step.name == "AllReduce" else index  # a norm in the same launch writes while it still reads
             for name in (*step.inputs, *step.outputs):
@@ -250,7 +252,7 @@ class Frame:
                     lives[name] = (min(first, index), max(last, until))
         self._in_place(lives)
         dtypes = {name: self._dtype(kind) for name, kind in types.items()}
-        fixed = {*manifest.inputs, *manifest.outputs.values(), *executor.weights}
+        fixed = {*executor.inputs, *executor.outputs.values(), *executor.weights}
         views = Views(steps, executor.segment, shapes, lambda s: s.kind == "plugin" and executor.plugins[s.name].strided, fixed, ordered)
         for name in views.of:
             first, last = lives.pop(name)
@@ -266,7 +268,7 @@ class Frame:
             self.values[name] = self.cupy.ndarray(shapes[name], dtypes[name], self.arena.data + offset)
         for name in (*self.updated, *views.of):
             self._view(name, views)
-        self.readers: dict[str, set[int]] = {views.root(n): {len(steps)} for n in manifest.outputs.values()}  # by the value whose memory is read
+        self.readers: dict[str, set[int]] = {views.root(n): {len(steps)} for n in executor.outputs.values()}  # by the value whose memory is read
         for index, step in enumerate(steps):
             for name in step.inputs if index not in views.skipped else ():
                 self.readers.setdefault(views.root(name), set()).add(index)
@@ -277,7 +279,7 @@ class Frame:
             self.work: list[tuple[list[int], Launch]] = []
             if inputs is not None:
                 self._take(inputs)
-            empty = {i for i, s in enumerate(steps) if all(0 in shapes[o] for o in s.outputs)}  # a step of which no logits are wanted
+            empty = {i for i, s in enumerate(steps) if s.outputs and all(0 in shapes[o] for o in s.outputs)}  # a step of which no logits are wanted
             for indices, launch in self._launches([i for i in range(len(steps)) if i not in views.skipped | empty | set(without)]):
                 self.work.append((indices, launch))
                 if inputs is not None:
@@ -302,9 +304,9 @@ class Frame:
         """
         self.updated: dict[str, str] = {}  # result: the value that is overwritten
         self.copied: dict[str, str] = {}
-        steps = self.executor.plan.manifest.steps
+        steps = self.executor.steps
         readers = Counter(n for s in steps for n in s.inputs)
-        outputs = {*self.executor.plan.manifest.outputs.values()}
+        outputs = {*self.executor.outputs.values()}
         for index, step in enumerate(steps):
             plugin, _ = self.of(index)
             if plugin is None:
@@ -332,7 +334,7 @@ class Frame:
 
     def _repeat(self, steps: list[Step]) -> None:
         """Let plugins write only what differs in their results, where all readers take strided values."""
-        plugins, outputs = self.executor.plugins, {*self.executor.plan.manifest.outputs.values()}
+        plugins, outputs = self.executor.plugins, {*self.executor.outputs.values()}
         for index, step in enumerate(steps):
             plugin, attributes = self.of(index)
             if plugin is None or plugin.view is None or step.outputs[0] in outputs:
@@ -362,6 +364,10 @@ class Frame:
 
         return tuple(resolve(d, dict(self.sizes), unknown) for d in kind.shape)
 
+    def kind_of(self, kind: ValueType) -> tuple[tuple[int, ...], np.dtype[Any]]:
+        """The shape and dtype of a value of this type here."""
+        return self._shape("logits", kind), self._dtype(kind)
+
     def _dtype(self, kind: ValueType) -> np.dtype[Any]:
         import ml_dtypes
 
@@ -388,7 +394,7 @@ class Frame:
 
     def _launches(self, indices: list[int], chain: bool = True) -> Iterator[tuple[list[int], Launch]]:
         """The work of the steps in order, with their indices; neighbours that read the same value, or each other's, may become one launch."""
-        steps = self.executor.plan.manifest.steps
+        steps = self.executor.steps
         place = 0
         while place < len(indices):
             first = steps[indices[place]]
@@ -418,7 +424,7 @@ class Frame:
 
     def _sum_and_norm(self, indices: list[int], place: int) -> tuple[int, Launch] | None:
         """One launch for a sum over ranks and the norm that follows; None if they are not that, or have no such kernel."""
-        ranks, steps = self.executor.ranks, [self.executor.plan.manifest.steps[i] for i in indices[place : place + 2]]
+        ranks, steps = self.executor.ranks, [self.executor.steps[i] for i in indices[place : place + 2]]
         if ranks is None or [s.name for s in steps] != ["AllReduce", "RMSNormalization"] or self.root(steps[0].outputs[0]) != self.root(steps[1].inputs[0]):
             return None
         (summed, _), (normed, attributes) = self.of(indices[place]), self.of(indices[place + 1])
@@ -433,7 +439,7 @@ class Frame:
 
     def of(self, index: int) -> tuple[Plugin | None, dict[str, Any]]:
         """The plugin of a step, None for a segment, and its attributes."""
-        step = self.executor.plan.manifest.steps[index]
+        step = self.executor.steps[index]
         if step.kind == "segment":
             return None, {}
         if step.name not in self.executor.plugins:
@@ -463,8 +469,8 @@ class Frame:
         return copy_and_launch
 
     def _plugin(self, plugin: Plugin, inputs: list[Any], outputs: list[Any], attributes: dict[str, Any]) -> Launch:
-        if self.executor.ranks is not None and plugin.name in ("AllReduce", "AllGather"):
-            return self.executor.ranks.launch(plugin.name, inputs, outputs)
+        if self.executor.ranks is not None and plugin.name in TOLD:
+            return self.executor.ranks.launch(plugin.name, inputs, outputs, **attributes)
         made = plugin.cuda(inputs, outputs, **attributes) if plugin.cuda is not None else None
         if made is not None:
             return made  # type: ignore[no-any-return]
@@ -488,7 +494,7 @@ class Frame:
         """Copy the inputs in, replay the graph, copy the outputs out (the arena is overwritten by the next run)."""
         self._take(inputs)
         self.replay()
-        return {name: self.values[value].copy() for name, value in self.executor.plan.manifest.outputs.items()}
+        return {name: self.values[value].copy() for name, value in self.executor.outputs.items()}
 
     def replay(self) -> None:
         """Enqueue the work on the executor's stream, which has to be the current one."""

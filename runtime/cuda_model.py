@@ -73,19 +73,24 @@ class Bucket:
             self.chosen = executor.cupy.zeros(sizes.rows, np.int64)
             self.state = model.sampler.state(sizes.rows)
         named = {"tokens": sizes.tokens, "sequences": sizes.sequences, "table": sizes.table, "rows": sizes.rows, "starts": sizes.sequences + 1, "blocks": model.blocks}
-        given = {**{n: a for n, a in self.inputs.device.items() if n in executor.plan.inputs}, **model.caches}
+        given = {**{n: a for n, a in self.inputs.device.items() if n in executor.inputs}, **model.caches}
         if decoding:  # each token has its row, and the sampler widens logits itself
             logits, without = model.narrow_logits
 
             def finish(frame: Frame) -> list[Launch]:
-                return self._finish(frame.values[logits].reshape(sizes.rows, -1), model.block_size)
+                found, shared = model.logits_of(frame, logits)
+                return [*shared, *self._finish(found.reshape(sizes.rows, -1), model.block_size)]
 
             with cuda_paged.reading_early():  # tables and lengths change between replays, and at the end of one
                 self.frame = executor.frame_at(named, given, finish, ordered={"logit_rows"}, without=without)
             return
+
+        def told(frame: Frame) -> list[Launch]:
+            self.logits, shared = model.logits_of(frame, executor.plan.manifest.outputs["logits"])
+            return shared
+
         with cuda_paged.reading_early():
-            self.frame = executor.frame_at(named, given, measure=measure)
-        self.logits = self.frame.values[executor.plan.manifest.outputs["logits"]]
+            self.frame = executor.frame_at(named, given, told, measure=measure)
 
     def _finish(self, logits: Any, block_size: int) -> list[Launch]:
         """Choose the tokens, and make the next batch of them."""
@@ -152,7 +157,7 @@ class CudaModel:
         cupy, sizes = self.executor.cupy, [int(np.prod(s)) * np.dtype(d).itemsize for s, d in self.kinds.values()]
         with self.stream, memory(cupy, f"{self.where}: the keys and values", blocks * sum(sizes), "give less with --kv-memory, or end what else uses the GPU"):
             self.caches = {name: cupy.zeros((blocks, *shape), np.dtype(dtype)) for name, (shape, dtype) in self.kinds.items()}
-        self.blocks, self.copies = blocks, cuda_decoding.BlockCopies(list(self.caches.values()))
+        self.blocks, self.copies = blocks, cuda_decoding.BlockCopies(list(self.caches.values())) if self.caches else None
 
     def close(self) -> None:
         """Give back the memory of caches and frames, but not that of values."""
@@ -174,6 +179,17 @@ class CudaModel:
             bucket.inputs.fill(batch)
             bucket.frame.replay()
         return bucket.logits[: len(batch.logit_rows)]
+
+    def step_in_parts(self, parts: Sequence[Batch], order: Array) -> Any:
+        """`step` of several batches one after the other, whose logits, joined, are put in `order`: of a plan in stages each computes the next part while the
+        one after it is at this one."""
+        found = []
+        for part in parts:
+            logits = self.step(part)
+            with self.stream:
+                found.append(logits.copy())
+        with self.stream:
+            return self.executor.cupy.concatenate(found)[self.executor.cupy.asarray(order)]
 
     def decodes(self, batch: Batch, rows: list[Row], count: int) -> bool:
         """Whether so many steps can be done without the host. Raises RewriteError for a step that the engines do not take."""
@@ -208,14 +224,30 @@ class CudaModel:
     @cached_property
     def narrow_logits(self) -> tuple[str, set[int]]:
         """The value that the logits are before they become float32, and the steps that are not needed for it."""
-        manifest = self.executor.plan.manifest
-        last, name = manifest.steps[-1], manifest.outputs["logits"]
+        plan = self.executor.plan
+        steps, name = plan.steps_of(plan.manifest.world - 1), plan.manifest.outputs["logits"]
+        last = steps[-1]
         source = before_widening(self.executor.segment(last.name)) if last.kind == "segment" and last.outputs == [name] else None
-        return (name, set()) if source is None else (last.inputs[int(source[1:])], {len(manifest.steps) - 1})
+        if source is None:
+            return name, set()
+        return last.inputs[int(source[1:])], {len(steps) - 1} if "logits" in self.executor.outputs else set()
+
+    def logits_of(self, frame: Frame, name: str) -> tuple[Any, list[Launch]]:
+        """Where a frame has the value `name`, the logits, and what brings them here from the last stage: every rank chooses the same tokens."""
+        plan, cupy = self.executor.plan, self.executor.cupy
+        if plan.manifest.stages == 1:
+            return frame.values[name], []
+        if "logits" in self.executor.outputs:
+            found = frame.values[name]
+        else:
+            found = cupy.empty(*frame.kind_of(plan.manifest.values[name]))
+        assert self.executor.ranks is not None
+        return found, [self.executor.ranks.share(found)] if found.size else []
 
     def copy_blocks(self, pairs: Iterable[tuple[int, int]]) -> None:
         """Enqueue copies of blocks (from, to) in every layer."""
-        assert self.copies is not None
+        if self.copies is None:  # a stage without attention
+            return
         with self.stream:
             self.copies.copy(self.executor.cupy.asarray(np.array(list(pairs), np.int32)))
 

@@ -97,6 +97,10 @@ class Nccl:
         """Overwrite contiguous `x` by what another rank sends."""
         self.communicator.recv(x.data.ptr, x.size, self._type(x), rank, self._stream())
 
+    def broadcast(self, x: Any, root: int) -> None:
+        """Overwrite contiguous `x` by that of rank `root`."""
+        self.communicator.bcast(x.data.ptr, x.size, self._type(x), root, self._stream())
+
     def close(self) -> None:
         """End it, when all ranks are through; without this a rank that ends lets the others wait."""
         self.communicator.destroy()

@@ -83,17 +83,21 @@ class PlanModel:
         from rewrite.runtime.cuda_model import CudaModel
 
         kinds = {}
-        for layer in found["layers"]:
+        for layer in self._layers(self.rank):
             for name, size in (("key_cache", "size"), ("value_cache", "value_size")):
                 kinds[layer[name]] = ((int(found["block_size"]), layer["kv_heads"], layer[size]), layer["dtype"])
         return CudaModel(executor, int(found["vocabulary"]), int(found["block_size"]), kinds, tokens, sequences)
+
+    def _layers(self, rank: int) -> list[dict[str, Any]]:
+        """The layers of a rank's stage."""
+        return [layer for layer in self.found["layers"] if layer.get("stage", 0) == rank // self.plan.manifest.ranks_of_stage]
 
     def _make_pool(self, found: Mapping[str, Any], memory: int | None) -> None:
         self.block_size, self.vocabulary = int(found["block_size"]), int(found["vocabulary"])
         self.positions: int | None = found["positions"]
         windows = [int(layer["window"]) for layer in found["layers"]]
         self.window = max(windows) if all(windows) else None
-        mine = [[layer for layer in found["layers"] if layer.get("stage", 0) == rank // self.plan.manifest.ranks_of_stage] for rank in self.ranks]
+        mine = [self._layers(rank) for rank in self.ranks]
         sizes = [layer["kv_heads"] * (layer["size"] + layer["value_size"]) * np.dtype(layer["dtype"]).itemsize for layers in mine for layer in layers]
         self.block_bytes = max(self.block_size * sum(sizes), 1)  # a stage may be without attention
         if memory is None:
@@ -122,7 +126,7 @@ class PlanModel:
     def step(self, batch: Batch) -> Any:
         """Store the keys and values of the batch's tokens; returns float32 [R, vocabulary], the logits of its rows."""
         self._tell(STEP, self._batch_arrays(batch))
-        return self.device.step(batch) if self.device is not None else self._step(batch)
+        return self._step(batch)
 
     def decode(self, batch: Batch, rows: list[Row], count: int, more: Callable[[], bool]) -> Generator[list[Samples], None, None]:
         """Several steps; see `requests.Decoder`."""
@@ -162,20 +166,18 @@ class PlanModel:
             raise RewriteError(f"{self.plan.directory}: there is nothing to tune on the CPU; load the plan with device='cuda'")
         return self.device.tune()
 
-    def _step(self, batch: Batch) -> Array:
+    def _step(self, batch: Batch) -> Any:
         """In parts, if several stages have enough to do: while one computes a part, the one before is at the next."""
         stages = self.plan.manifest.stages
         parts = batch.parts(stages) if stages > 1 and len(batch.tokens) >= stages * PART else [batch]
+        ends = np.cumsum([len(p.tokens) for p in parts])
+        order = np.argsort(np.argsort(np.searchsorted(ends, batch.logit_rows, "right"), kind="stable"))  # of the batch's rows among those of all parts
+        if self.device is not None:
+            return self.device.step(batch) if len(parts) == 1 else self.device.step_in_parts(parts, order)
         found = [self._part(part) for part in parts]
         if stages > 1 and self.communicator is not None:
             found = [self._passed(logits, len(part.logit_rows)) for logits, part in zip(found, parts, strict=True)]
-        if len(parts) == 1 or self.rank:
-            return found[0]
-        logits = np.concatenate(found)
-        ends = np.cumsum([len(p.tokens) for p in parts])
-        result = np.empty_like(logits)
-        result[np.argsort(np.searchsorted(ends, batch.logit_rows, "right"), kind="stable")] = logits
-        return result
+        return found[0] if len(parts) == 1 or self.rank else np.concatenate(found)[order]
 
     def _part(self, batch: Batch) -> Array:
         """The logits, of a rank that makes none an empty array."""
@@ -236,11 +238,10 @@ class PlanModel:
             batch = Batch(*arrays[: len(FIELDS)])
             narrow = {name: getattr(batch, name).astype(np.int32) for name in ("slots", "block_tables", "query_starts", "context_lengths")}
             batch = dataclasses.replace(batch, **narrow)
-            if self.device is None:
+            if what == STEP:
                 self._step(batch)
-            elif what == STEP:
-                self.device.step(batch)
             else:
+                assert self.device is not None
                 for _ in self.device.decode(batch, unpack(arrays[len(FIELDS) : -1]), int(arrays[-1][0]), self._is_told_more):
                     pass
 

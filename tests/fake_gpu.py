@@ -92,6 +92,9 @@ class Cupy:
     def asarray(self, array):
         return array.view(Array)
 
+    def concatenate(self, arrays):
+        return np.concatenate(arrays).view(Array)
+
     def asnumpy(self, array, stream=None):
         return np.array(array)
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import queue
 import threading
 from types import SimpleNamespace
 
@@ -34,20 +35,35 @@ class Threads:
         assert len({len(d) for d in found}) == 1, [len(d) for d in found]  # as MPI's buffers want it
         return found
 
+    def split(self, size):
+        first = self.rank // size * size
+        return Threads(self.rank - first, size, self.shared.groups.setdefault((first, size), _shared(size)))
+
+    def send(self, data, rank):
+        self.shared.messages.setdefault((self.rank, rank), queue.Queue()).put(data)
+
+    def receive(self, rank):
+        return self.shared.messages.setdefault((rank, self.rank), queue.Queue()).get(timeout=ALONE)
+
     def broadcast(self, x):
         x.reshape(-1).view(np.uint8)[...] = np.frombuffer(self.exchange(x.tobytes())[0], np.uint8)
 
 
+def _shared(size):
+    return SimpleNamespace(parts={}, barrier=threading.Barrier(size), groups={}, messages={})
+
+
 def together(size, work):
     """What `work(communicator)` returns on each rank. Raises what any of them raises."""
-    shared, found, wrong = SimpleNamespace(parts={}, barrier=threading.Barrier(size)), {}, []
+    shared, found, wrong = _shared(size), {}, []
 
     def run(rank):
         try:
             found[rank] = work(Threads(rank, size, shared))
         except BaseException as error:
             wrong.append(error)
-            shared.barrier.abort()
+            for each in (shared, *shared.groups.values()):
+                each.barrier.abort()
 
     threads = [threading.Thread(target=run, args=(rank,), name=str(rank)) for rank in range(size)]
     for thread in threads:
@@ -76,6 +92,19 @@ class Nccl:
     def gather_into(self, x, parts):
         self.made.append(("join", x.shape))
         parts[...] = np.stack(self._parts(x)).reshape(parts.shape)
+
+    def send(self, x, rank):
+        assert x.flags.c_contiguous
+        self.made.append(("send", x.shape))
+        self.host.send(x.tobytes(), rank)
+
+    def receive(self, x, rank):
+        self.made.append(("receive", x.shape))
+        x.reshape(-1).view(np.uint8)[...] = np.frombuffer(self.host.receive(rank), np.uint8)
+
+    def broadcast(self, x, root):
+        self.made.append(("broadcast", x.shape))
+        x[...] = self._parts(x)[root]
 
     def close(self):
         if threading.current_thread() is threading.main_thread():

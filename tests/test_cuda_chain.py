@@ -121,7 +121,7 @@ def test_what_the_kernel_cannot_do_is_refused(hopper, monkeypatch):
 def frame_of(plan, tokens):
     """A frame that has arrays without memory."""
     executor = CudaExecutor.__new__(CudaExecutor)
-    executor.plugins, executor.plan, executor.chain_memory = library().plugins, plan, None
+    executor.plugins, executor.plan, executor.steps, executor.chain_memory = library().plugins, plan, plan.manifest.steps, None
     executor.turned = {i for i, s in enumerate(plan.manifest.steps) if 'MatMul' in s.name}
     frame = Frame.__new__(Frame)
     frame.executor, frame.root = executor, lambda name: name

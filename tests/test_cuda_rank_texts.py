@@ -30,6 +30,7 @@ from rewrite.runtime.told_rows import pack, unpack
 
 sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
 LENGTHS = (1, 3, 8, 5, 17, 2, 24, 11)
+MLP = "n = MatMul(s, wq) g = Gelu(n) d = MatMul(g, wo) r = Add(s, d)"
 NORM = "r = RMSNormalization<axis = -1, epsilon = 0.00001>(s, ones)"
 
 
@@ -165,10 +166,113 @@ def test_plans_that_gpus_do_not_run_are_refused(plans, tmp_path, monkeypatch):
     fake_gpu.install(monkeypatch)
     with pytest.raises(RewriteError, match="on GPUs each of its 2 ranks is a process; start them with `mpirun -n 2 rewrite generate"):
         rewrite.Generator(plans / "float32 2", device="cuda")
-    rewrite.build(rewrite.optimize(decoder(), generate=True, pipeline_parallel=2).model, tmp_path / "stages", engines=False)
     fake_ranks.install(monkeypatch)
-    with pytest.raises(RewriteError, match="it is for 2 stages, and there are 2 ranks with GPUs; give a plan of --tensor-parallel 2"):
-        together(2, lambda communicator: rewrite.Generator(Plan(tmp_path / "stages", device="cuda"), communicator=communicator))
+    with pytest.raises(RewriteError, match="it is for 2 ranks, and there are 3 with GPUs; start 2, or give a plan for 3"):
+        together(3, lambda communicator: rewrite.Generator(Plan(plans / "float32 2", device="cuda"), communicator=communicator))
+
+
+# --- stages -------------------------------------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def staged(tmp_path_factory) -> Path:
+    """Plans of a decoder in float32 of two attentions, in 1, 2 and 3 stages, of 1 or 2 ranks: `2 x 1` and so on; and of float16 in 2 stages."""
+    import graphs
+
+    folder = tmp_path_factory.mktemp("staged")
+    source = decoder(positions=BY_RANGE, after=MLP)
+    for name, model, stages, world in (("1 x 1", source, 1, 1), ("2 x 1", source, 2, 1), ("2 x 2", source, 2, 2), ("3 x 1", source, 3, 1),
+                                       ("half 1", graphs.half(source), 1, 1), ("half 2", graphs.half(source), 2, 1)):  # fmt: skip
+        made = rewrite.optimize(model, generate=True, tensor_parallel=world, pipeline_parallel=stages, block_size=4).model
+        entry = made.proto.metadata_props.add()
+        entry.key, entry.value = "rewrite.eos", "[0]"
+        rewrite.build(made, folder / name, engines=False)
+    return folder
+
+
+def staged_texts(plan, ranks, given, sampling, **options):
+    """What the ranks of all stages generate, and of each rank its frames and what it told the others of its stage, and all."""
+
+    def work(communicator):
+        generator = rewrite.Generator(Plan(plan, device="cuda"), communicator=communicator, **options)
+        model, found, frames = generator.model, None, []
+        if communicator.rank:
+            end = model._end
+            model._end = lambda: (frames.extend(model.device.buckets), end())
+            model.follow()
+        else:
+            found = [generator.generate(p, **s) for p, s in zip(given, sampling, strict=True)]
+            generator.scheduler.pool.check()
+            frames.extend(model.device.buckets)
+            model.stop()
+        return found, frames, model.others.nccl.made + (model.others.one_shot.made if model.others.one_shot else []), model.others.between.made
+
+    found = together(ranks, work)
+    assert all(frames == found[0][1] for _, frames, _, _ in found)
+    return found[0][0], [told for _, _, told, _ in found], [told for _, _, _, told in found]
+
+
+@pytest.mark.parametrize("options", [{}, {"lookahead": 1}, {"lookahead": 16, "seats": 3}, {"token_budget": 7}, {"reuse": False, "near": False}], ids=str)
+@pytest.mark.parametrize(("name", "ranks"), [("2 x 1", 2), ("3 x 1", 3), ("2 x 2", 4)])
+def test_texts_of_stages_are_those_of_one_process(staged, name, ranks, options, monkeypatch):
+    options = {"kv_memory": 1 << 18, **options}
+    expected = rewrite.Generator(staged / "1 x 1", kv_memory=1 << 18).generate(prompts(), max_new_tokens=20)
+    fake_ranks.install(monkeypatch, near=options.pop("near", True))
+    (made,), sums, messages = staged_texts(staged / name, ranks, [prompts()], [{"max_new_tokens": 20}], **options)
+    assert [g.tokens for g in made] == [g.tokens for g in expected]
+    kinds = [{kind for kind, _ in told} for told in messages]
+    assert kinds[0] >= {"send", "broadcast"}
+    assert kinds[-1] >= {"receive", "broadcast"}
+    assert "receive" not in kinds[0]
+    assert "send" not in kinds[-1]
+    assert all(("sum" in {kind for kind, _ in told}) == (name == "2 x 2") for told in sums)
+
+
+def test_every_kind_of_sampling_over_stages(staged, monkeypatch):
+    requests = [{"temperature": 30.0, "seed": 5, "n": 3}, {"beams": 3, "n": 2}, {"allowed": lambda tokens: [len(tokens) % 7, 9]}, {"logprobs": 3}, {"repetition_penalty": 1.3}]
+    requests = [{"max_new_tokens": 10, **r} for r in requests]
+    single = rewrite.Generator(staged / "1 x 1", kv_memory=1 << 18)
+    expected = [single.generate(prompts(4), **r) for r in requests]
+    fake_ranks.install(monkeypatch)
+    made, _, _ = staged_texts(staged / "2 x 1", 2, [prompts(4)] * len(requests), requests, kv_memory=1 << 18, lookahead=4)
+    for got, want, request in zip(made, expected, requests, strict=True):
+        assert [(c.tokens, c.finished) for g in got for c in g.choices] == [(c.tokens, c.finished) for g in want for c in g.choices], request
+
+
+def test_stages_of_halves_hand_on_narrow_logits(staged, monkeypatch):
+    expected = rewrite.Generator(staged / "half 1", kv_memory=1 << 18).generate(prompts(), max_new_tokens=8, ignore_eos=True)
+    fake_ranks.install(monkeypatch)
+    (made,), _, _ = staged_texts(staged / "half 2", 2, [prompts()], [{"max_new_tokens": 8, "ignore_eos": True}], kv_memory=1 << 18)
+    assert [g.tokens for g in made] == [g.tokens for g in expected]
+
+
+def test_a_long_prompt_goes_through_the_stages_in_parts(staged, monkeypatch):
+    """So that all of them have something to do; the rows of its logits come in the order of the batch."""
+    from rewrite.runtime import plan_model
+
+    monkeypatch.setattr(plan_model, "PART", 6)
+    expected = rewrite.Generator(staged / "1 x 1", kv_memory=1 << 18).generate(prompts(), max_new_tokens=6, ignore_eos=True)
+    fake_ranks.install(monkeypatch)
+    (made,), _, messages = staged_texts(staged / "2 x 1", 2, [prompts()], [{"max_new_tokens": 6, "ignore_eos": True}], kv_memory=1 << 18, token_budget=64)
+    assert [g.tokens for g in made] == [g.tokens for g in expected]
+    monkeypatch.setattr(plan_model, "PART", 1000)
+    whole, _, others = staged_texts(staged / "2 x 1", 2, [prompts()], [{"max_new_tokens": 6, "ignore_eos": True}], kv_memory=1 << 18, token_budget=64)
+    assert [g.tokens for g in whole[0]] == [g.tokens for g in expected]
+    count = [sum(kind == "send" for kind, _ in told[0]) for told in (messages, others)]
+    assert count[0] > count[1]
+
+
+def test_each_stage_has_the_caches_and_engines_of_its_own_layers(staged, monkeypatch):
+    fake_ranks.install(monkeypatch)
+
+    def work(communicator):
+        model = rewrite.Generator(Plan(staged / "2 x 1", device="cuda"), communicator=communicator, kv_memory=1 << 18).model
+        return set(model.caches[0]), set(model.device.executor.engines), set(model.device.executor.weights)
+
+    first, second = together(2, work)
+    whole = Plan(staged / "2 x 1")
+    assert not first[0] & second[0]
+    assert {*first[0], *second[0]} <= set(whole.inputs)
+    assert all({s.name for s in whole.steps_of(rank) if s.kind == "segment"} == engines for rank, (_, engines, _) in enumerate((first, second)))
+    assert first[2] != second[2]
 
 
 # --- rows ---------------------------------------------------------------------------------------------------------

@@ -327,8 +327,6 @@ def test_steps(gpu, monkeypatch, more):
         for _ in range(2):  # as a graph is replayed
             for call in launches:
                 call()
-        with pytest.raises(RewriteError, match="Send: stages follow one another on the CPU yet"):
-            ranks.launch("Send", [x], [])
         ranks.nccl.close()
         return y, joined, one
 
@@ -348,9 +346,9 @@ def test_ranks_far_from_one_another_have_no_kernel(gpu, monkeypatch):
 
 
 def test_plans_that_do_not_fit_the_ranks():
-    for world, stages, message in ((4, 1, "it is for 4 ranks, and there are 2 ranks with GPUs"), (2, 2, "it is for 2 stages")):
+    for world, stages in ((4, 1), (4, 2)):
         plan = SimpleNamespace(directory="plan", manifest=SimpleNamespace(world=world, stages=stages))
-        with pytest.raises(RewriteError, match=message):
+        with pytest.raises(RewriteError, match="it is for 4 ranks, and there are 2 with GPUs; start 4, or give a plan for 2"):
             open_rank(plan, SimpleNamespace(size=2))
 
 

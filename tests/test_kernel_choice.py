@@ -152,7 +152,7 @@ def test_neighbours_that_read_one_value_share_a_launch(tmp_path):
     executor = CudaExecutor.__new__(CudaExecutor)
     plugins = library().plugins
     executor.plugins = {**plugins, "MatMulAct": dataclasses.replace(plugins["MatMulAct"], merged=lambda calls, **_: f"{len(calls)} at once")}
-    executor.plan, executor.turned, executor.ranks = plan, set(), None
+    executor.plan, executor.steps, executor.turned, executor.ranks = plan, plan.manifest.steps, set(), None
     frame = Frame.__new__(Frame)
     frame.executor, frame.copied = executor, {}
     frame._segment = lambda step: step.name
@@ -180,7 +180,7 @@ def test_matrices_are_turned_once_where_one_product_alone_reads_them(tmp_path):
         <float16[2, 3] own = {1, 2, 3, 4, 5, 6}, float16[2, 2] both = {1, 2, 3, 4}> { a = MatMul(x, own)  b = MatMul(x, both)  d = Neg(x)  c = MatMul(d, both) }"""
     plan = rewrite.build(rewrite.optimize(onnx.parser.parse_model(text)).model, tmp_path / "p", engines=False)
     executor = CudaExecutor.__new__(CudaExecutor)
-    executor.plan, executor.plugins, executor.cupy, executor.weights = plan, library().plugins, np, dict(plan.weights)
+    executor.steps, executor.outputs, executor.plugins, executor.cupy, executor.weights = plan.manifest.steps, plan.manifest.outputs, library().plugins, np, dict(plan.weights)
     turned = executor._turn_weights()
     assert [plan.manifest.steps[i].inputs[1] for i in turned] == ["own"]
     np.testing.assert_array_equal(executor.weights["own"], plan.weights["own"].T)

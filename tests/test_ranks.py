@@ -127,9 +127,6 @@ def test_the_check_of_a_plan_sees_a_wrong_slice(tmp_path, monkeypatch):
 
 
 def test_what_is_not_there_yet_is_refused(plans, tmp_path, monkeypatch):
-    model = rewrite.optimize(decoder(), generate=True, pipeline_parallel=2).model
-    with pytest.raises(RewriteError, match="it is for 2 ranks, in stages, which run on the CPU yet; build it with --no-engines"):
-        rewrite.build(model, tmp_path / "plan")
     monkeypatch.setattr(engine, "gpu_model", lambda: "a GPU")
     with pytest.raises(RewriteError, match="it is for 2 ranks, whose kernels are not timed yet; build it without --tune"):
         rewrite.build(rewrite.optimize(decoder(), generate=True, tensor_parallel=2).model, tmp_path / "plan", tune=True)
