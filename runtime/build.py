@@ -85,10 +85,10 @@ def build(
     key = seal.read_key(sign_key)
     say("cutting the model at its plugin nodes")
     shards = shards_of(source.proto)
-    if shards is not None and tune:
-        raise RewriteError(f"{source.name}: it is for {shards.ranks} ranks, whose kernels are not timed yet; build it without --tune")
     cut = partition(source, library().plugins) if shards is None else partition_ranks(source, library().plugins)
     generator, folder = generator_of(source.proto), None
+    if shards is not None and tune and generator is None:
+        raise RewriteError(f"{source.name}: it is for {shards.ranks} ranks, and of such only text generators are timed; build it without --tune")
     if generator is None and tokenizer is not None:
         raise RewriteError(f"{source.name}: not a text generator, so it has no use for a tokenizer; leave --tokenizer out, or make one with `rewrite optimize --generate`")
     if generator is not None and shards is not None:
@@ -112,7 +112,7 @@ def build(
             check_plan(Plan(work, key=sign_key), source, tolerance)
         if tune:
             _tune(work, source, sign_key, key, say)
-            if verify:
+            if verify and shards is None:
                 check_plan(Plan(work, device="cuda", key=sign_key), source, tolerance)
         swap_directory(work, target)  # an older plan stays until the new one stands
     except OSError as error:
@@ -165,14 +165,16 @@ def _write(work: Path, source: Model, cut: Partition, profile: Profile, engines:
 def _tune(work: Path, source: Model, sign_key: str | os.PathLike[str] | None, key: bytes | None, say: Progress) -> None:
     """Time the kernels for the plan in `work` and enter the figures in its manifest."""
     plan = Plan(work, device="cuda", key=sign_key)
-    ranges = plan.manifest.profile.ranges
-    if plan.manifest.generator is not None:
-        say("timing kernels for texts that decode and for prompts")
-        PlanModel(plan, TUNING_MEMORY).tune()
+    ranges, world = plan.manifest.profile.ranges, plan.manifest.world
+    for rank in range(0, world, plan.manifest.ranks_of_stage) if plan.manifest.generator is not None else ():  # the ranks of a stage do the same
+        say("timing kernels for texts that decode and for prompts" + (f", of rank {rank}" if world > 1 else ""))
+        model = PlanModel(plan, TUNING_MEMORY, only=rank if world > 1 else None)
+        plan.manifest.tuning |= model.tune()
+        if model.device is not None:
+            model.device.close()
     for index, name in enumerate(("smallest", "best", "largest") if plan.manifest.generator is None else ()):
         say(f"timing kernels at the profile's {name} sizes")
-        plan.tune(model_inputs(source.proto, index, {n: r[index] for n, r in ranges.items()}))
-    plan.manifest.tuning = plan.executor.times  # type: ignore[attr-defined]
+        plan.manifest.tuning |= plan.tune(model_inputs(source.proto, index, {n: r[index] for n, r in ranges.items()}))
     plan.manifest.versions[TUNED_ON] = engine.gpu_model()
     (work / MANIFEST).write_text(plan.manifest.to_json())
     seal.seal(work, key)

@@ -29,7 +29,7 @@ from rewrite.runtime.partition import Step, ValueType
 from rewrite.verify import resolve
 
 if TYPE_CHECKING:
-    from rewrite.runtime.cuda_ranks import DeviceRanks
+    from rewrite.runtime.cuda_ranks import Absent, DeviceRanks
     from rewrite.runtime.plan import Plan
 
 ALIGNMENT = 512  # bytes
@@ -93,7 +93,7 @@ def memory(cupy: Any, what: str, needed: int, advice: str) -> Iterator[None]:
 class CudaExecutor:
     """A plan on the GPU; of a plan for several ranks what one of them does: `steps`, `inputs` and `outputs` are those of its stage."""
 
-    def __init__(self, plan: Plan, rank: int = 0, ranks: DeviceRanks | None = None):
+    def __init__(self, plan: Plan, rank: int = 0, ranks: DeviceRanks | Absent | None = None):
         """`ranks` are the others of a plan for several, of which this is the `rank`-th (`cuda_ranks.open_rank`)."""
         self.cupy, self.plan, self.ranks = device(), plan, ranks
         self.steps, self.inputs, self.outputs = plan.steps_of(rank), plan.inputs_of(rank), plan.outputs_of(rank)

@@ -147,10 +147,42 @@ class DeviceRanks:
             self.between.close()
 
 
+class Absent:
+    """In the place of `DeviceRanks` where kernels of one rank are timed, and there are no others: what they would tell is zero."""
+
+    def agreed(self, stream: Any, shortage: tuple[type[Exception], ...]) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
+
+    def launch(self, kind: str, inputs: list[Any], outputs: list[Any], source: int = 0, target: int = 0) -> Launch:
+        from rewrite.runtime.cuda import device
+
+        cupy = device()
+
+        def launch() -> None:
+            for array in outputs:
+                cupy.cuda.runtime.memsetAsync(array.data.ptr, 0, array.nbytes, cupy.cuda.get_current_stream().ptr)
+
+        return launch
+
+    def share(self, x: Any) -> Launch:
+        return self.launch("Recv", [], [x])
+
+    def sum_and_norm(self, *_: Any) -> None:
+        """There is no such kernel for one."""
+
+
 def _overlap(a: Any, b: Any) -> bool:
     """Whether two packed arrays share memory: then one that is written row by row spoils the other."""
     first, second = sorted((int(x.data.ptr), int(x.data.ptr) + x.nbytes) for x in (a, b))
     return bool(second[0] < first[1])
+
+
+def lonely_rank(plan: Plan, rank: int) -> CudaExecutor:
+    """A rank of a plan for several, without the others."""
+    from rewrite.runtime.cuda import CudaExecutor
+
+    check_engines(plan.manifest, str(plan.directory), engine.version(), engine.capability())
+    return CudaExecutor(plan, rank, Absent())
 
 
 def open_rank(plan: Plan, host: Communicator) -> tuple[CudaExecutor, DeviceRanks]:

@@ -39,20 +39,20 @@ class PlanModel:
     the one that takes them. On the GPU `decode` keeps the tokens of several steps on the device.
 
     Of a plan for several ranks it is all of them, in turn (on the CPU), or with a `communicator` one: rank 0 steps and copies, and `stop`s
-    at the end; the others `follow`.
+    at the end; the others `follow`. With `only` it is that rank on a GPU without the others, whose sums are zero: to time its kernels.
 
     tokens, sequences: the most of a step; on the GPU memory for them is kept before keys and values get theirs.
 
     Raises RewriteError if the plan is no generator, or `memory` (bytes, of each rank) holds no block.
     """
 
-    def __init__(self, plan: Plan, memory: int | None = None, communicator: Communicator | None = None, tokens: int = 256, sequences: int = 64):
+    def __init__(self, plan: Plan, memory: int | None = None, communicator: Communicator | None = None, tokens: int = 256, sequences: int = 64, only: int | None = None):
         found = plan.manifest.generator
         if found is None:
             raise RewriteError(f"{plan.directory}: not a text generator; make one with `rewrite optimize --generate` and `rewrite build`")
         self.plan, self.found, self.communicator = plan, found, communicator
-        self.rank = communicator.rank if communicator is not None else 0
-        alone = plan.manifest.world == 1 or communicator is not None
+        self.rank = communicator.rank if communicator is not None else only or 0
+        alone = plan.manifest.world == 1 or communicator is not None or only is not None
         self.ranks = [self.rank] if alone else list(range(plan.manifest.world))  # in this process
         if plan.device != "cpu" and not alone:
             raise RewriteError(f"{plan.directory}: on GPUs each of its {(n := plan.manifest.world)} ranks is a process; start them with `mpirun -n {n} rewrite generate ...`")
@@ -62,7 +62,7 @@ class PlanModel:
             if plan.device == "cpu":
                 self.executor = CpuExecutor(plan, self.rank, communicator) if alone else AllRanks(plan)
             else:
-                self.device = self._on_device(self._device_executor(plan, communicator), found, tokens, sequences)
+                self.device = self._on_device(self._device_executor(plan, communicator, only), found, tokens, sequences)
                 self.sampler = self.device.sampler
             self._make_pool(found, memory)
         except (KeyError, TypeError, ValueError) as error:
@@ -71,11 +71,11 @@ class PlanModel:
         self._under_way: Generator[list[Samples], None, None] | None = None  # what `decode` gave last, with other ranks
         self._told: int | None = None  # by rank 0, and not done yet
 
-    def _device_executor(self, plan: Plan, communicator: Communicator | None) -> CudaExecutor:
-        if communicator is None:
-            return plan.executor  # type: ignore[return-value]
-        from rewrite.runtime.cuda_ranks import open_rank
+    def _device_executor(self, plan: Plan, communicator: Communicator | None, only: int | None) -> CudaExecutor:
+        from rewrite.runtime.cuda_ranks import lonely_rank, open_rank
 
+        if communicator is None:
+            return plan.executor if only is None else lonely_rank(plan, only)  # type: ignore[return-value]
         executor, self.others = open_rank(plan, communicator)
         return executor
 

@@ -17,6 +17,7 @@ from decoder import BY_RANGE, VOCABULARY, decoder
 from fake_ranks import together
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_cuda_model import random_batch
 from test_ranks import mpirun, needs_mpi
 
 import rewrite
@@ -258,6 +259,41 @@ def test_a_long_prompt_goes_through_the_stages_in_parts(staged, monkeypatch):
     assert [g.tokens for g in whole[0]] == [g.tokens for g in expected]
     count = [sum(kind == "send" for kind, _ in told[0]) for told in (messages, others)]
     assert count[0] > count[1]
+
+
+@pytest.mark.parametrize(("stages", "world", "ranks"), [(1, 2, [0]), (2, 1, [0, 1]), (2, 2, [0, 2])])
+def test_kernels_of_ranks_are_timed_one_by_one(stages, world, ranks, tmp_path, monkeypatch):
+    """On one GPU, of each stage one rank, with zeros for what others would tell; the plan keeps the figures of all."""
+    fake_gpu.install(monkeypatch)
+    cupy = fake_ranks.install(monkeypatch)
+    cupy.cuda.get_current_stream = lambda: SimpleNamespace(ptr=0)
+    seen, tune = [], cuda_model.CudaModel.tune
+
+    def tuned(self):
+        tune(self)
+        seen.append(self.executor.steps)
+        return {f"stage {self.executor.steps[0].stage}": {"ours": 1.0}}
+
+    monkeypatch.setattr(cuda_model.CudaModel, "tune", tuned)
+    model = rewrite.optimize(decoder(positions=BY_RANGE, after=MLP), generate=True, tensor_parallel=world, pipeline_parallel=stages, block_size=4).model
+    plan = rewrite.build(model, tmp_path / "plan", engines=False, verify=False, tune=True)
+    assert seen == [plan.steps_of(rank) for rank in ranks]
+    assert plan.manifest.tuning == {f"stage {i}": {"ours": 1.0} for i in range(stages)}
+    assert plan.manifest.versions["tuned on"] == "none"
+
+
+def test_a_rank_alone_is_told_zeros(staged, monkeypatch):
+    from rewrite.runtime.plan_model import PlanModel
+
+    cupy = fake_ranks.install(monkeypatch)
+    cupy.cuda.get_current_stream = lambda: SimpleNamespace(ptr=0)
+    for rank in range(4):
+        model = PlanModel(Plan(staged / "2 x 2", device="cuda"), 1 << 16, only=rank)
+        batch = random_batch(np.random.default_rng(rank), model)
+        logits = model.step(batch)
+        assert logits.shape == (len(batch.logit_rows), VOCABULARY)
+        assert np.isfinite(np.asarray(logits)).all()  # nothing of it was never written
+        assert set(model.caches[0]) == {layer[k] for layer in model.found["layers"] if layer.get("stage", 0) == rank // 2 for k in ("key_cache", "value_cache")}
 
 
 def test_each_stage_has_the_caches_and_engines_of_its_own_layers(staged, monkeypatch):

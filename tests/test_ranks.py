@@ -17,6 +17,7 @@ import numpy as np
 import onnx
 import pytest
 from click.testing import CliRunner
+from conftest import parse
 from decoder import BY_RANGE, decoder
 from greedy import greedy
 
@@ -128,8 +129,9 @@ def test_the_check_of_a_plan_sees_a_wrong_slice(tmp_path, monkeypatch):
 
 def test_what_is_not_there_yet_is_refused(plans, tmp_path, monkeypatch):
     monkeypatch.setattr(engine, "gpu_model", lambda: "a GPU")
-    with pytest.raises(RewriteError, match="it is for 2 ranks, whose kernels are not timed yet; build it without --tune"):
-        rewrite.build(rewrite.optimize(decoder(), generate=True, tensor_parallel=2).model, tmp_path / "plan", tune=True)
+    pair = parse("(float[n, 4] x) => (float[n, 4] y) { a = MatMul(x, w1)  h = Relu(a)  y = MatMul(h, w2) }", w1=np.ones((4, 8), np.float32), w2=np.ones((8, 4), np.float32))
+    with pytest.raises(RewriteError, match="it is for 2 ranks, and of such only text generators are timed; build it without --tune"):
+        rewrite.build(rewrite.optimize(pair, tensor_parallel=2).model, tmp_path / "plan", tune=True)
     for command, reason in (("bench", "it is for 2 ranks, and only plans for one are measured yet"), ("bench-generate", "start them with `mpirun -n 2 rewrite bench-generate ...`")):
         done = CliRunner().invoke(main, [command, str(plans[2])])
         assert done.exit_code == 2
