@@ -13,7 +13,7 @@ from __future__ import annotations
 import ast
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 
 import numpy as np
@@ -109,6 +109,17 @@ def plus(a: Dim, b: Dim) -> Dim:
     if a == 0 or b == 0:
         return b if a == 0 else a
     return f"{a} + {b}" if not isinstance(b, int) or b >= 0 else f"{a} - {-b}"
+
+
+def plus_all(dims: Sequence[Dim]) -> Dim:
+    """The sum of any number, each of which is read once."""
+    terms = [t for d in dims if d is not None and (t := _terms(d)) is not None]
+    if len(terms) == len(dims):
+        return _sum([name for names, _ in terms for name in names], sum(number for _, number in terms))
+    total: Dim = 0
+    for d in dims:
+        total = plus(total, d)
+    return total
 
 
 def minus(a: Dim, b: Dim) -> Dim:
@@ -316,10 +327,7 @@ class SymbolicShapes:
             return
         # Cached keys and new ones: "past + seq", where ONNX's inference gives up. Other axes have the first known name.
         dims = [next((d for d in column if is_named(d)), None) for column in zip(*shapes, strict=True)]
-        total: Dim = 0
-        for shape in shapes:
-            total = plus(total, shape[axis])
-        dims[axis] = total
+        dims[axis] = plus_all([shape[axis] for shape in shapes])
         self._dims(node, dims)
 
     def _unsqueeze(self, node: gs.Node) -> None:

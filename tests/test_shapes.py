@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+
 import numpy as np
 import pytest
 from conftest import parse
 
 import rewrite
-from rewrite import verify
+from rewrite import shapes, verify
 from rewrite.registry import _program
 
 I = {n: np.array(v, np.int64) for n, v in {
@@ -91,3 +93,15 @@ def test_values_are_known_by_name_and_are_those_of_onnx_runtime(name):
         feeds = {"x": np.zeros((batch, seq, 8), np.float32), "z": np.zeros((batch, 1, 8), np.float32), "u": np.zeros((3, 2, 4), np.float32)}
         (values,) = run.run(["y"], feeds)
         assert [eval(str(d), {"batch": batch, "seq": seq}) for d in found] == list(values)
+
+
+def test_a_sum_of_many_is_that_of_two_and_two_and_reads_each_once(monkeypatch):
+    """A Concat of thousands of tensors along a named dimension took quadratic time."""
+    dims = ["n", 3, "past + 1", "n", "seq - 2", 0, "n"]
+    assert shapes.plus_all(dims) == functools.reduce(shapes.plus, dims) == "n + n + n + past + seq + 2"
+    for odd in ([*dims, "2*n"], [*dims, "(a)//2"], ["n", "-(n)"], [None, "n"], []):
+        assert shapes.plus_all(odd) == functools.reduce(shapes.plus, odd, 0)
+    read, real = [], shapes._terms
+    monkeypatch.setattr(shapes, "_terms", lambda d: (read.append(len(str(d))), real(d))[1])
+    shapes.plus_all(["n"] * 500)
+    assert sum(read) == 500
