@@ -347,18 +347,20 @@ def commands(*arguments):
 
 
 @needs_mpi
-def test_generate_on_two_gpus_of_numpy(plans):
+@pytest.mark.parametrize("how", ["shards", "stages"])
+def test_generate_on_two_gpus_of_numpy(plans, staged, how):
+    one, two = (plans / "float32 1", plans / "float32 2") if how == "shards" else (staged / "1 x 1", staged / "2 x 1")
     arguments = [a for p in prompts(5) for a in ("--tokens", ",".join(map(str, p)))] + ["--max-new-tokens", "12", "--kv-memory", "1M"]
-    expected = CliRunner().invoke(main, ["generate", str(plans / "float32 1"), *arguments]).output
-    code, output, errors = commands("generate", str(plans / "float32 2"), "--device", "cuda", *arguments)
+    expected = CliRunner().invoke(main, ["generate", str(one), *arguments]).output
+    code, output, errors = commands("generate", str(two), "--device", "cuda", *arguments)
     assert code == 0, errors
     assert output == expected
 
 
 @needs_mpi
-def test_bench_generate_on_two_ranks(plans):
-    for device in ("cuda", "cpu"):
-        code, output, errors = commands("bench-generate", str(plans / "float32 2"), "--device", device, "--kv-memory", "1M", "--prompt-length", "9", "--new-tokens", "5", "--repeat", "1")
+def test_bench_generate_on_two_ranks(plans, staged):
+    for device, plan in (("cuda", plans / "float32 2"), ("cpu", plans / "float32 2"), ("cuda", staged / "2 x 1")):
+        code, output, errors = commands("bench-generate", str(plan), "--device", device, "--kv-memory", "1M", "--prompt-length", "9", "--new-tokens", "5", "--repeat", "1")
         assert code == 0, errors
         assert output.count("ms a step") == 1
 
@@ -407,9 +409,11 @@ def on_two_ranks(plan, work, **options):
     return together(2, run)[0]
 
 
+@pytest.mark.parametrize("how", ["shards", "stages"])
 @pytest.mark.parametrize("read", [1, 5, 9, 17])
-def test_a_text_given_up_under_way_leaves_the_other_rank_where_it_belongs(plans, read, monkeypatch):
-    expected = rewrite.Generator(plans / "float32 1", kv_memory=1 << 18).generate(prompts(4), max_new_tokens=20, ignore_eos=True)
+def test_a_text_given_up_under_way_leaves_the_other_rank_where_it_belongs(plans, staged, read, how, monkeypatch):
+    one, two = (plans / "float32 1", plans / "float32 2") if how == "shards" else (staged / "1 x 1", staged / "2 x 1")
+    expected = rewrite.Generator(one, kv_memory=1 << 18).generate(prompts(4), max_new_tokens=20, ignore_eos=True)
     fake_ranks.install(monkeypatch)
 
     def work(generator):
@@ -427,7 +431,7 @@ def test_a_text_given_up_under_way_leaves_the_other_rank_where_it_belongs(plans,
         first = [next(iterator).tokens for _ in range(2)]  # the second comes while more are under way; the ranks stop then
         return made, [t for tokens in first for t in tokens]
 
-    made, first = on_two_ranks(plans / "float32 2", work)
+    made, first = on_two_ranks(two, work)
     assert [g.tokens for g in made] == [g.tokens for g in expected]
     assert first == expected[3].tokens[: len(first)]
 
