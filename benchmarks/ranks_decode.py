@@ -4,7 +4,7 @@
     mpirun -n 2 --bind-to none python benchmarks/ranks_decode.py plans/8b-2          (or --start 2, without MPI)
 
 Through `Generator`, scheduler and sampler included: greedy texts and the logits of a given one, to be compared with those of another number of
-ranks; then milliseconds a step of 1 and 32 texts of about 1,024 positions, beside what a rank must read (its weights, its keys and values) and the
+ranks, kernels timed before; then milliseconds a step of 1 and 32 texts of about 1,024 positions, beside what a rank must read (its weights, its keys and values) and the
 speed of a copy on one device in the same run; then each launch of a step alone. `two_gpus.py` runs all of it. Results: PLAN.result.json.
 """
 
@@ -27,15 +27,17 @@ import numpy as np
 from all_reduce import Pipes, start
 
 from rewrite.plugins import tuning
-from rewrite.runtime import seal
+from rewrite.runtime import engine, seal
 from rewrite.runtime.batch import Batch
 from rewrite.runtime.communication import connect, together
 from rewrite.runtime.cuda import CudaExecutor
 from rewrite.runtime.cuda_model import PART
 from rewrite.runtime.cuda_ranks import DeviceRanks
 from rewrite.runtime.generator import Generator
+from rewrite.runtime.machine import TUNED_ON
 from rewrite.runtime.nccl import choose_device
 from rewrite.runtime.plan import MANIFEST, WEIGHTS, Plan
+from rewrite.runtime.plan_model import PlanModel
 from rewrite.runtime.sampling import Row, Sampling
 from rewrite.shards import Slice
 
@@ -279,6 +281,21 @@ def copy_speed(size: int = 1 << 30) -> float:
     return float(2 * size / min(times))
 
 
+def timed(plan: Plan, communicator: Any) -> tuning.Times:
+    """Kernels timed on rank 0's device, without the other ranks, for all of them."""
+    times: tuning.Times = {}
+    if communicator is None or not communicator.rank:
+        model = PlanModel(plan, 64 << 20, only=0 if plan.manifest.world > 1 else None)
+        times = model.tune()
+        if model.device is not None:
+            model.device.close()
+    if communicator is None:
+        return times
+    data = json.dumps(times).encode()
+    size = int(communicator.exchange(f"{len(data):12d}".encode())[0])
+    return json.loads(communicator.exchange(data.ljust(size))[0])  # type: ignore[no-any-return]
+
+
 class Told:
     """Prints with the time, keeps what was found, and goes on after a failure."""
 
@@ -319,6 +336,9 @@ def work(communicator: Any, options: argparse.Namespace) -> None:
         if not rank:
             said.part("copy", copy_speed, lambda speed: f"{speed / 1e9:.0f} GB/s")
         loaded = Plan(plan, device="cuda")
+        if options.tune:
+            loaded.manifest.tuning, loaded.manifest.versions[TUNED_ON] = timed(loaded, communicator), engine.gpu_model()
+            said(f"{len(loaded.manifest.tuning)} calls timed")
         layers = loaded.manifest.generator["layers"] if loaded.manifest.generator is not None else []
         each = sum(layer["kv_heads"] * (layer["size"] + layer["value_size"]) * 2 for layer in layers)
         generator = Generator(loaded, kv_memory=(max(batches) + 1) * (CONTEXT + 4 * NEW) * each, reuse=False, communicator=communicator)
@@ -371,6 +391,7 @@ def main() -> None:
     parser.add_argument("--repeat", type=int, default=3, help="runs, after one to warm up")
     parser.add_argument("--result", type=Path, help="PLAN.result.json")
     parser.add_argument("--nccl", action="store_true", help="no sums by our kernel")
+    parser.add_argument("--no-tune", dest="tune", action="store_false", help="leave out what `rewrite build --tune` does")
     parser.add_argument("--speed", action="store_true", help="no texts")
     parser.add_argument("--weights", action="store_true", help="read the plan's weights (`write_weights`)")
     parser.add_argument("--limit", type=float, default=600, help="seconds after which it ends and says where it was")

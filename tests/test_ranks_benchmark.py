@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import ml_dtypes
 import numpy as np
 import pytest
+from fake_ranks import together
 from greedy import greedy
 
 from rewrite.errors import RewriteError
@@ -33,6 +35,26 @@ def test_slices_of_random_weights_are_those_of_the_whole(axis, sections):
             made = np.full(part.shape, np.nan, part.dtype)
             ranks_decode.random_weight(made, "w", {**told, "world": world}, rank, 0.5)
             np.testing.assert_array_equal(made.view(np.uint16), part.view(np.uint16))
+
+
+def test_one_rank_times_the_kernels_for_all(monkeypatch):
+    made = []
+
+    class Model:
+        device = None
+
+        def __init__(self, plan, memory, only):
+            made.append(only)
+
+        def tune(self):
+            return {"product": {"ours": 1.5, "theirs": 2.0}}
+
+    monkeypatch.setattr(ranks_decode, "PlanModel", Model)
+    for world in (1, 3):
+        plan = SimpleNamespace(manifest=SimpleNamespace(world=world))
+        found = [ranks_decode.timed(plan, None)] if world == 1 else together(world, lambda communicator, plan=plan: ranks_decode.timed(plan, communicator))
+        assert found == [{"product": {"ours": 1.5, "theirs": 2.0}}] * world
+    assert made == [None, 0]
 
 
 @pytest.mark.slow
