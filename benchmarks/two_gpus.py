@@ -26,10 +26,13 @@ from typing import Any
 import numpy as np
 import record
 
+from rewrite.runtime.plan import Plan
+
 HERE = Path(__file__).parent
 STAGES = ("sums", "tests", "tiny", "8b", "70b", "nccl")
 ASKED = {1: 1.6, 32: 1.5}  # how much faster two GPUs shall be than one, by batch
-LIMIT = {"tiny": 90, "8b": 130, "70b": 200}  # seconds of one run
+LIMIT = {"tiny": 120, "8b": 170, "70b": 240}  # seconds of one run
+ROUNDED = 0.012  # of the largest logit, times the root of the layers: how far bfloat16 may lead two orders of the same sums apart (two layers: 1.2 % seen)
 LEAST = 20  # seconds left, with which nothing is begun any more
 Run = tuple[str, int, bool]  # model, GPUs, whether all sums are by NCCL
 MPIRUN = ["mpirun", "--allow-run-as-root", "--oversubscribe", "--bind-to", "none", "-n", "2"]
@@ -93,7 +96,8 @@ def compare(runner: Runner, plans: Path, name: str, nccl: bool) -> None:
         one, two = (json.loads(result(plans, (name, world, nccl)).read_text()) for world in (1, 2))
         a, b = (np.load(plans / f"{name}-{world}.logits.npy") for world in (1, 2))
         off, alike = float(np.abs(a - b).max()), float((a.argmax(-1) == b.argmax(-1)).mean())
-        good = off < 0.04 * float(np.abs(a).max()) and np.isfinite(b).all()
+        layers = len((Plan(plans / f"{name}-1").manifest.generator or {})["layers"])
+        good = off < ROUNDED * layers**0.5 * float(np.abs(a).max()) and np.isfinite(b).all()
         runner.verdict(f"{name}, logits: {'ok' if good else 'WRONG'}, differ by {off / np.abs(a).max():.1e} of the largest, the same token in {alike:.0%} of {len(a)}")
         parted, wrong = [], []
         for number, (s, t, top) in enumerate(zip(one["texts"]["tokens"], two["texts"]["tokens"], one["texts"]["top"], strict=True)):
