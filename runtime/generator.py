@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import os
 import threading
@@ -74,7 +75,8 @@ class Generator:
     communicator  to the other ranks of a plan for several, each of which makes one with the same options. Rank 0 generates and at the end
                   calls `model.stop()`; the others call `model.follow()` (`plan_model.PlanModel`)
 
-    It may be used from several threads, and from several coroutines of any event loop. Raises RewriteError if the plan is no
+    It may be used from several threads, and from several coroutines of any event loop. A hook or a sink, which runs in the middle of a step,
+    may cancel requests and ask for `stats`; whatever else it asks of its own generator is refused. Raises RewriteError if the plan is no
     text generator.
     """
 
@@ -91,7 +93,9 @@ class Generator:
         ends = (int(i) for i in self.model.found.get("eos") or ())
         self.eos = tuple(i for i in ends if 0 <= i < self.model.vocabulary)  # a configuration may name another vocabulary's
         self._tokenizer: Tokenizer | None = None
-        self._lock = threading.Lock()  # of the scheduler and the sinks
+        self._lock = threading.RLock()  # of the scheduler and the sinks
+        self._busy = False  # with the scheduler: whoever comes all the same was called by it
+        self._gone: list[int] = []  # cancelled meanwhile
         self._sinks: dict[int, Callable[[Output], None]] = {}
 
     @property
@@ -211,7 +215,7 @@ class Generator:
 
     def add(self, request: Request, sink: Callable[[Output], None]) -> int:
         """Queue a request, whose outputs go to `sink`, in whatever thread steps; returns its number. Raises RewriteError if it can never be served."""
-        with self._lock:
+        with self._alone():
             try:
                 number = self.scheduler.add(request)
             except ValueError as error:
@@ -222,7 +226,7 @@ class Generator:
     def step(self) -> None:
         """One step for all who wait, each of whom gets what is new. A sink that raises gets no more, and its error goes on when all have theirs."""
         wrong: BaseException | None = None
-        with self._lock:
+        with self._alone():
             for output in self.scheduler.step():
                 sink = self._sinks.get(output.request)
                 try:
@@ -238,10 +242,28 @@ class Generator:
             raise wrong
 
     def cancel(self, number: int) -> None:
-        """Give up a request, if it is not over: it gets no more outputs, and its blocks are free."""
+        """Give up a request, if it is not over: it gets no more outputs, and its blocks are free, in the middle of a step when that ends."""
         with self._lock:
-            if self._sinks.pop(number, None) is not None:
-                self.scheduler.cancel(number)
+            if self._sinks.pop(number, None) is None:
+                return
+            self._gone.append(number)
+            if not self._busy:
+                with self._alone():
+                    pass
+
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        """The scheduler for one caller. A hook that it calls, or Python's collector, which closes forgotten iterators at any time, may cancel meanwhile."""
+        with self._lock:
+            if self._busy:
+                raise RewriteError("generate: called by a hook or a sink of the same generator, in the middle of its step; call it afterwards, or use another generator")
+            self._busy = True
+            try:
+                yield
+            finally:
+                while self._gone:
+                    self.scheduler.cancel(self._gone.pop())
+                self._busy = False
 
 
 def default_budget(plan: Plan) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import subprocess
 import sys
@@ -244,6 +245,47 @@ def test_who_finds_its_request_over_has_all_outputs(plans):
     while number in generator._sinks:
         generator.step()
     assert there == [True, True, True]
+
+
+def test_hooks_and_the_collector_may_cancel_in_the_middle_of_a_step(plans, expected):
+    """An iterator that nobody holds any more is closed wherever Python collects, perhaps by the thread that is in a step."""
+    generator, cycle = rewrite.Generator(plans / "ids", kv_memory=1 << 20), []
+    cycle += [cycle, generator.iterate(prompts()[4], max_new_tokens=50)]
+    next(cycle[1])
+    numbers, heard = [], []
+    for i in (2, 5):
+        number = generator.add(generator.request(prompts()[i], None, True, {"max_new_tokens": 20}), lambda output: (heard.append(output.request), generator.cancel(numbers[0])))
+        numbers.append(number)
+    del cycle
+
+    def hook(tokens):
+        gc.collect()
+        generator.cancel(numbers[1])
+        return range(int(generator.stats()["added"]), VOCABULARY)
+
+    done = []
+    work = threading.Thread(target=lambda: done.extend(generator.generate(prompts()[0], max_new_tokens=4, allowed=hook)[0].tokens), daemon=True)
+    work.start()
+    work.join(10)
+    assert (len(done), set(heard)) == (4, {numbers[0]})
+    assert generator.stats()["cancelled"] == 3
+    generator.step()
+    assert (generator.scheduler.pool.used, generator.scheduler.unfinished) == (0, 0)
+
+
+def test_a_hook_that_generates_is_told_so(plans, expected):
+    generator = rewrite.Generator(plans / "ids", kv_memory=1 << 20)
+    other, made = rewrite.Generator(plans / "ids", kv_memory=1 << 20), []
+
+    def work():
+        for asked in (other, generator):
+            made.append(generator.generate(prompts()[2], max_new_tokens=3, allowed=lambda tokens, g=asked: g.generate(prompts()[2], max_new_tokens=1)[0].tokens)[0].choices[0])
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    thread.join(10)
+    assert made[0].tokens == expected[2][:1] * 3
+    assert "called by a hook or a sink of the same generator" in made[1].error
 
 
 def test_the_end_of_text_ends_it(plans, expected):
