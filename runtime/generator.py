@@ -206,11 +206,15 @@ class Generator:
         return Request(tokens, chosen, decode=self.tokenizer.continuation(tokens) if self.has_tokenizer else None)
 
     def tokens(self, prompt: Prompt) -> Sequence[int]:
-        """The ids of a prompt, a dialogue by the tokenizer's template. Raises RewriteError without tokenizer or template."""
+        """The ids of a prompt, a dialogue by the tokenizer's template. Raises RewriteError without tokenizer or template, or for what is no prompt."""
         if isinstance(prompt, str):
             return self.tokenizer.encode(prompt)
-        if prompt and isinstance(prompt[0], dict):
-            return self.tokenizer.encode_chat([m for m in prompt if isinstance(m, dict)])
+        if isinstance(prompt, (bytes, bytearray)):
+            raise RewriteError(f"generate: the prompt {bytes(prompt[:20])!r} is bytes; give text (.decode()), or a list of token ids")
+        if messages := [m for m in prompt if isinstance(m, dict)]:
+            if len(messages) < len(prompt):
+                raise RewriteError("generate: a dialogue holds messages {'role': ..., 'content': ...} and nothing else; put several prompts into a list, and each dialogue into one of its own")
+            return self.tokenizer.encode_chat(messages)
         return cast(Sequence[int], prompt)
 
     def add(self, request: Request, sink: Callable[[Output], None]) -> int:

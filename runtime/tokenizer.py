@@ -74,12 +74,19 @@ class Tokenizer:
         return [int(i) for i in self.inner(text)["input_ids"]]
 
     def encode_chat(self, messages: Sequence[dict[str, str]]) -> list[int]:
-        """The ids of a dialogue, [{"role": "user", "content": ...}, ...], up to where the model answers. Raises RewriteError without a template."""
+        """The ids of a dialogue, [{"role": "user", "content": ...}, ...], up to where the model answers.
+
+        Raises RewriteError without a template, or with what it says: many refuse a system message, or two of one role in a row.
+        """
         if not self.has_chat_template:
             raise RewriteError("the tokenizer has no chat template; give the prompt as plain text (--no-chat)")
         for message in messages:
-            _check_text(message.get("content", ""))
-        made = self.inner.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=True, return_dict=True)
+            if isinstance(content := message.get("content"), str):
+                _check_text(content)
+        try:
+            made = self.inner.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=True, return_dict=True)
+        except Exception as error:  # of the template, whose author chose it
+            raise RewriteError(f"the tokenizer's chat template does not take these messages: {type(error).__name__}: {str(error)[:300]}") from error
         return [int(i) for i in made["input_ids"]]
 
     def decode(self, ids: Iterable[int]) -> str:

@@ -26,7 +26,7 @@ from rewrite.runtime.plan_model import PlanModel
 
 WORDS = [f"w{i}" for i in range(VOCABULARY - 3)]
 LENGTHS = (1, 3, 8, 5, 17, 2, 24, 11)
-TEMPLATE = "{% for m in messages %}{{ m['role'] }} {{ m['content'] }} {% endfor %}{% if add_generation_prompt %}w7{% endif %}"
+TEMPLATE = "{% if messages[0]['content'] == 'w9' %}{{ raise_exception('not w9') }}{% endif %}{% for m in messages %}{{ m['role'] }} {{ m['content'] }} {% endfor %}{% if add_generation_prompt %}w7{% endif %}"
 
 
 @pytest.fixture(scope="module")
@@ -340,6 +340,15 @@ WRONG = [
 ]
 
 
+@pytest.mark.parametrize(("given", "reason"), [
+    ([{"role": "user", "content": "w9"}], "chat template does not take these messages: TemplateError: not w9"),
+    ([{"role": "user", "content": "w1"}, "w2"], "a dialogue holds messages"), ([[1, {"role": "user", "content": "w1"}]], "a dialogue holds messages"), (b"w1", "is bytes"),
+])  # fmt: skip
+def test_what_is_no_dialogue_is_refused(plans, given, reason):
+    with pytest.raises(RewriteError, match=reason):
+        rewrite.Generator(plans / "text", kv_memory=1 << 20).generate(given)
+
+
 @pytest.mark.parametrize(("given", "options", "reason"), WRONG, ids=[w[2] for w in WRONG])
 def test_what_cannot_be_served_is_refused(plans, given, options, reason):
     generator = rewrite.Generator(plans / "ids", kv_memory=1 << 20)
@@ -404,7 +413,7 @@ def test_wrong_calls_are_one_line(plans, arguments, reason):
 
 @pytest.mark.parametrize(("arguments", "reason"), [
     (["--prompt", "\udcff w1"], "character 1 is no text"),
-    (["--prompt", "w1", "--system", "w2\udcff"], "character 3 is no text"), (["--prompt", "w1", "--no-chat", "--temperature", -1], "temperature is -1.0"),
+    (["--prompt", "w1", "--system", "w2\udcff"], "character 3 is no text"), (["--prompt", "w1", "--system", "w9"], "TemplateError: not w9"), (["--prompt", "w1", "--no-chat", "--temperature", -1], "temperature is -1.0"),
     (["--tokens", "-5"], "the prompt has token -5"), (["--prompt", "", "--no-chat"], "the prompt is empty"),
 ])  # fmt: skip
 def test_a_refused_prompt_is_not_echoed(plans, arguments, reason):
