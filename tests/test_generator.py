@@ -26,7 +26,8 @@ from rewrite.runtime.plan_model import PlanModel
 
 WORDS = [f"w{i}" for i in range(VOCABULARY - 3)]
 LENGTHS = (1, 3, 8, 5, 17, 2, 24, 11)
-TEMPLATE = "{% if messages[0]['content'] == 'w9' %}{{ raise_exception('not w9') }}{% endif %}{% for m in messages %}{{ m['role'] }} {{ m['content'] }} {% endfor %}{% if add_generation_prompt %}w7{% endif %}"
+TEMPLATE = """{% if messages[0]['content'] == 'w9' %}{{ raise_exception('not w9') }}{% endif %}
+{% for m in messages %}{{ m['role'] }} {{ m['content'] }} {% endfor %}{% if add_generation_prompt %}w7{% endif %}"""
 
 
 @pytest.fixture(scope="module")
@@ -413,7 +414,8 @@ def test_wrong_calls_are_one_line(plans, arguments, reason):
 
 @pytest.mark.parametrize(("arguments", "reason"), [
     (["--prompt", "\udcff w1"], "character 1 is no text"),
-    (["--prompt", "w1", "--system", "w2\udcff"], "character 3 is no text"), (["--prompt", "w1", "--system", "w9"], "TemplateError: not w9"), (["--prompt", "w1", "--no-chat", "--temperature", -1], "temperature is -1.0"),
+    (["--prompt", "w1", "--system", "w2\udcff"], "character 3 is no text"),
+    (["--prompt", "w1", "--system", "w9"], "TemplateError: not w9"), (["--prompt", "w1", "--no-chat", "--temperature", -1], "temperature is -1.0"),
     (["--tokens", "-5"], "the prompt has token -5"), (["--prompt", "", "--no-chat"], "the prompt is empty"),
 ])  # fmt: skip
 def test_a_refused_prompt_is_not_echoed(plans, arguments, reason):
@@ -490,6 +492,13 @@ def test_bench_generate(plans):
     shown = call("bench-generate", plans / "ids", "--new-tokens", 4, "--prompt-length", 8, "--repeat", 1, "--kv-memory", "1M")
     assert "% of" in shown.output
     assert call("bench-generate", plans / "ids", "--kv-memory", "1K").exit_code == 2
+
+
+@pytest.mark.parametrize("sizes", [{"batch": 8, "prompt_length": 30, "new_tokens": 2, "token_budget": 32}, {"batch": 12, "prompt_length": 3, "new_tokens": 4, "token_budget": 5}], ids=str)
+def test_bench_generate_wants_all_texts_in_flight(plans, sizes):
+    """The first ends before the last is read; fewer seats than texts."""
+    with pytest.raises(RewriteError, match="no step made a token of each of the"):
+        measure(plans / "ids", **sizes, repeat=1, kv_memory=1 << 20)
 
 
 def test_memory_sizes():
