@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
+
 from rewrite.errors import RewriteError
 from rewrite.runtime.communication import Communicator
 from rewrite.runtime.kv_cache import BlockPool
@@ -82,6 +84,9 @@ class Generator:
 
     def __init__(self, plan: str | os.PathLike[str] | Plan, *, device: str = "cpu", kv_memory: int | None = None, token_budget: int | None = None, seats: int = 64, reuse: bool = True,
                  communicator: Communicator | None = None, lookahead: int | None = None):  # fmt: skip
+        for name, value in (("kv_memory", kv_memory), ("token_budget", token_budget), ("seats", seats), ("lookahead", lookahead)):
+            if value is not None and not isinstance(value, (int, np.integer)):
+                raise RewriteError(f"Generator: {name} is {value!r}; it has to be a whole number{', of bytes' * (name == 'kv_memory')}")
         self.plan = plan if isinstance(plan, Plan) else Plan(plan, device=device)
         budget = default_budget(self.plan) if token_budget is None else token_budget
         self.model = PlanModel(self.plan, kv_memory, communicator, budget, max(1, min(seats, budget)))

@@ -19,7 +19,8 @@ from __future__ import annotations
 import json
 import math
 import operator
-from collections.abc import Callable, Iterable, Mapping, MutableSequence, Sequence
+import sys
+from collections.abc import Callable, Collection, Iterable, Mapping, MutableSequence, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -33,6 +34,7 @@ Array = np.ndarray[Any, Any]
 Allowed = Callable[[Sequence[int]], Any]
 LARGEST_NOISE = np.float32(22.9)  # -log(E) is at most -log(2^-33)
 NEVER = np.float32(-np.inf)
+LARGEST = float(np.finfo(np.float32).max)  # that a logit may be raised by
 IMPOSSIBLE = "no token is possible: every logit is -inf, or one is not a number"
 TOLD = (
     "temperature", "top_k", "top_p", "min_p", "typical_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "no_repeat_ngram", "bad_words", "min_new_tokens",
@@ -135,12 +137,12 @@ class Sampling:
         for token, value in self.logit_bias.items():
             if not isinstance(value, (int, float, np.number)):
                 self._wrong("logit_bias", "it has to map tokens to numbers")
+            if not (value == -math.inf or abs(value) <= LARGEST):
+                self._wrong("logit_bias", f"its values have to be finite in float32, or -inf")
             bias[self._token("logit_bias", token)] = float(value)
-        if any(math.isnan(v) or v == math.inf for v in bias.values()):
-            self._wrong("logit_bias", "its values have to be finite, or -inf")
-        if isinstance(self.stop, str) or not all(isinstance(s, str) and s for s in self.stop):
+        if isinstance(self.stop, str) or not isinstance(self.stop, Iterable) or not all(isinstance(s, str) and s for s in self.stop):
             self._wrong("stop", "it has to be a list of strings that are not empty")
-        if not isinstance(self.bad_words, Iterable) or any(isinstance(w, (str, int)) or not len(w) for w in self.bad_words):
+        if not isinstance(self.bad_words, Iterable) or any(isinstance(w, str) or not isinstance(w, Collection) or not len(w) for w in self.bad_words):
             self._wrong("bad_words", "it has to be a list of lists of tokens that are not empty")
         if not isinstance(self.stop_tokens, Iterable) or isinstance(self.stop_tokens, str):
             self._wrong("stop_tokens", "it has to be a list of tokens")
@@ -181,7 +183,7 @@ class Sampling:
 
     def _number(self, name: str, low: float = -math.inf, high: float = math.inf, above: bool = False) -> None:
         value = getattr(self, name)
-        good = isinstance(value, (int, float, np.number)) and not isinstance(value, bool) and math.isfinite(value)
+        good = isinstance(value, (int, float, np.number)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
         if good and (low < value if above else low <= value) and value <= high:
             return
         span = [f"{'above' if above else 'at least'} {low}"] * (low > -math.inf) + [f"at most {high}"] * (high < math.inf)

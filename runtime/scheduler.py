@@ -236,7 +236,7 @@ class Scheduler:
             raise Refused("request: the prompt is empty; it has to have at least one token")
         s.check(self.model.vocabulary)
         if s.stop and request.decode is None:
-            raise Refused("request: stop strings need text; give Request.decode")
+            raise Refused("request: stop strings need text; give Request.decode, or build the plan with --tokenizer FOLDER")
         longest = size + s.max_new_tokens
         if self.context is not None and longest > self.context:
             raise Refused(f"request: {size} tokens and {s.max_new_tokens} new ones are more than the model's {self.context}; shorten one of them")

@@ -331,6 +331,12 @@ WRONG = [
     ([[1, VOCABULARY]], {}, f"the prompt has token {VOCABULARY}"),
     ([[1]], {"temprature": 1}, "there is no option 'temprature'"),
     ([[1]], {"temperature": -1}, "temperature"),
+    ([[1]], {"stop": None}, "stop is None; it has to be a list of strings"),
+    ([[1]], {"stop": ["."]}, "build the plan with --tokenizer"),
+    ([[1]], {"bad_words": [None]}, r"bad_words is \[None\]; it has to be a list of lists"),
+    ([[1]], {"temperature": 10**400}, "it has to be a number at least 0"),
+    ([[1]], {"logit_bias": {1: 10**400}}, "its values have to be finite in float32"),
+    ([[1]], {"logit_bias": {1: 1e39}}, "its values have to be finite in float32"),
     ([[1]], {"max_new_tokens": POSITIONS}, f"are more than the model's {POSITIONS}"),
     (["words"], {}, "the plan has no tokenizer"),
     (5, {}, "a prompt is a text"),
@@ -357,6 +363,13 @@ def test_what_cannot_be_served_is_refused(plans, given, options, reason):
         generator.generate(given, **options)
     assert generator.scheduler.pool.used == 0
     assert generator.scheduler.unfinished <= 1  # the notice that the first was cancelled
+
+
+@pytest.mark.parametrize("option", ["kv_memory", "token_budget", "seats", "lookahead"])
+@pytest.mark.parametrize("value", ["4G", 2e6])
+def test_sizes_are_whole_numbers(plans, option, value):
+    with pytest.raises(RewriteError, match=f"Generator: {option} is .*; it has to be a whole number"):
+        rewrite.Generator(plans / "ids", **{option: value})
 
 
 def test_a_plan_that_generates_no_text(tmp_path):
@@ -401,6 +414,7 @@ def test_the_command(plans, tmp_path):
 @pytest.mark.parametrize(("arguments", "reason"), [
     (["--tokens", "a"], "write whole numbers"), ([], "there is no prompt"), (["--prompt", "w1"], "no tokenizer"), (["--tokens", "1", "--kv-memory", "much"], "write a number of bytes"),
     (["--tokens", "1", "--kv-memory", "10"], "a block of keys and values takes"), (["--tokens", "1", "--device", "cuda"], "device cuda needs CuPy"),
+    (["--tokens", "1", "--system", "w2"], "there is no --prompt that it could stand before"), (["--tokens", "1", "--stop", "."], "build the plan with --tokenizer"),
     (["--prompts", "none"], "cannot be read"), (["--tokens", "-5"], "the prompt has token -5"),
     (["--tokens", "1", "--kv-memory", "4000000G"], "of the 4096000000 MiB asked for; give less with --kv-memory"),
     (["--tokens", "1", "--n", "100000"], "n is 100000; it has to be a whole number, at least 1 and at most 1024"),
