@@ -138,7 +138,7 @@ class Sampling:
             if not isinstance(value, (int, float, np.number)):
                 self._wrong("logit_bias", "it has to map tokens to numbers")
             if not (value == -math.inf or abs(value) <= LARGEST):
-                self._wrong("logit_bias", f"its values have to be finite in float32, or -inf")
+                self._wrong("logit_bias", "its values have to be finite in float32, or -inf")
             bias[self._token("logit_bias", token)] = float(value)
         if isinstance(self.stop, str) or not isinstance(self.stop, Iterable) or not all(isinstance(s, str) and s for s in self.stop):
             self._wrong("stop", "it has to be a list of strings that are not empty")

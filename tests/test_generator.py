@@ -11,6 +11,7 @@ import threading
 import time
 
 import numpy as np
+import onnx
 import pytest
 from click.testing import CliRunner
 from decoder import BY_RANGE, POSITIONS, VOCABULARY, WINDOW, decoder
@@ -298,6 +299,23 @@ def test_the_end_of_text_ends_it(plans, expected):
         assert generation.tokens == whole[:end]
         assert generation.choices[0].finished == ("stop" if 0 in whole else "length")
     assert [g.tokens for g in generator.generate(prompts(), max_new_tokens=20, ignore_eos=True)] == expected
+
+
+def test_a_text_that_is_no_number_harms_no_other(tmp_path, expected):
+    """Token 7 is NaN: its text ends with an error, and neither who is in flight with it nor who gets its blocks notices."""
+    model = decoder(positions=BY_RANGE)
+    table = next(i for i in model.graph.initializer if i.name == "table")
+    values = onnx.numpy_helper.to_array(table).copy()
+    values[7] = np.nan
+    table.CopyFrom(onnx.numpy_helper.from_array(values, "table"))
+    plan = rewrite.build(rewrite.optimize(model, generate=True, block_size=4, verify=False).model, tmp_path / "plan", engines=False, verify=False)
+    generator = rewrite.Generator(plan, kv_memory=1 << 20)
+    whole = [i for i, (prompt, text) in enumerate(zip(prompts(), expected, strict=True)) if 7 not in prompt + text]
+    assert len(whole) > 3
+    for given in (prompts(), list(reversed(prompts()))):
+        made = generator.generate([[7, 7, 7, 7, 7], *given], max_new_tokens=20)
+        assert "no token is possible" in made[0].choices[0].error
+        assert all(made[1 + i].tokens == expected[prompts().index(given[i])] for i in range(8) if prompts().index(given[i]) in whole)
 
 
 def test_text_in_and_out(plans):
