@@ -19,7 +19,6 @@ from __future__ import annotations
 import json
 import math
 import operator
-import sys
 from collections.abc import Callable, Collection, Iterable, Mapping, MutableSequence, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -137,9 +136,10 @@ class Sampling:
         for token, value in self.logit_bias.items():
             if not isinstance(value, (int, float, np.number)):
                 self._wrong("logit_bias", "it has to map tokens to numbers")
-            if not (value == -math.inf or abs(value) <= LARGEST):
+            number = as_float(value)
+            if not (number == -math.inf or abs(number) <= LARGEST):
                 self._wrong("logit_bias", "its values have to be finite in float32, or -inf")
-            bias[self._token("logit_bias", token)] = float(value)
+            bias[self._token("logit_bias", token)] = number
         if isinstance(self.stop, str) or not isinstance(self.stop, Iterable) or not all(isinstance(s, str) and s for s in self.stop):
             self._wrong("stop", "it has to be a list of strings that are not empty")
         if not isinstance(self.bad_words, Iterable) or any(isinstance(w, str) or not isinstance(w, Collection) or not len(w) for w in self.bad_words):
@@ -183,8 +183,8 @@ class Sampling:
 
     def _number(self, name: str, low: float = -math.inf, high: float = math.inf, above: bool = False) -> None:
         value = getattr(self, name)
-        good = isinstance(value, (int, float, np.number)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
-        if good and (low < value if above else low <= value) and value <= high:
+        number = as_float(value) if isinstance(value, (int, float, np.number)) and not isinstance(value, bool) else math.nan
+        if math.isfinite(number) and (low < number if above else low <= number) and number <= high:
             return
         span = [f"{'above' if above else 'at least'} {low}"] * (low > -math.inf) + [f"at most {high}"] * (high < math.inf)
         self._wrong(name, f"it has to be a number{' ' if span else ''}{' and '.join(span)}")
@@ -203,6 +203,14 @@ class Sampling:
         if token < 0:
             raise RewriteError(f"Sampling: {name} has {value!r} where a token belongs; tokens are whole numbers from 0")
         return token
+
+
+def as_float(value: Any) -> float:
+    """A number as a float; infinite if it is too large for one."""
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf
 
 
 @dataclass
