@@ -332,6 +332,31 @@ def test_text_in_and_out(plans):
     assert len(pieces) == 6
 
 
+FIRST_PROMPTS = """
+import sys, threading
+import rewrite
+assert "transformers" not in sys.modules
+generators = [rewrite.Generator(sys.argv[1], kv_memory=1 << 20) for _ in range(2)]
+together, made = threading.Barrier(6), []
+
+def work(generator):
+    together.wait()
+    made.append(generator.generate("w1 w2", max_new_tokens=2)[0].tokens)
+
+threads = [threading.Thread(target=work, args=(generators[i % 2],)) for i in range(6)]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+assert len(made) == 6 and made[1:] == made[:-1], made
+"""
+
+
+def test_the_first_prompts_may_come_from_several_threads(plans):
+    done = subprocess.run([sys.executable, "-c", FIRST_PROMPTS, str(plans / "text")], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-500:]
+
+
 def test_options_reach_the_sampler(plans):
     generator = rewrite.Generator(plans / "ids", kv_memory=1 << 20)
     options = {"max_new_tokens": 12, "temperature": 40.0, "seed": 5, "n": 3, "logprobs": 2}
