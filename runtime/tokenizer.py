@@ -65,7 +65,7 @@ class Tokenizer:
             try:
                 self.inner: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
             except Exception as error:
-                raise RewriteError(f"{folder}: the tokenizer cannot be loaded: {type(error).__name__}: {str(error).splitlines()[0][:200]}") from error
+                raise RewriteError(f"{folder}: the tokenizer cannot be loaded: {type(error).__name__}: {str(error)[:200]}") from error
 
     @property
     def has_chat_template(self) -> bool:

@@ -357,6 +357,16 @@ def test_the_first_prompts_may_come_from_several_threads(plans):
     assert done.returncode == 0, done.stderr[-500:]
 
 
+@pytest.mark.parametrize("text", ["", "a\nb"])
+def test_a_tokenizer_that_cannot_be_loaded_is_one_line(plans, monkeypatch, text):
+    def fail(*_, **__):
+        raise AssertionError(text)
+
+    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", fail)
+    with pytest.raises(RewriteError, match=r"tokenizer: the tokenizer cannot be loaded: AssertionError:"):
+        rewrite.Generator(plans / "text", kv_memory=1 << 20).generate("w1")
+
+
 def test_options_reach_the_sampler(plans):
     generator = rewrite.Generator(plans / "ids", kv_memory=1 << 20)
     options = {"max_new_tokens": 12, "temperature": 40.0, "seed": 5, "n": 3, "logprobs": 2}
