@@ -33,7 +33,7 @@ Array = np.ndarray[Any, Any]
 Allowed = Callable[[Sequence[int]], Any]
 LARGEST_NOISE = np.float32(22.9)  # -log(E) is at most -log(2^-33)
 NEVER = np.float32(-np.inf)
-LARGEST = float(np.finfo(np.float32).max)  # that a logit may be raised by
+LEAST, LARGEST = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
 IMPOSSIBLE = "no token is possible: every logit is -inf, or one is not a number"
 TOLD = (
     "temperature", "top_k", "top_p", "min_p", "typical_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "no_repeat_ngram", "bad_words", "min_new_tokens",
@@ -184,8 +184,11 @@ class Sampling:
     def _number(self, name: str, low: float = -math.inf, high: float = math.inf, above: bool = False) -> None:
         value = getattr(self, name)
         number = as_float(value) if isinstance(value, (int, float, np.number)) and not isinstance(value, bool) else math.nan
-        if math.isfinite(number) and (low < number if above else low <= number) and number <= high:
+        held = abs(number) <= LARGEST and (number == 0 or abs(number) >= LEAST)
+        if held and (low < number if above else low <= number) and number <= high:
             return
+        if math.isfinite(number) and not held:
+            self._wrong(name, f"logits are float32, which knows sizes from {LEAST:.1e} to {LARGEST:.1e}")
         span = [f"{'above' if above else 'at least'} {low}"] * (low > -math.inf) + [f"at most {high}"] * (high < math.inf)
         self._wrong(name, f"it has to be a number{' ' if span else ''}{' and '.join(span)}")
 
