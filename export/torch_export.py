@@ -159,7 +159,12 @@ def _export(source: Source, file: Path, data: str, opset: int, exporter: str) ->
 def _with_torchscript(source: Source, file: Path, opset: int) -> None:
     axes = {n: dict(a) for n, a in source.dynamic.items() if a}
     arguments = (*source.inputs.values(),)
-    torch.onnx.export(source.module, arguments, str(file), dynamo=False, opset_version=opset, input_names=list(source.inputs), output_names=source.outputs, dynamic_axes=axes)
+    log = torch._C._jit_onnx_log  # prints the whole graph where an export fails, past Python's standard output
+    torch._C._jit_onnx_log = lambda *_: None
+    try:
+        torch.onnx.export(source.module, arguments, str(file), dynamo=False, opset_version=opset, input_names=list(source.inputs), output_names=source.outputs, dynamic_axes=axes)
+    finally:
+        torch._C._jit_onnx_log = log
 
 
 def _with_dynamo(source: Source, file: Path, data: str | None, opset: int) -> None:

@@ -99,7 +99,8 @@ def store(cache: Array, new: Array, slots: Array) -> None:
 def attend(queries: Array, key_cache: Array, value_cache: Array, tables: Array, first: Array, lengths: Array, scale: float, window: int, softcap: float) -> Array:
     """Attention of queries [B, G, R, Q, D], the q-th at position first[b] + q, over the lengths[b] keys of each sequence.
 
-    Only blocks that some query sees are gathered. Returns [B, G, R, Q, E] in the type of the queries.
+    Only blocks that some query sees are gathered, and of what lies past a sequence's keys nothing counts: a NaN that others left there
+    would outlive a weight of 0. Returns [B, G, R, Q, E] in the type of the queries.
     """
     batch, heads, repeats, count, size = queries.shape
     block = key_cache.shape[1]
@@ -109,13 +110,18 @@ def attend(queries: Array, key_cache: Array, value_cache: Array, tables: Array, 
     blocks = np.take_along_axis(tables, np.minimum(columns, tables.shape[1] - 1), 1)
     blocks = np.where(columns * block < lengths[:, None], blocks, 0)  # what a table holds past its sequence is not read
     lie = _as_slice(blocks[0]) if batch == 1 else blocks  # gathered or, where the blocks of one text follow one another, as they lie
-    keys = wide(key_cache[lie]).reshape(batch, -1, heads, size).transpose(0, 2, 3, 1)
-    values = wide(value_cache[lie]).reshape(batch, -1, heads, value_cache.shape[3]).transpose(0, 2, 1, 3)
+    keys, values = (wide(cache[lie]).reshape(batch, -1, heads, cache.shape[3]) for cache in (key_cache, value_cache))
+    places = begin[:, None] * block + np.arange(keys.shape[1], like=tables)
+    if batch == 1:
+        there = int(lengths[0] - begin[0] * block)
+        keys, values, places = keys[:, :there], values[:, :there], places[:, :there]
+    else:
+        values[places >= lengths[:, None]] = 0
+    keys, values = keys.transpose(0, 2, 3, 1), values.transpose(0, 2, 1, 3)
     scores = np.matmul(wide(queries).reshape(batch, heads, repeats * count, size), keys) * np.asarray(scale, values.dtype)
     if softcap:
         scores = np.tanh(scores / softcap) * softcap
     scores = scores.reshape(batch, heads, repeats, count, -1)
-    places = begin[:, None] * block + np.arange(scores.shape[-1], like=tables)
     distance = first[:, None, None] + np.arange(count, like=tables)[:, None] - places[:, None]
     seen = (distance >= 0) & (distance < window) if window else distance >= 0
     scores = np.where(seen[:, None, None], scores, -np.inf)

@@ -93,6 +93,8 @@ def _generate(generator: Generator, prompts: tuple[str, ...], file: str | None, 
     given: list[Prompt] = [*(_chat(t, system) if _chats(generator, chat, system) else t for t in texts), *map(_ids, tokens)]
     if not given:
         raise RewriteError("generate: there is no prompt; give --prompt TEXT, --prompts FILE or --tokens IDS")
+    if system is not None and not texts:
+        raise RewriteError("--system: there is no --prompt that it could stand before; token ids are taken as they are")
     started = time.perf_counter()
     if len(given) == 1 and options["n"] == 1 and not as_json:
         _print_as_it_comes(generator, given[0], ignore_eos, options)

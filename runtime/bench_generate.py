@@ -59,6 +59,9 @@ def _measured(generator: Generator, batch: int, prompt_length: int, new_tokens: 
         if turn:  # the first run warms up
             prefill.append(ends[first][0] - started)
             steps += [(b[0] - a[0]) * batch / b[1] for a, b in zip(ends[first:], ends[first + 1 :], strict=False) if b[1] and b[1] % batch == 0]
+    if not steps:
+        how = "give more --new-tokens, or a larger --token-budget"
+        raise RewriteError(f"bench-generate: no step made a token of each of the {batch} texts: some ended, or found no seat, before the last one's prompt was read; {how}")
     step, read = statistics.median(steps), statistics.median(prefill)
     size = weights_read(generator)
     return {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import os
 import threading
@@ -10,6 +11,8 @@ from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
+
+import numpy as np
 
 from rewrite.errors import RewriteError
 from rewrite.runtime.communication import Communicator
@@ -74,12 +77,16 @@ class Generator:
     communicator  to the other ranks of a plan for several, each of which makes one with the same options. Rank 0 generates and at the end
                   calls `model.stop()`; the others call `model.follow()` (`plan_model.PlanModel`)
 
-    It may be used from several threads, and from several coroutines of any event loop. Raises RewriteError if the plan is no
+    It may be used from several threads, and from several coroutines of any event loop. A hook or a sink, which runs in the middle of a step,
+    may cancel requests and ask for `stats`; whatever else it asks of its own generator is refused. Raises RewriteError if the plan is no
     text generator.
     """
 
     def __init__(self, plan: str | os.PathLike[str] | Plan, *, device: str = "cpu", kv_memory: int | None = None, token_budget: int | None = None, seats: int = 64, reuse: bool = True,
                  communicator: Communicator | None = None, lookahead: int | None = None):  # fmt: skip
+        for name, value in (("kv_memory", kv_memory), ("token_budget", token_budget), ("seats", seats), ("lookahead", lookahead)):
+            if value is not None and not isinstance(value, (int, np.integer)):
+                raise RewriteError(f"Generator: {name} is {value!r}; it has to be a whole number{', of bytes' * (name == 'kv_memory')}")
         self.plan = plan if isinstance(plan, Plan) else Plan(plan, device=device)
         budget = default_budget(self.plan) if token_budget is None else token_budget
         self.model = PlanModel(self.plan, kv_memory, communicator, budget, max(1, min(seats, budget)))
@@ -91,7 +98,9 @@ class Generator:
         ends = (int(i) for i in self.model.found.get("eos") or ())
         self.eos = tuple(i for i in ends if 0 <= i < self.model.vocabulary)  # a configuration may name another vocabulary's
         self._tokenizer: Tokenizer | None = None
-        self._lock = threading.Lock()  # of the scheduler and the sinks
+        self._lock = threading.RLock()  # of the scheduler and the sinks
+        self._busy = False  # with the scheduler: whoever comes all the same was called by it
+        self._gone: list[int] = []  # cancelled meanwhile
         self._sinks: dict[int, Callable[[Output], None]] = {}
 
     @property
@@ -202,16 +211,20 @@ class Generator:
         return Request(tokens, chosen, decode=self.tokenizer.continuation(tokens) if self.has_tokenizer else None)
 
     def tokens(self, prompt: Prompt) -> Sequence[int]:
-        """The ids of a prompt, a dialogue by the tokenizer's template. Raises RewriteError without tokenizer or template."""
+        """The ids of a prompt, a dialogue by the tokenizer's template. Raises RewriteError without tokenizer or template, or for what is no prompt."""
         if isinstance(prompt, str):
             return self.tokenizer.encode(prompt)
-        if prompt and isinstance(prompt[0], dict):
-            return self.tokenizer.encode_chat([m for m in prompt if isinstance(m, dict)])
+        if isinstance(prompt, (bytes, bytearray)):
+            raise RewriteError(f"generate: the prompt {bytes(prompt[:20])!r} is bytes; give text (.decode()), or a list of token ids")
+        if messages := [m for m in prompt if isinstance(m, dict)]:
+            if len(messages) < len(prompt):
+                raise RewriteError("generate: a dialogue holds messages {'role': ..., 'content': ...} and nothing else; put several prompts into a list, and each dialogue into one of its own")
+            return self.tokenizer.encode_chat(messages)
         return cast(Sequence[int], prompt)
 
     def add(self, request: Request, sink: Callable[[Output], None]) -> int:
         """Queue a request, whose outputs go to `sink`, in whatever thread steps; returns its number. Raises RewriteError if it can never be served."""
-        with self._lock:
+        with self._alone():
             try:
                 number = self.scheduler.add(request)
             except ValueError as error:
@@ -222,7 +235,7 @@ class Generator:
     def step(self) -> None:
         """One step for all who wait, each of whom gets what is new. A sink that raises gets no more, and its error goes on when all have theirs."""
         wrong: BaseException | None = None
-        with self._lock:
+        with self._alone():
             for output in self.scheduler.step():
                 sink = self._sinks.get(output.request)
                 try:
@@ -238,10 +251,28 @@ class Generator:
             raise wrong
 
     def cancel(self, number: int) -> None:
-        """Give up a request, if it is not over: it gets no more outputs, and its blocks are free."""
+        """Give up a request, if it is not over: it gets no more outputs, and its blocks are free, in the middle of a step when that ends."""
         with self._lock:
-            if self._sinks.pop(number, None) is not None:
-                self.scheduler.cancel(number)
+            if self._sinks.pop(number, None) is None:
+                return
+            self._gone.append(number)
+            if not self._busy:
+                with self._alone():
+                    pass
+
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        """The scheduler for one caller. A hook that it calls, or Python's collector, which closes forgotten iterators at any time, may cancel meanwhile."""
+        with self._lock:
+            if self._busy:
+                raise RewriteError("generate: called by a hook or a sink of the same generator, in the middle of its step; call it afterwards, or use another generator")
+            self._busy = True
+            try:
+                yield
+            finally:
+                while self._gone:
+                    self.scheduler.cancel(self._gone.pop())
+                self._busy = False
 
 
 def default_budget(plan: Plan) -> int:

@@ -28,6 +28,7 @@ class Job:
         self.arrived = now
         self.started = False
         self.spoke = False
+        self.failed = False  # one of its outputs ended with an error
 
 
 class Sequence:

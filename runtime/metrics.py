@@ -18,6 +18,7 @@ def times() -> deque[float]:
 class Metrics:
     """Counts since the start, and times in seconds.
 
+    finished, cancelled, failed   requests; failed: with an error in one output or more
     queue         from `add` to the first step that computes a token of the request
     first_token   from `add` to its first token
     between       from one token to the next of one output; an output preempted in between shows as a long time

@@ -19,7 +19,7 @@ from __future__ import annotations
 import json
 import math
 import operator
-from collections.abc import Callable, Iterable, Mapping, MutableSequence, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, MutableSequence, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -33,6 +33,7 @@ Array = np.ndarray[Any, Any]
 Allowed = Callable[[Sequence[int]], Any]
 LARGEST_NOISE = np.float32(22.9)  # -log(E) is at most -log(2^-33)
 NEVER = np.float32(-np.inf)
+LEAST, LARGEST = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
 IMPOSSIBLE = "no token is possible: every logit is -inf, or one is not a number"
 TOLD = (
     "temperature", "top_k", "top_p", "min_p", "typical_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "no_repeat_ngram", "bad_words", "min_new_tokens",
@@ -135,12 +136,13 @@ class Sampling:
         for token, value in self.logit_bias.items():
             if not isinstance(value, (int, float, np.number)):
                 self._wrong("logit_bias", "it has to map tokens to numbers")
-            bias[self._token("logit_bias", token)] = float(value)
-        if any(math.isnan(v) or v == math.inf for v in bias.values()):
-            self._wrong("logit_bias", "its values have to be finite, or -inf")
-        if isinstance(self.stop, str) or not all(isinstance(s, str) and s for s in self.stop):
+            number = as_float(value)
+            if not (number == -math.inf or abs(number) <= LARGEST):
+                self._wrong("logit_bias", "its values have to be finite in float32, or -inf")
+            bias[self._token("logit_bias", token)] = number
+        if isinstance(self.stop, str) or not isinstance(self.stop, Iterable) or not all(isinstance(s, str) and s for s in self.stop):
             self._wrong("stop", "it has to be a list of strings that are not empty")
-        if not isinstance(self.bad_words, Iterable) or any(isinstance(w, (str, int)) or not len(w) for w in self.bad_words):
+        if not isinstance(self.bad_words, Iterable) or any(isinstance(w, str) or not isinstance(w, Collection) or not len(w) for w in self.bad_words):
             self._wrong("bad_words", "it has to be a list of lists of tokens that are not empty")
         if not isinstance(self.stop_tokens, Iterable) or isinstance(self.stop_tokens, str):
             self._wrong("stop_tokens", "it has to be a list of tokens")
@@ -181,9 +183,12 @@ class Sampling:
 
     def _number(self, name: str, low: float = -math.inf, high: float = math.inf, above: bool = False) -> None:
         value = getattr(self, name)
-        good = isinstance(value, (int, float, np.number)) and not isinstance(value, bool) and math.isfinite(value)
-        if good and (low < value if above else low <= value) and value <= high:
+        number = as_float(value) if isinstance(value, (int, float, np.number)) and not isinstance(value, bool) else math.nan
+        held = abs(number) <= LARGEST and (number == 0 or abs(number) >= LEAST)
+        if held and (low < number if above else low <= number) and number <= high:
             return
+        if math.isfinite(number) and not held:
+            self._wrong(name, f"logits are float32, which knows sizes from {LEAST:.1e} to {LARGEST:.1e}")
         span = [f"{'above' if above else 'at least'} {low}"] * (low > -math.inf) + [f"at most {high}"] * (high < math.inf)
         self._wrong(name, f"it has to be a number{' ' if span else ''}{' and '.join(span)}")
 
@@ -201,6 +206,14 @@ class Sampling:
         if token < 0:
             raise RewriteError(f"Sampling: {name} has {value!r} where a token belongs; tokens are whole numbers from 0")
         return token
+
+
+def as_float(value: Any) -> float:
+    """A number as a float; infinite if it is too large for one."""
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf
 
 
 @dataclass

@@ -26,7 +26,7 @@ from rewrite.runtime.groups import Group, Job, Plan, Sequence, arrays, order
 from rewrite.runtime.kv_cache import BlockPool, BlockTable, OutOfBlocks
 from rewrite.runtime.metrics import Metrics
 from rewrite.runtime.requests import Decoder, Model, Output, Refused, Request
-from rewrite.runtime.sampling import Logprob, Row, Sampler, Samples
+from rewrite.runtime.sampling import IMPOSSIBLE, Logprob, Row, Sampler, Samples
 from rewrite.runtime.text_stream import TextStream
 
 Array = np.ndarray[Any, Any]
@@ -236,7 +236,7 @@ class Scheduler:
             raise Refused("request: the prompt is empty; it has to have at least one token")
         s.check(self.model.vocabulary)
         if s.stop and request.decode is None:
-            raise Refused("request: stop strings need text; give Request.decode")
+            raise Refused("request: stop strings need text; give Request.decode, or build the plan with --tokenizer FOLDER")
         longest = size + s.max_new_tokens
         if self.context is not None and longest > self.context:
             raise Refused(f"request: {size} tokens and {s.max_new_tokens} new ones are more than the model's {self.context}; shorten one of them")
@@ -470,14 +470,23 @@ class Scheduler:
             self._timed(group, now, len(new))
         if error is not None:
             return replace(self._fail(group, error), tokens=new, text=text, logprobs=said)
-        done = self._finish(group) if finished else False
-        self.metrics.finished += done
-        return Output(job.number, row.choice, new, text, said, finished, done=done)
+        return Output(job.number, row.choice, new, text, said, finished, done=self._end(group) if finished else False)
 
     def _fail(self, group: Group, error: str) -> Output:
+        group.job.failed = True
+        return Output(group.job.number, group.sequences[0].row.choice, finished="error", error=error, done=self._end(group))
+
+    def _fail_all(self, group: Group, error: str) -> list[Output]:
+        """Of beams: none of the outputs comes."""
+        failed, last = self._fail(group, error), group.job.request.sampling.n - 1
+        return [replace(failed, choice=i, done=i == last) for i in range(last + 1)]
+
+    def _end(self, group: Group) -> bool:
+        """It has all its tokens, or failed; True if this was the last of its request, which is counted."""
         done = self._finish(group)
-        self.metrics.failed += 1
-        return Output(group.job.number, group.sequences[0].row.choice, finished="error", error=error, done=done)
+        self.metrics.failed += done and group.job.failed
+        self.metrics.finished += done and not group.job.failed
+        return done
 
     def _timed(self, group: Group, now: float, tokens: int) -> None:
         if group.last:
@@ -494,7 +503,7 @@ class Scheduler:
         scores, errors = self._sampler.log_probabilities(logits, at, [b.row for b in old])
         error = next((e for e in errors if e), None)
         if error is not None:
-            return [self._fail(group, error)]
+            return self._fail_all(group, error)
         if len(old) == 1:
             scores = np.repeat(scores, s.beams, axis=0)
         try:
@@ -502,7 +511,7 @@ class Scheduler:
             if beams.done:
                 return self._best(group, now)
         except Exception as wrong:  # of the user's decode
-            return [self._fail(group, f"decode: {blame(wrong)}")]
+            return self._fail_all(group, f"decode: {blame(wrong)}")
         tables: list[BlockTable] = []
         taken: set[int] = set()
         for parent in (min(p, len(old) - 1) for p in parents):
@@ -531,12 +540,16 @@ class Scheduler:
         assert group.beams is not None
         found = []
         for choice, beam in enumerate(group.beams.outputs()):
+            if not beam.tokens:  # nothing was left that could follow
+                job.failed = True
+                found.append(Output(job.number, choice, finished="error", error=IMPOSSIBLE, done=choice == s.n - 1))
+                continue
             stopped = bool(beam.tokens) and beam.tokens[-1] in s.stop_tokens
             stream = TextStream(job.request.decode, s.stop) if job.request.decode else None
             text = "".join(stream.add(t) for t in beam.tokens[: len(beam.tokens) - stopped]) + stream.end() if stream else ""
             reason = "stop" if stopped or (stream and stream.found) else "length"
             found.append(Output(job.number, choice, beam.tokens, text, finished=reason, score=beam.score, done=choice == s.n - 1))
-        self._timed(group, now, sum(len(o.tokens) for o in found))
-        self._finish(group)
-        self.metrics.finished += 1
+        if any(o.tokens for o in found):
+            self._timed(group, now, sum(len(o.tokens) for o in found))
+        self._end(group)
         return found

@@ -6,6 +6,7 @@ import functools
 import json
 import os
 import shutil
+import threading
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from rewrite.errors import RewriteError
 from rewrite.model import Model
 
 FOLDER, EOS = "rewrite.tokenizer", "rewrite.eos"  # of a model's metadata: an absolute path, and ids as a JSON list
+_loading = threading.Lock()  # transformers imports its parts when they are asked for, which two threads cannot do at once
 TAIL = 4  # tokens of a prompt that are decoded again with what follows
 FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "tokenizer.model", "chat_template.jinja")
 
@@ -55,14 +57,15 @@ class Tokenizer:
     """Text to token ids and back."""
 
     def __init__(self, folder: Path):
-        try:
-            import transformers
-        except ImportError as error:
-            raise RewriteError("text needs the tokenizers of transformers; install the extra: pip install 'rewrite-onnx[export]', or give token ids") from error
-        try:
-            self.inner: Any = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        except Exception as error:
-            raise RewriteError(f"{folder}: the tokenizer cannot be loaded: {type(error).__name__}: {str(error).splitlines()[0][:200]}") from error
+        with _loading:
+            try:
+                from transformers import AutoTokenizer
+            except ImportError as error:
+                raise RewriteError("text needs the tokenizers of transformers; install the extra: pip install 'rewrite-onnx[export]', or give token ids") from error
+            try:
+                self.inner: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+            except Exception as error:
+                raise RewriteError(f"{folder}: the tokenizer cannot be loaded: {type(error).__name__}: {str(error)[:200]}") from error
 
     @property
     def has_chat_template(self) -> bool:
@@ -74,12 +77,19 @@ class Tokenizer:
         return [int(i) for i in self.inner(text)["input_ids"]]
 
     def encode_chat(self, messages: Sequence[dict[str, str]]) -> list[int]:
-        """The ids of a dialogue, [{"role": "user", "content": ...}, ...], up to where the model answers. Raises RewriteError without a template."""
+        """The ids of a dialogue, [{"role": "user", "content": ...}, ...], up to where the model answers.
+
+        Raises RewriteError without a template, or with what it says: many refuse a system message, or two of one role in a row.
+        """
         if not self.has_chat_template:
             raise RewriteError("the tokenizer has no chat template; give the prompt as plain text (--no-chat)")
         for message in messages:
-            _check_text(message.get("content", ""))
-        made = self.inner.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=True, return_dict=True)
+            if isinstance(content := message.get("content"), str):
+                _check_text(content)
+        try:
+            made = self.inner.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=True, return_dict=True)
+        except Exception as error:  # of the template, whose author chose it
+            raise RewriteError(f"the tokenizer's chat template does not take these messages: {type(error).__name__}: {str(error)[:300]}") from error
         return [int(i) for i in made["input_ids"]]
 
     def decode(self, ids: Iterable[int]) -> str:

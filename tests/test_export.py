@@ -299,6 +299,18 @@ def test_new_large_weights_replace_the_old_ones_only_with_their_model(tmp_path, 
     np.testing.assert_allclose(out, source.run({"input": torch.ones(1, 64)})[0], rtol=1e-4, atol=1e-5)
 
 
+def test_what_torchscript_cannot_export_is_one_line(tmp_path, capfd):
+    """PyTorch prints the graph, of a large model thousands of lines, from C++."""
+
+    class Singular(torch.nn.Module):
+        def forward(self, x):
+            return torch.linalg.svdvals(x)
+
+    with pytest.raises(rewrite.RewriteError, match=r"linalg_svdvals.* is not supported; try the dynamo exporter"):
+        export(as_source(Singular(), torch.ones(3, 4)), tmp_path / "m.onnx", exporter="torchscript")
+    assert capfd.readouterr() == ("", "")
+
+
 def test_the_torchscript_exporter_refuses_large_weights(tmp_path, monkeypatch):
     monkeypatch.setattr("rewrite.export.torch_export.LARGE", 100)
     with pytest.raises(rewrite.RewriteError, match=r"TorchScript exporter cannot write .* GB of weights; use the dynamo exporter"):

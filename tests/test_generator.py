@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import threading
 import time
 
 import numpy as np
+import onnx
 import pytest
 from click.testing import CliRunner
 from decoder import BY_RANGE, POSITIONS, VOCABULARY, WINDOW, decoder
@@ -25,7 +27,8 @@ from rewrite.runtime.plan_model import PlanModel
 
 WORDS = [f"w{i}" for i in range(VOCABULARY - 3)]
 LENGTHS = (1, 3, 8, 5, 17, 2, 24, 11)
-TEMPLATE = "{% for m in messages %}{{ m['role'] }} {{ m['content'] }} {% endfor %}{% if add_generation_prompt %}w7{% endif %}"
+TEMPLATE = """{% if messages[0]['content'] == 'w9' %}{{ raise_exception('not w9') }}{% endif %}
+{% for m in messages %}{{ m['role'] }} {{ m['content'] }} {% endfor %}{% if add_generation_prompt %}w7{% endif %}"""
 
 
 @pytest.fixture(scope="module")
@@ -246,6 +249,47 @@ def test_who_finds_its_request_over_has_all_outputs(plans):
     assert there == [True, True, True]
 
 
+def test_hooks_and_the_collector_may_cancel_in_the_middle_of_a_step(plans, expected):
+    """An iterator that nobody holds any more is closed wherever Python collects, perhaps by the thread that is in a step."""
+    generator, cycle = rewrite.Generator(plans / "ids", kv_memory=1 << 20), []
+    cycle += [cycle, generator.iterate(prompts()[4], max_new_tokens=50)]
+    next(cycle[1])
+    numbers, heard = [], []
+    for i in (2, 5):
+        number = generator.add(generator.request(prompts()[i], None, True, {"max_new_tokens": 20}), lambda output: (heard.append(output.request), generator.cancel(numbers[0])))
+        numbers.append(number)
+    del cycle
+
+    def hook(tokens):
+        gc.collect()
+        generator.cancel(numbers[1])
+        return range(int(generator.stats()["added"]), VOCABULARY)
+
+    done = []
+    work = threading.Thread(target=lambda: done.extend(generator.generate(prompts()[0], max_new_tokens=4, allowed=hook)[0].tokens), daemon=True)
+    work.start()
+    work.join(10)
+    assert (len(done), set(heard)) == (4, {numbers[0]})
+    assert generator.stats()["cancelled"] == 3
+    generator.step()
+    assert (generator.scheduler.pool.used, generator.scheduler.unfinished) == (0, 0)
+
+
+def test_a_hook_that_generates_is_told_so(plans, expected):
+    generator = rewrite.Generator(plans / "ids", kv_memory=1 << 20)
+    other, made = rewrite.Generator(plans / "ids", kv_memory=1 << 20), []
+
+    def work():
+        for asked in (other, generator):
+            made.append(generator.generate(prompts()[2], max_new_tokens=3, allowed=lambda tokens, g=asked: g.generate(prompts()[2], max_new_tokens=1)[0].tokens)[0].choices[0])
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    thread.join(10)
+    assert made[0].tokens == expected[2][:1] * 3
+    assert "called by a hook or a sink of the same generator" in made[1].error
+
+
 def test_the_end_of_text_ends_it(plans, expected):
     """Token 0 is the end: what comes after it in the text without end is not generated."""
     generator = rewrite.Generator(plans / "text", kv_memory=1 << 20)
@@ -255,6 +299,23 @@ def test_the_end_of_text_ends_it(plans, expected):
         assert generation.tokens == whole[:end]
         assert generation.choices[0].finished == ("stop" if 0 in whole else "length")
     assert [g.tokens for g in generator.generate(prompts(), max_new_tokens=20, ignore_eos=True)] == expected
+
+
+def test_a_text_that_is_no_number_harms_no_other(tmp_path, expected):
+    """Token 7 is NaN: its text ends with an error, and neither who is in flight with it nor who gets its blocks notices."""
+    model = decoder(positions=BY_RANGE)
+    table = next(i for i in model.graph.initializer if i.name == "table")
+    values = onnx.numpy_helper.to_array(table).copy()
+    values[7] = np.nan
+    table.CopyFrom(onnx.numpy_helper.from_array(values, "table"))
+    plan = rewrite.build(rewrite.optimize(model, generate=True, block_size=4, verify=False).model, tmp_path / "plan", engines=False, verify=False)
+    generator = rewrite.Generator(plan, kv_memory=1 << 20)
+    whole = [i for i, (prompt, text) in enumerate(zip(prompts(), expected, strict=True)) if 7 not in prompt + text]
+    assert len(whole) > 3
+    for given in (prompts(), list(reversed(prompts()))):
+        made = generator.generate([[7, 7, 7, 7, 7], *given], max_new_tokens=20)
+        assert "no token is possible" in made[0].choices[0].error
+        assert all(made[1 + i].tokens == expected[prompts().index(given[i])] for i in range(8) if prompts().index(given[i]) in whole)
 
 
 def test_text_in_and_out(plans):
@@ -269,6 +330,41 @@ def test_text_in_and_out(plans):
     pieces = [o.text for o in generator.iterate("w1 w5 w9", max_new_tokens=6, ignore_eos=True)]
     assert "".join(pieces) == by_text.text
     assert len(pieces) == 6
+
+
+FIRST_PROMPTS = """
+import sys, threading
+import rewrite
+assert "transformers" not in sys.modules
+generators = [rewrite.Generator(sys.argv[1], kv_memory=1 << 20) for _ in range(2)]
+together, made = threading.Barrier(6), []
+
+def work(generator):
+    together.wait()
+    made.append(generator.generate("w1 w2", max_new_tokens=2)[0].tokens)
+
+threads = [threading.Thread(target=work, args=(generators[i % 2],)) for i in range(6)]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+assert len(made) == 6 and made[1:] == made[:-1], made
+"""
+
+
+def test_the_first_prompts_may_come_from_several_threads(plans):
+    done = subprocess.run([sys.executable, "-c", FIRST_PROMPTS, str(plans / "text")], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-500:]
+
+
+@pytest.mark.parametrize("text", ["", "a\nb"])
+def test_a_tokenizer_that_cannot_be_loaded_is_one_line(plans, monkeypatch, text):
+    def fail(*_, **__):
+        raise AssertionError(text)
+
+    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", fail)
+    with pytest.raises(RewriteError, match=r"tokenizer: the tokenizer cannot be loaded: AssertionError:"):
+        rewrite.Generator(plans / "text", kv_memory=1 << 20).generate("w1")
 
 
 def test_options_reach_the_sampler(plans):
@@ -288,6 +384,12 @@ WRONG = [
     ([[1, VOCABULARY]], {}, f"the prompt has token {VOCABULARY}"),
     ([[1]], {"temprature": 1}, "there is no option 'temprature'"),
     ([[1]], {"temperature": -1}, "temperature"),
+    ([[1]], {"stop": None}, "stop is None; it has to be a list of strings"),
+    ([[1]], {"stop": ["."]}, "build the plan with --tokenizer"),
+    ([[1]], {"bad_words": [None]}, r"bad_words is \[None\]; it has to be a list of lists"),
+    ([[1]], {"temperature": 10**400}, "it has to be a number at least 0"),
+    ([[1]], {"logit_bias": {1: 10**400}}, "its values have to be finite in float32"),
+    ([[1]], {"logit_bias": {1: 1e39}}, "its values have to be finite in float32"),
     ([[1]], {"max_new_tokens": POSITIONS}, f"are more than the model's {POSITIONS}"),
     (["words"], {}, "the plan has no tokenizer"),
     (5, {}, "a prompt is a text"),
@@ -298,6 +400,15 @@ WRONG = [
 ]
 
 
+@pytest.mark.parametrize(("given", "reason"), [
+    ([{"role": "user", "content": "w9"}], "chat template does not take these messages: TemplateError: not w9"),
+    ([{"role": "user", "content": "w1"}, "w2"], "a dialogue holds messages"), ([[1, {"role": "user", "content": "w1"}]], "a dialogue holds messages"), (b"w1", "is bytes"),
+])  # fmt: skip
+def test_what_is_no_dialogue_is_refused(plans, given, reason):
+    with pytest.raises(RewriteError, match=reason):
+        rewrite.Generator(plans / "text", kv_memory=1 << 20).generate(given)
+
+
 @pytest.mark.parametrize(("given", "options", "reason"), WRONG, ids=[w[2] for w in WRONG])
 def test_what_cannot_be_served_is_refused(plans, given, options, reason):
     generator = rewrite.Generator(plans / "ids", kv_memory=1 << 20)
@@ -305,6 +416,13 @@ def test_what_cannot_be_served_is_refused(plans, given, options, reason):
         generator.generate(given, **options)
     assert generator.scheduler.pool.used == 0
     assert generator.scheduler.unfinished <= 1  # the notice that the first was cancelled
+
+
+@pytest.mark.parametrize("option", ["kv_memory", "token_budget", "seats", "lookahead"])
+@pytest.mark.parametrize("value", ["4G", 2e6])
+def test_sizes_are_whole_numbers(plans, option, value):
+    with pytest.raises(RewriteError, match=f"Generator: {option} is .*; it has to be a whole number"):
+        rewrite.Generator(plans / "ids", **{option: value})
 
 
 def test_a_plan_that_generates_no_text(tmp_path):
@@ -349,6 +467,7 @@ def test_the_command(plans, tmp_path):
 @pytest.mark.parametrize(("arguments", "reason"), [
     (["--tokens", "a"], "write whole numbers"), ([], "there is no prompt"), (["--prompt", "w1"], "no tokenizer"), (["--tokens", "1", "--kv-memory", "much"], "write a number of bytes"),
     (["--tokens", "1", "--kv-memory", "10"], "a block of keys and values takes"), (["--tokens", "1", "--device", "cuda"], "device cuda needs CuPy"),
+    (["--tokens", "1", "--system", "w2"], "there is no --prompt that it could stand before"), (["--tokens", "1", "--stop", "."], "build the plan with --tokenizer"),
     (["--prompts", "none"], "cannot be read"), (["--tokens", "-5"], "the prompt has token -5"),
     (["--tokens", "1", "--kv-memory", "4000000G"], "of the 4096000000 MiB asked for; give less with --kv-memory"),
     (["--tokens", "1", "--n", "100000"], "n is 100000; it has to be a whole number, at least 1 and at most 1024"),
@@ -362,7 +481,8 @@ def test_wrong_calls_are_one_line(plans, arguments, reason):
 
 @pytest.mark.parametrize(("arguments", "reason"), [
     (["--prompt", "\udcff w1"], "character 1 is no text"),
-    (["--prompt", "w1", "--system", "w2\udcff"], "character 3 is no text"), (["--prompt", "w1", "--no-chat", "--temperature", -1], "temperature is -1.0"),
+    (["--prompt", "w1", "--system", "w2\udcff"], "character 3 is no text"),
+    (["--prompt", "w1", "--system", "w9"], "TemplateError: not w9"), (["--prompt", "w1", "--no-chat", "--temperature", -1], "temperature is -1.0"),
     (["--tokens", "-5"], "the prompt has token -5"), (["--prompt", "", "--no-chat"], "the prompt is empty"),
 ])  # fmt: skip
 def test_a_refused_prompt_is_not_echoed(plans, arguments, reason):
@@ -439,6 +559,13 @@ def test_bench_generate(plans):
     shown = call("bench-generate", plans / "ids", "--new-tokens", 4, "--prompt-length", 8, "--repeat", 1, "--kv-memory", "1M")
     assert "% of" in shown.output
     assert call("bench-generate", plans / "ids", "--kv-memory", "1K").exit_code == 2
+
+
+@pytest.mark.parametrize("sizes", [{"batch": 8, "prompt_length": 30, "new_tokens": 2, "token_budget": 32}, {"batch": 12, "prompt_length": 3, "new_tokens": 4, "token_budget": 5}], ids=str)
+def test_bench_generate_wants_all_texts_in_flight(plans, sizes):
+    """The first ends before the last is read; fewer seats than texts."""
+    with pytest.raises(RewriteError, match="no step made a token of each of the"):
+        measure(plans / "ids", **sizes, repeat=1, kv_memory=1 << 20)
 
 
 def test_memory_sizes():

@@ -145,6 +145,19 @@ def test_what_a_table_holds_past_its_text_is_not_read():
     assert np.array_equal(PagedAttention.reference(**feeds, **attributes())[0], first)
 
 
+@pytest.mark.parametrize("chunks", [[(0, 0, 7), (2, 0, 13)], [(1, 0, 1)], [(0, 6, 7), (3, 21, 22), (2, 12, 13)]], ids=["whole", "one", "a token each"])
+def test_what_others_left_in_the_cache_does_not_count(chunks):
+    """Not even NaN: past the end of a text, and in blocks that are not its own."""
+    texts = Texts(3)
+    feeds = texts.feeds(chunks)
+    wanted = PagedAttention.reference(**{n: a.copy() for n, a in feeds.items()}, **attributes())[0]
+    for cache in (feeds["key_cache"], feeds["value_cache"]):
+        rows = cache.reshape(-1, *cache.shape[2:])
+        own = [texts.tables[i, p // BLOCK] * BLOCK + p % BLOCK for i, _, end in chunks for p in range(end)]
+        rows[np.setdiff1d(np.arange(len(rows)), own)] = np.nan
+    assert np.array_equal(PagedAttention.reference(**feeds, **attributes())[0], wanted)
+
+
 def test_texts_of_very_different_lengths_are_not_padded(monkeypatch):
     """One token each, computed together and one by one: the same."""
     texts = Texts(9)

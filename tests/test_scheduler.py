@@ -587,6 +587,27 @@ def test_an_error_ends_its_own_request_only():
     assert scheduler.pool.used == 0
 
 
+def test_each_output_of_a_request_that_fails_says_so_and_the_request_counts_once():
+    scheduler, _ = served()
+    never = dict.fromkeys(range(VOCABULARY), -np.inf)
+    late = Sampling(n=2, temperature=9.0, seed=3, max_new_tokens=9, stop_tokens=range(0, VOCABULARY, 2), allowed=lambda tokens: 1 // (len(tokens) < 2) and range(VOCABULARY))
+    asked = {
+        "all": Sampling(n=3, temperature=1.0, allowed=lambda tokens: 1 // 0), "beams": Sampling(n=3, beams=3, allowed=lambda tokens: 1 // 0),
+        "none left": Sampling(n=2, beams=3, logit_bias=never), "one": late, "good": Sampling(n=2, beams=2, max_new_tokens=3),
+    }  # fmt: skip
+    numbers = {name: scheduler.add(Request([1, 2], sampling)) for name, sampling in asked.items()}
+    outputs = list(scheduler.run())
+    ends = {name: {o.choice: o.finished for o in outputs if o.request == number and o.finished} for name, number in numbers.items()}
+    assert ends["all"] == ends["beams"] == dict.fromkeys(range(3), "error")
+    assert ends["none left"] == dict.fromkeys(range(2), "error")
+    assert sorted(ends["one"].values()) == ["error", "stop"]
+    assert set(ends["good"].values()) == {"length"}
+    assert Counter(o.request for o in outputs if o.done) == Counter(numbers.values())
+    m = scheduler.metrics
+    assert (m.failed, m.finished, m.added) == (4, 1, 5)
+    assert scheduler.pool.used == 0
+
+
 def test_logits_that_are_no_numbers_end_their_request_only():
     scheduler, model = served()
     step = model.step
