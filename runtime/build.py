@@ -127,10 +127,11 @@ def _compile(cut: Partition, profile: Profile, say: Progress) -> dict[str, bytes
     """The engine of each segment, by its key."""
     engines: dict[str, bytes] = {}
     for index, (key, segment) in enumerate(cut.segments.items(), 1):
-        uses = sum(s.name == key for s in cut.steps)
-        say(f"TensorRT: segment {index} of {len(cut.segments)}, {len(segment.graph.node)} nodes, used {uses} times")
+        uses = [s for s in cut.steps if s.name == key]
+        say(f"TensorRT: segment {index} of {len(cut.segments)}, {len(segment.graph.node)} nodes, used {len(uses)} times")
         shapes = {i.name: tuple(d.dim_value if d.HasField("dim_value") else d.dim_param or None for d in i.type.tensor_type.shape.dim) for i in segment.graph.input}
-        engines[key] = engine.build_engine(segment, shapes, profile)
+        names = dict(zip((v.name for v in (*segment.graph.input, *segment.graph.output)), (*uses[0].inputs, *uses[0].outputs), strict=True))
+        engines[key] = engine.build_engine(segment, shapes, profile, names)
     return engines
 
 

@@ -18,6 +18,9 @@ from rewrite.files import write_atomically
 from rewrite.graph import Dim
 from rewrite.runtime.profile import Profile
 
+# What an engine can read and write.
+TYPES = {getattr(onnx.TensorProto, k) for k in ("FLOAT", "FLOAT16", "BFLOAT16", "FLOAT8E4M3FN", "FLOAT4E2M1", "INT4", "INT8", "UINT8", "INT32", "INT64", "BOOL")}
+
 
 @cache
 def tensorrt() -> ModuleType:
@@ -53,11 +56,18 @@ def logger() -> Any:
     return Log()
 
 
-def build_engine(segment: onnx.ModelProto, shapes: Mapping[str, tuple[Dim, ...]], profile: Profile) -> bytes:
-    """Compile one segment; `shapes` gives the shape of each of its inputs in the model's named dimensions.
+def build_engine(segment: onnx.ModelProto, shapes: Mapping[str, tuple[Dim, ...]], profile: Profile, names: Mapping[str, str] | None = None) -> bytes:
+    """Compile one segment; `shapes` gives the shape of each of its inputs in the model's named dimensions, `names` what
+    its inputs and outputs are called in the model, for errors.
 
-    Precision is what the model says (strongly typed, no TF32). Raises RewriteError that names the node TensorRT stops at.
+    Precision is what the model says (strongly typed, no TF32); TensorRT lacks float64, and computes it in float32 inside a segment.
+    Raises RewriteError that names the node TensorRT stops at, or the input or output of a type that it lacks.
     """
+    for value in (*segment.graph.input, *segment.graph.output):
+        element = value.type.tensor_type.elem_type
+        if element not in TYPES:  # float64 it would take for float32, and read and write other bytes than there are
+            kind = onnx.TensorProto.DataType.Name(element).lower()
+            raise RewriteError(f"TensorRT has no {kind}, which '{(names or {}).get(value.name, value.name)}' is; cast it when exporting, or build with --no-engines for the CPU alone")
     trt, log = tensorrt(), logger()
     log.lines.clear()
     builder = trt.Builder(log)

@@ -187,6 +187,16 @@ def test_a_node_tensorrt_does_not_know_is_named_and_nothing_is_written(tmp_path)
 
 
 @pytest.mark.parametrize(("text", "reason"), [
+    ("(double[n] x) => (double[n] y) { y = Sqrt(x) }", "no double, which 'x' is"), ("(float[n] x) => (double[n] y) { y = Cast<to = 11>(x) }", "no double, which 'y' is"),
+    ("(int16[n] x) => (float[n] y) { y = Cast<to = 1>(x) }", "no int16, which 'x' is"), ("(string[n] x) => (string[n] y) { y = Identity(x) }", "no string, which 'x' is"),
+])  # fmt: skip
+def test_a_type_that_tensorrt_lacks_is_refused_by_name(tmp_path, text, reason):  # it would read float64 as float32
+    with pytest.raises(rewrite.RewriteError, match=f"TensorRT has {reason}; cast it"):
+        rewrite.build(parse(text), tmp_path / "p")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("text", "reason"), [
     ("batch", "write NAME=MIN:BEST:MAX"), ("batch=8:4:9", "in order"), ("batch=0", "positive"), ("width=1:2:3", "no dimension of this name; it has batch, seq"), ("batch=1:2", "write NAME"),
     ("batch=-1", "write NAME"), ("batch=1:2:3:4", "write NAME"), ("=3", "write NAME"), ("batch=1.5", "write NAME"), ("batch=٣", "write NAME"), ("batch=1:0:4", "in order"),
     ("batch=1:2:3000000000", "2147483647 at most"), ("batch=1:2:4,batch=8", "batch is given twice; a plan has one range"), ("Batch=3", "no dimension of this name"),
