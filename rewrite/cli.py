@@ -51,8 +51,8 @@ class Commands(click.Group):
         except click.UsageError as error:
             self._tell(error)
             ctx.exit(2)
-        except MemoryError:
-            self._say("out of memory; the model needs about three times its size")
+        except MemoryError as error:
+            self._say(f"out of memory{f' ({error})' if str(error) else ''}; a model needs about three times its size, and smaller sizes of its inputs less")
             ctx.exit(2)
         except KeyboardInterrupt:
             self._say("interrupted")

@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 import itertools
 import math
+import re
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -24,6 +25,7 @@ import onnx
 from rewrite.errors import RewriteError
 from rewrite.registry import library
 from rewrite.runtime.partition import Step
+from rewrite.runtime.profile import SIZE
 from rewrite.verify import model_inputs
 
 if TYPE_CHECKING:
@@ -63,20 +65,25 @@ class Times:
 def parse_sizes(text: str | None, plan: Plan) -> dict[str, int]:
     """The size of each named dimension: those of `batch=8,seq=128`, others as the profile calls best. Raises RewriteError."""
     sizes = {name: best for name, (_, best, _) in plan.manifest.profile.ranges.items()}
+    given: set[str] = set()
     for item in filter(None, (text or "").replace(" ", "").split(",")):
-        name, _, number = item.partition("=")
-        if not number.isdecimal() or not int(number):
+        found = re.fullmatch(rf"([^=]+)={SIZE}", item, re.ASCII)
+        if found is None or not int(found[2]):
             raise RewriteError(f"--size {item!r}: write NAME=SIZE, for example batch=8")
+        name = found[1]
         if name not in sizes:
             raise RewriteError(f"--size {name}: the plan has no dimension of this name; it has {', '.join(sizes) or 'none'}")
-        sizes[name] = int(number)
+        if name in given:
+            raise RewriteError(f"--size {name} is given twice; a plan is measured at one size of each dimension")
+        given.add(name)
+        sizes[name] = int(found[2])
     return sizes
 
 
 def make_inputs(plan: Plan, sizes: Mapping[str, int]) -> dict[str, np.ndarray[Any, Any]]:
     """Inputs of these sizes: random numbers, padding masks, positions; token ids are 0 and 1."""
     infos = [onnx.helper.make_tensor_value_info(n, onnx.helper.np_dtype_to_tensor_dtype(v.numpy), list(v.shape)) for n, v in plan.inputs.items()]
-    return model_inputs(onnx.helper.make_model(onnx.helper.make_graph([], "inputs", infos, [])), 0, sizes)
+    return model_inputs(onnx.helper.make_model(onnx.helper.make_graph([], "inputs", infos, [])), 0, sizes, "a plan is measured on generated inputs alone")
 
 
 def bench(plan: Plan, sizes: Mapping[str, int], *, warmup: int = 5, iterations: int = 50) -> dict[str, Any]:

@@ -199,7 +199,7 @@ def check_plan(plan: Plan, model: Model, tolerance: float, attempts: int = 2) ->
     feeds: list[Mapping[str, np.ndarray[Any, Any]]] = []
     for attempt in range(attempts):
         sizes = {n: min(max(size, low), high) for size, (n, (low, _, high)) in zip(SIZES[attempt] * len(ranges), ranges.items(), strict=False)}
-        feeds.append(model_inputs(model.proto, attempt, sizes))
+        feeds.append(model_inputs(model.proto, attempt, sizes, UNCHECKED))
     try:
         found = sandbox.run_each(model, list(feeds), UNCHECKED)
     except Unfinished:

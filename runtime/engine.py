@@ -63,11 +63,12 @@ def build_engine(segment: onnx.ModelProto, shapes: Mapping[str, tuple[Dim, ...]]
     Precision is what the model says (strongly typed, no TF32); TensorRT lacks float64, and computes it in float32 inside a segment.
     Raises RewriteError that names the node TensorRT stops at, or the input or output of a type that it lacks.
     """
+    called = names or {}
     for value in (*segment.graph.input, *segment.graph.output):
         element = value.type.tensor_type.elem_type
         if element not in TYPES:  # float64 it would take for float32, and read and write other bytes than there are
             kind = onnx.TensorProto.DataType.Name(element).lower()
-            raise RewriteError(f"TensorRT has no {kind}, which '{(names or {}).get(value.name, value.name)}' is; cast it when exporting, or build with --no-engines for the CPU alone")
+            raise RewriteError(f"TensorRT has no {kind}, which '{called.get(value.name, value.name)}' is; cast it when exporting, or build with --no-engines for the CPU alone")
     trt, log = tensorrt(), logger()
     log.lines.clear()
     builder = trt.Builder(log)
@@ -81,7 +82,7 @@ def build_engine(segment: onnx.ModelProto, shapes: Mapping[str, tuple[Dim, ...]]
     if any(not isinstance(d, int) for shape in shapes.values() for d in shape):
         ranges = builder.create_optimization_profile()
         for name, shape in shapes.items():
-            ranges.set_shape(name, *profile.shapes(name, shape))
+            ranges.set_shape(name, *profile.shapes(called.get(name, name), shape))
         config.add_optimization_profile(ranges)
     plan = builder.build_serialized_network(network, config)
     if plan is None:

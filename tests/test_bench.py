@@ -129,6 +129,7 @@ def test_the_command_writes_json_and_a_trace(built, tmp_path):
 
 @pytest.mark.parametrize(("options", "reason"), [
     (["--size", "batch"], "write NAME=SIZE"), (["--size", "batch=-1"], "write NAME=SIZE"), (["--size", "batch=0"], "write NAME=SIZE"),
+    (["--size", f"batch={'9' * 5000}"], "write NAME=SIZE"), (["--size", "batch=2,batch=3"], "batch is given twice"), (["--size", "seq=9999999999"], "too many to generate; a plan is measured"),
     (["--size", "width=3"], "no dimension of this name; it has batch, seq"),
     (["--size", "batch=5"], "built for 1 to 4"), (["--iterations", "0"], "0 is not in the range"), (["--json", "/nowhere/x.json"], "does not exist"), (["--device", "tpu"], "'tpu' is not one of"),
 ])  # fmt: skip

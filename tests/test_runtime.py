@@ -200,6 +200,7 @@ def test_a_type_that_tensorrt_lacks_is_refused_by_name(tmp_path, text, reason): 
     ("batch", "write NAME=MIN:BEST:MAX"), ("batch=8:4:9", "in order"), ("batch=0", "positive"), ("width=1:2:3", "no dimension of this name; it has batch, seq"), ("batch=1:2", "write NAME"),
     ("batch=-1", "write NAME"), ("batch=1:2:3:4", "write NAME"), ("=3", "write NAME"), ("batch=1.5", "write NAME"), ("batch=٣", "write NAME"), ("batch=1:0:4", "in order"),
     ("batch=1:2:3000000000", "2147483647 at most"), ("batch=1:2:4,batch=8", "batch is given twice; a plan has one range"), ("Batch=3", "no dimension of this name"),
+    pytest.param(f"batch=1:2:{'9' * 5000}", "write NAME", id="5000 digits"),
 ])  # fmt: skip
 def test_bad_profiles(text, reason):
     with pytest.raises(rewrite.RewriteError, match=reason):
@@ -232,8 +233,19 @@ def test_a_plan_for_one_size_takes_that_alone(tmp_path):
 def test_a_profile_gives_derived_dimensions():
     profile = Profile.parse("batch=2:3:4,seq=5", ["batch", "seq"])
     assert profile.shapes("x", ("batch", "2*seq + 1", "batch*seq", 7)) == [(2, 11, 10, 7), (3, 11, 15, 7), (4, 11, 20, 7)]
-    with pytest.raises(rewrite.RewriteError, match=r"'x'.*does not follow"):
+    with pytest.raises(rewrite.RewriteError, match=r"'x'.*does not follow from those of the model's inputs \(batch, seq\)"):
         profile.shapes("x", (None,))
+
+
+def test_a_dimension_without_a_name_is_told_by_the_input(tmp_path):
+    with pytest.raises(rewrite.RewriteError, match=r"'x' has shape \[None, 4\].*have no names; name its dimensions"):
+        rewrite.build(parse("(float[?, 4] x) => (float[?, 4] y) { y = Exp(x) }"), tmp_path / "p")
+
+
+@pytest.mark.parametrize(("kind", "reason"), [("complex64[n]", "'x' is complex64"), ("float[1000000, 1000000]", r"'x' would have 1.0e\+12 elements")])
+def test_inputs_that_are_not_generated(tmp_path, kind, reason):
+    with pytest.raises(rewrite.RewriteError, match=f"{reason}.*; build with --no-verify and compare yourself"):
+        rewrite.build(parse(f"({kind} x) => ({kind} y) {{ y = Identity(x) }}"), tmp_path / "p", engines=False)
 
 
 # --- plans on disk ------------------------------------------------------------------------------------------------
