@@ -100,7 +100,7 @@ def swap_directory(new: Path, target: Path) -> None:
     for path in sorted(new.rglob("*")):
         _flush(path)
     _flush(new)
-    if not target.exists():
+    if not os.path.lexists(target):
         os.rename(new, target)
     elif not _exchange(new, target):
         aside = new.with_name(new.name + ".old")

@@ -33,6 +33,7 @@ from rewrite.verify import MODEL_TOLERANCE, SIZES, compare, model_inputs
 from rewrite.verify_generator import Texts, at_once, compare_steps, generator_of
 
 TUNING_MEMORY = 64 << 20  # bytes for the caches of a text generator whose kernels are timed
+PARTS = {MANIFEST, seal.SEAL, seal.SIGNATURE, WEIGHTS, "segments", "engines", "tokenizer"}  # of a plan's folder
 Progress = Callable[[str], None]
 UNCHECKED = "build with --no-verify and compare yourself"
 
@@ -76,10 +77,7 @@ def build(
         raise RewriteError(f"profile: a {type(profile).__name__}; write the sizes as text, for example 'batch=1:8:32,sequence=1:128:512'")
     source, target = load(model), Path(directory)
     say: Progress = progress or (lambda line: None)
-    if os.path.exists(target) and not os.path.isfile(target / MANIFEST) and (not os.path.isdir(target) or any(target.iterdir())):
-        raise RewriteError(f"{target}: exists and is not a plan; name another directory")
-    if not target.parent.is_dir():
-        raise RewriteError(f"{target}: the folder {target.parent} does not exist; make it first")
+    _check_target(target)
     if tune:
         engine.gpu_model()  # there is one
     key = seal.read_key(sign_key)
@@ -101,7 +99,7 @@ def build(
     compiled = _compile(cut, sizes, say) if engines else {}
     work: Path | None = None
     try:
-        work = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent))
+        work = Path(tempfile.mkdtemp(prefix=f".{target.name[:50]}.", suffix=".tmp", dir=target.parent))
         say("writing the plan")
         if folder is not None:
             copy_tokenizer(folder, work / "tokenizer")
@@ -118,9 +116,29 @@ def build(
     except OSError as error:
         raise RewriteError(f"{target}: cannot be written: {error.strerror or error}; nothing was changed") from error
     finally:
-        if work is not None:
+        if work is not None and os.path.islink(work):  # it stood at `target`
+            work.unlink()
+        elif work is not None:
             shutil.rmtree(work, ignore_errors=True)
     return Plan(target, key=sign_key)
+
+
+def _check_target(target: Path) -> None:
+    """Can a plan be written at `target`, and nothing be lost but an older plan? Raises RewriteError with the reason if not."""
+    try:
+        names = set(os.listdir(target))
+    except FileNotFoundError:
+        names = set()
+    except OSError as error:
+        raise RewriteError(f"{target}: cannot be written: {error.strerror}; name another directory") from error
+    if names and not {MANIFEST, WEIGHTS} <= names:
+        raise RewriteError(f"{target}: exists and is not a plan; name another directory")
+    if strange := sorted(names - PARTS):
+        raise RewriteError(f"{target}: has {strange[0]!r} in it, which is of no plan and would be lost; move it, or name another directory")
+    if not target.parent.is_dir():
+        raise RewriteError(f"{target}: the folder {target.parent} does not exist; make it first")
+    if not os.access(target.parent, os.W_OK | os.X_OK):
+        raise RewriteError(f"{target}: cannot be written: the folder {target.parent} is read-only; name another")
 
 
 def _compile(cut: Partition, profile: Profile, say: Progress) -> dict[str, bytes]:

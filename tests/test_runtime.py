@@ -341,6 +341,39 @@ def test_a_directory_that_is_no_plan_is_not_replaced(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["letters.txt"]
 
 
+@pytest.mark.parametrize(("name", "reason"), [("model.onnx", "has 'model.onnx' in it"), ("weights.safetensors", "exists and is not a plan")])
+def test_a_folder_with_more_or_less_than_a_plan_is_not_replaced(copy, name, reason):
+    if (copy / name).exists():
+        (copy / name).unlink()  # what is left may be anyone's: manifest.json is a common name
+    else:
+        (copy / name).write_text("mine")
+    before = sorted(copy.rglob("*"))
+    with pytest.raises(rewrite.RewriteError, match=reason):
+        rewrite.build(layers(1), copy, engines=False)
+    assert sorted(copy.rglob("*")) == before
+
+
+@pytest.mark.parametrize("there", ["p", "nowhere"])
+def test_a_link_is_replaced_and_not_followed(copy, there):
+    link, before = copy.parent / "link", (copy / "manifest.json").read_bytes()
+    link.symlink_to(there)
+    assert len(rewrite.build(layers(1), link, engines=False).manifest.steps) == 1
+    assert not link.is_symlink()
+    assert (copy / "manifest.json").read_bytes() == before
+    assert sorted(p.name for p in copy.parent.iterdir()) == ["link", "p"]
+
+
+def test_a_name_may_be_as_long_as_the_system_allows(tmp_path):
+    assert rewrite.build(layers(1), tmp_path / ("p" * 255), engines=False).manifest.steps
+
+
+def test_a_read_only_folder_is_told_before_the_work(tmp_path, monkeypatch):
+    monkeypatch.setattr("os.access", lambda *_: False)  # as the superuser may write everywhere
+    monkeypatch.setattr("rewrite.runtime.build.partition", None)
+    with pytest.raises(rewrite.RewriteError, match="is read-only"):
+        rewrite.build(layers(1), tmp_path / "p")
+
+
 def test_a_wrong_kernel_fails_the_check_of_the_plan(tmp_path):
     model = rewrite.optimize(layers(2)).model
     plugin = library().plugins["MatMulAct"]
