@@ -10,7 +10,7 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import click
 
@@ -116,15 +116,22 @@ def table(title: str, columns: list[str], rows: list[list[str]]) -> None:
     click.echo(shown.get(), nl=False)
 
 
+def _kinds(model: Model) -> dict[str, str]:
+    """The dtype of each input that has to be given, by NumPy's name; that of strings is object."""
+    import onnx
+
+    initial = {i.name for i in model.proto.graph.initializer}
+    needed = [i for i in model.proto.graph.input if i.name not in initial]
+    return {i.name: onnx.helper.tensor_dtype_to_np_dtype(i.type.tensor_type.elem_type).name if i.type.tensor_type.elem_type else "" for i in needed}
+
+
 def _load_inputs(files: tuple[str, ...], model: Model) -> list[dict[str, Any]] | None:
     """The inputs of each file, checked against what the model takes; None if there is no file."""
     from rewrite.validity import check_feeds
 
-    initial = {i.name for i in model.proto.graph.initializer}
-    names = [i.name for i in model.proto.graph.input if i.name not in initial]
     loaded = []
     for file in files:
-        feeds = load_feeds(file, names)
+        feeds = load_feeds(file, _kinds(model))
         try:
             check_feeds(model.proto, feeds)
         except RewriteError as error:
@@ -660,23 +667,46 @@ def polygraphy_text(proto: Any, layers: bool, attributes: bool) -> str:
     return str(str_from_onnx(proto, show_layers=layers, show_attrs=attributes, show_weights=False))
 
 
-def load_feeds(file: str, names: list[str]) -> dict[str, Any]:
-    """Arrays by input name: of an .npz file, or the only input as an .npy file. Raises RewriteError if it is neither."""
+def load_feeds(file: str, kinds: Mapping[str, str]) -> dict[str, Any]:
+    """Arrays by input name: of an .npz file, or the only input as an .npy file. Raises RewriteError if it is neither.
+
+    `kinds` are the dtypes of the inputs, for what such files have no word for: bfloat16, which NumPy writes as bytes, and strings.
+    """
+    import ml_dtypes
     import numpy as np
+
+    def read(name: str, array: Any) -> Any:
+        kind = kinds.get(name, "")
+        if array.dtype.kind == "V" and array.dtype.names is None and hasattr(ml_dtypes, kind):
+            own = np.dtype(getattr(ml_dtypes, kind))
+            return array.view(own) if array.dtype.itemsize == own.itemsize else array
+        return array.astype(object) if array.dtype.kind == "U" and kind == "object" else array
 
     try:
         data = np.load(file, allow_pickle=False)
         if isinstance(data, np.ndarray):
-            if len(names) != 1:
-                raise RewriteError(f"{file}: an .npy file holds one array, but there are {len(names)} inputs ({', '.join(names)}); give an .npz file")
-            return {names[0]: data}
+            if len(kinds) != 1:
+                raise RewriteError(f"{file}: an .npy file holds one array, but there are {len(kinds)} inputs ({', '.join(kinds)}); give an .npz file")
+            return {name: read(name, data) for name in kinds}
         with data:
-            return {k: data[k] for k in data.files}
+            return {name: read(name, data[name]) for name in data.files}
     except RewriteError:
         raise
     except Exception as error:  # NumPy, zipfile and zlib each have their own
         reason = error.strerror if isinstance(error, OSError) and error.strerror else "it is no NumPy file, or holds Python objects"
         raise RewriteError(f"{file}: not a readable .npz or .npy file of arrays ({reason})") from error
+
+
+def save_arrays(file: BinaryIO, arrays: Mapping[str, Any]) -> None:
+    """An .npz file: `numpy.savez` takes no array of the name 'file'. Strings are written as text."""
+    import zipfile
+
+    import numpy as np
+
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
+        for name, array in arrays.items():
+            with archive.open(f"{name}.npy", "w", force_zip64=True) as part:
+                np.lib.format.write_array(part, array.astype(str) if array.dtype.kind == "O" else array, allow_pickle=False)
 
 
 @main.command(short_help="Run a plan or a model on arrays.")
@@ -705,20 +735,19 @@ def run(path: str, file: str, output: str | None, device: str, key: str | None, 
         from rewrite.runtime.plan import Plan
 
         plan = Plan(path, device=device, key=key)
-        results = plan.run(load_feeds(file, list(plan.inputs)))
+        results = plan.run(load_feeds(file, {n: kind.dtype for n, kind in plan.inputs.items()}))
     elif device == "cuda":
         raise RewriteError(f"{path}: a model runs on the CPU; `rewrite build` makes a plan of it that runs on a GPU")
     else:
         model = load(path)
-        initial = {i.name for i in model.proto.graph.initializer}
-        feeds = load_feeds(file, [i.name for i in model.proto.graph.input if i.name not in initial])
+        feeds = load_feeds(file, _kinds(model))
         check_feeds(model.proto, feeds)
         results = sandbox.run(model, feeds)
     if output:
-        write_atomically(output, lambda f: np.savez(f, allow_pickle=False, **results))
+        write_atomically(output, lambda f: save_arrays(f, results))
     rows = []
     for name, array in results.items():
-        numbers = array.size and array.dtype.kind in "fiu"
+        numbers = array.size and array.dtype.kind in "fiuV"
         rows.append([name, str(array.dtype), str(list(array.shape)), *(f"{f(array.astype(np.float64)):.4g}" if numbers else "-" for f in (np.min, np.mean, np.max))])
     table("", ["output", "dtype", "shape", "min", "mean", "max"], rows)
     if output:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 import onnx
 import pytest
@@ -205,6 +206,19 @@ def test_a_plan_is_built_shown_and_run(plan, tmp_path):
     refused = run("run", model, "--inputs", str(tmp_path / "x.npz"), "--device", "cuda")
     assert refused.exit_code == 2
     assert "a model runs on the CPU; `rewrite build` makes a plan of it" in refused.stderr
+
+
+@pytest.mark.parametrize(("kind", "given", "expected"), [
+    ("bfloat16", np.array([1.5, -2], ml_dtypes.bfloat16), np.array([1.5, -2], ml_dtypes.bfloat16).view("V2")), ("string", np.array(["a", "bc"]), np.array(["a", "bc"])),
+])  # fmt: skip
+@pytest.mark.parametrize("name", ["y", "file", "allow_pickle"])
+def test_files_hold_what_numpy_has_no_word_for(tmp_path, kind, given, expected, name):
+    onnx.save(parse(f"({kind}[n] x) => ({kind}[n] {name}) {{ {name} = Identity(x) }}"), tmp_path / "m.onnx")
+    rewrite.build(tmp_path / "m.onnx", tmp_path / "p", engines=False)
+    np.savez(tmp_path / "in.npz", x=given)
+    for path in ("p", "m.onnx") if kind == "string" else ("p",):
+        assert run("run", str(tmp_path / path), "--inputs", str(tmp_path / "in.npz"), "-o", str(tmp_path / "out.npz")).exit_code == 0
+        np.testing.assert_array_equal(np.load(tmp_path / "out.npz")[name], expected)
 
 
 def test_one_array_for_several_inputs_is_refused(tmp_path):
