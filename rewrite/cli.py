@@ -646,6 +646,8 @@ def inspect(path: str, steps: bool, attributes: bool, segment: str | None, check
         return
     from rewrite.runtime.plan import Plan
 
+    if segment is not None and as_json:
+        raise RewriteError(f"{path}: --segment shows text alone; leave --json out")
     plan = Plan(path, key=key)
     if check:
         _ = plan.weights  # compared when they are wanted
@@ -791,14 +793,14 @@ def print_bench(report: dict[str, Any]) -> None:
     sizes = ", ".join(f"{n}={s}" for n, s in report["sizes"].items()) or "static shapes"
     click.echo(f"{report['plan']}: {report['model']} on {report['device']}; {sizes}; {report['iterations']} runs")
     click.echo(f"ceilings, measured now: {memory / 1e9:.0f} GB/s copying, {compute / 1e9:.0f} GFLOP/s in a {dtype} product\n")
+    whole = report["whole"]
+    ends = {"latency_us": f" | {whole['of_memory']:.0%} of the memory's, {whole['of_compute']:.0%} of the arithmetic's ceiling at p50", "call_us": ""}
     names = {"latency_us": "one run", "call_us": "with its inputs and outputs on the host"}
     for key in ("latency_us", "call_us") if report["enqueue_us"] is not None else ("latency_us",):
-        click.echo(f"{names[key]}: " + ", ".join(f"{p} {report[key][p] / 1e3:.3f} ms" for p in ("p50", "p90", "p99")))
+        click.echo(f"{names[key]}: " + ", ".join(f"{p} {report[key][p] / 1e3:.3f} ms" for p in ("p50", "p90", "p99")) + ends[key])
     if report["enqueue_us"] is not None:
         click.echo(f"enqueueing: {report['enqueue_us']:.1f} µs of the processor")
-    whole = report["whole"]
-    rates = f"{report['runs_per_second']:.1f} runs/s, {report['items_per_second']:.1f} items/s"
-    click.echo(f"throughput: {rates} | {whole['of_memory']:.0%} of the memory's, {whole['of_compute']:.0%} of the arithmetic's ceiling\n")
+    click.echo(f"throughput: {report['runs_per_second']:.1f} runs/s, {report['items_per_second']:.1f} items/s\n")
     rows = []
     for part in report["parts"]:
         cells = [f"{part['bytes_per_second'] / 1e9:.1f}", f"{part['of_memory']:.0%}", f"{part['operations_per_second'] / 1e9:.1f}", f"{part['of_compute']:.0%}"]

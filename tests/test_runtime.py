@@ -451,6 +451,7 @@ def test_build_inspect_and_run(tmp_path):
     key = json.loads(command("inspect", tmp_path / "p", "--json").stdout)["steps"][1]["name"]
     assert "LayerNormalization" in command("inspect", tmp_path / "p", "--segment", key).output
     assert command("inspect", tmp_path / "p", "--segment", "nothing").exit_code == 2
+    assert "leave --json out" in command("inspect", tmp_path / "p", "--segment", key, "--json").stderr
     assert "1 Graph Input(s)" in command("inspect", tmp_path / "o.onnx").output
     results = []
     for path, inputs in (("p", "x.npz"), ("p", "x.npy"), ("m.onnx", "x.npz")):
