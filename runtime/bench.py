@@ -203,13 +203,21 @@ def _operations(node: onnx.NodeProto, sizes: Mapping[str, list[int]]) -> int:
         return 0
     elements: int = math.prod(sizes[node.output[0]])
     first: list[int] = sizes[node.input[0]]
-    if node.op_type == "MatMul":
+    if node.op_type in ("MatMul", "MatMulInteger"):
         return 2 * elements * first[-1]
     if node.op_type == "Gemm":
         turned = any(a.name == "transA" and a.i for a in node.attribute)
         return 2 * elements * first[0 if turned else -1]
-    if node.op_type == "Conv" and node.input[1] in sizes:
-        return 2 * elements * int(math.prod(sizes[node.input[1]][1:]))
+    if node.op_type in ("Conv", "ConvInteger", "ConvTranspose") and node.input[1] in sizes:
+        return 2 * (math.prod(first) if node.op_type == "ConvTranspose" else elements) * math.prod(sizes[node.input[1]][1:])
+    if node.op_type == "Attention" and node.input[1] in sizes and len(node.input) < 5:  # without a cache; heads side by side, or an axis
+        keys = sizes[node.input[1]][-2]
+        causal = any(a.name == "is_causal" and a.i for a in node.attribute)
+        return (keys + 1 if causal else 2 * keys) * (math.prod(first) + elements)
+    if node.op_type == "Einsum" and all(n in sizes for n in node.input):
+        terms = node.attribute[0].s.decode().replace(" ", "").split("->")[0].split(",")
+        if not any("." in t for t in terms):
+            return len(terms) * math.prod({label: size for t, n in zip(terms, node.input, strict=True) for label, size in zip(t, sizes[n], strict=True)}.values())
     return max(elements, math.prod(first)) if node.op_type.startswith(("Reduce", "Arg")) else elements
 
 
