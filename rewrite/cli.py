@@ -7,7 +7,9 @@ import errno
 import json
 import os
 import re
+import signal
 import sys
+import threading
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -19,7 +21,7 @@ from rewrite import sandbox
 from rewrite.cli_generate import bench_generate, generate
 from rewrite.cli_options import key_option, rules_option
 from rewrite.cli_size import plan_size
-from rewrite.errors import CheckFailed, RewriteError
+from rewrite.errors import CheckFailed, RewriteError, interrupted
 
 if TYPE_CHECKING:
     from rewrite.model import Model
@@ -44,7 +46,7 @@ class Commands(click.Group):
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
-            return super().invoke(ctx)
+            return self._invoke(ctx)
         except RewriteError as error:
             self._say(str(error))
             ctx.exit(error.exit_code)
@@ -66,6 +68,14 @@ class Commands(click.Group):
             self._say(f"standard output cannot be written: {error.strerror}; make room, or send it elsewhere")
             sys.stdout = None  # type: ignore[assignment]
             ctx.exit(2)
+
+    def _invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except ImportError as error:
+            if interrupted(error):
+                raise error.__cause__ from None  # type: ignore[misc]
+            raise
 
     def resolve_command(self, ctx: click.Context, args: list[str]) -> tuple[str | None, click.Command | None, list[str]]:
         import difflib
@@ -521,6 +531,24 @@ def progress() -> Iterator[Callable[[str], None]]:
         yield lambda line: status.update(line)
 
 
+@contextlib.contextmanager
+def ended_by_signals() -> Iterator[None]:
+    """SIGTERM and SIGHUP, where they would kill, end what is done meanwhile as Ctrl-C does: what is half written is removed."""
+
+    def stop(number: int, _: object) -> None:
+        raise SystemExit(128 + number)
+
+    mine = threading.current_thread() is threading.main_thread()
+    replaced = [n for n in (signal.SIGTERM, signal.SIGHUP) if mine and signal.getsignal(n) == signal.SIG_DFL]
+    for number in replaced:
+        signal.signal(number, stop)
+    try:
+        yield
+    finally:
+        for number in replaced:
+            signal.signal(number, signal.SIG_DFL)
+
+
 @main.command(short_help="Compile a model into a plan.")
 @click.argument("model")
 @click.option("-o", "--output", required=True, metavar="DIR", help="Directory of the plan; an older plan there is replaced.")
@@ -546,7 +574,7 @@ def build(
 
     library(list(files))
     started = time.perf_counter()
-    with progress() as say:
+    with ended_by_signals(), progress() as say:
         sizes = ",".join(profile) or None
         plan = run(model, output, profile=sizes, engines=engines, verify=verify, tolerance=tolerance, tokenizer=tokenizer, tune=tune, sign_key=sign_key, progress=say)
     if as_json:

@@ -13,7 +13,7 @@ from typing import Any
 
 import onnx
 
-from rewrite.errors import RewriteError
+from rewrite.errors import RewriteError, interrupted
 from rewrite.files import write_atomically
 from rewrite.graph import Dim
 from rewrite.runtime.profile import Profile
@@ -28,8 +28,9 @@ def tensorrt() -> ModuleType:
     for name in ("tensorrt_rtx", "tensorrt"):
         try:
             return __import__(name)
-        except ImportError:
-            continue
+        except ImportError as error:
+            if interrupted(error):
+                raise
     raise RewriteError("TensorRT is not installed; `pip install 'tensorrt-rtx>=1.6,<1.7'`, or build with --no-engines for the CPU alone")
 
 

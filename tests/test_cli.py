@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import builtins
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +19,7 @@ from conftest import nodes, parse
 
 import rewrite
 from rewrite.cli import main
+from rewrite.runtime import engine
 
 
 @pytest.fixture
@@ -280,3 +283,38 @@ def test_ctrl_c_is_one_line(monkeypatch):
     monkeypatch.setattr("rewrite.registry.library", interrupt)
     done = run("list")
     assert (done.exit_code, done.stderr) == (130, "rewrite: interrupted\n")
+
+
+@pytest.mark.parametrize("module", ["onnxruntime", "tensorrt_rtx"])
+def test_ctrl_c_while_a_module_is_imported(monkeypatch, model, module):
+    def interrupted(name, *arguments, **options):
+        if name == module:
+            raise ImportError("initialization failed") from KeyboardInterrupt()  # as pybind11 does
+        return imported(name, *arguments, **options)
+
+    imported = builtins.__import__
+    engine.tensorrt.cache_clear()
+    monkeypatch.setattr("builtins.__import__", interrupted)
+    done = run("build", model, "-o", f"{model}.plan", "--no-verify")
+    monkeypatch.undo()
+    engine.tensorrt.cache_clear()
+    assert (done.exit_code, done.stderr.splitlines()[-1]) == (130, "rewrite: interrupted")
+
+
+ENDED = """
+import os, sys
+from rewrite.cli import main
+import rewrite.runtime.build as build
+number = int(sys.argv.pop())
+def swap(*_):
+    os.kill(os.getpid(), number)
+build.swap_directory = swap
+main()
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_build_that_is_told_to_end_leaves_nothing(tmp_path, model, number):
+    done = subprocess.run([sys.executable, "-c", ENDED, "build", model, "-o", tmp_path / "p", "--no-engines", "--no-verify", str(int(number))], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 128 + number, done.stderr
+    assert [p.name for p in tmp_path.iterdir()] == ["m.onnx"]
