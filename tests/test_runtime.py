@@ -242,6 +242,15 @@ def test_a_dimension_without_a_name_is_told_by_the_input(tmp_path):
         rewrite.build(parse("(float[?, 4] x) => (float[?, 4] y) { y = Exp(x) }"), tmp_path / "p")
 
 
+def test_dimensions_of_an_empty_name_are_not_one(tmp_path):
+    model = parse("(float[a, 4] x, float[b, 4] z) => (float[a, 4] y, float[b, 4] w) { y = Exp(x)\n w = Exp(z) }")
+    for value in (*model.graph.input, *model.graph.output):
+        value.type.tensor_type.shape.dim[0].dim_param = ""
+    plan = rewrite.build(model, tmp_path / "p", engines=False)
+    assert [v.shape for v in plan.inputs.values()] == [(None, 4)] * 2
+    assert plan.run({"x": np.ones((2, 4), np.float32), "z": np.ones((3, 4), np.float32)})["w"].shape == (3, 4)
+
+
 @pytest.mark.parametrize(("kind", "reason"), [("complex64[n]", "'x' is complex64"), ("float[1000000, 1000000]", r"'x' would have 1.0e\+12 elements")])
 def test_inputs_that_are_not_generated(tmp_path, kind, reason):
     with pytest.raises(rewrite.RewriteError, match=f"{reason}.*; build with --no-verify and compare yourself"):
