@@ -17,6 +17,7 @@ import math
 import operator
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -93,6 +94,15 @@ def resolve(dim: Dim, sizes: dict[str, int], draw: Callable[[], int]) -> int:
         return sizes[key]
 
     return evaluate(tree)
+
+
+@cache
+def names_in(dim: str) -> tuple[str, ...]:
+    """The names that a dimension is computed from; of one that is a name itself that alone."""
+    found: dict[str, int] = {}
+    with contextlib.suppress(ZeroDivisionError):
+        resolve(dim, found, lambda: 1)
+    return tuple(found)
 
 
 def enlarge(dims: Iterable[Dim], sizes: dict[str, int], draw: Callable[[], int], fixed: Collection[str] = ()) -> None:

@@ -29,7 +29,7 @@ from rewrite.runtime.rank_model import local_generator, partition_ranks
 from rewrite.runtime.tokenizer import copy_tokenizer, eos_of, tokenizer_folder
 from rewrite.shards import Shards, shards_of
 from rewrite.validity import check_tolerance
-from rewrite.verify import MODEL_TOLERANCE, SIZES, compare, model_inputs
+from rewrite.verify import MODEL_TOLERANCE, SIZES, compare, model_inputs, names_in
 from rewrite.verify_generator import Texts, at_once, compare_steps, generator_of
 
 TUNING_MEMORY = 64 << 20  # bytes for the caches of a text generator whose kernels are timed
@@ -94,7 +94,8 @@ def build(
     if generator is not None:
         folder = tokenizer_folder(source, tokenizer)
         generator = {**generator, "eos": eos_of(source), "tokenizer": "tokenizer" if folder is not None else None}
-    names = dict.fromkeys(d for v in cut.inputs.values() for d in v.shape if isinstance(d, str))
+    named = dict.fromkeys(d for v in cut.inputs.values() for d in v.shape if isinstance(d, str))
+    names = [d for d in named if names_in(d) == (d,) or not all(n in named for n in names_in(d))]  # `past + 1` follows from `past`
     sizes = Profile.parse(profile, names, GENERATOR if generator is not None else None)
     compiled = _compile(cut, sizes, say) if engines else {}
     work: Path | None = None

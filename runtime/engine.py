@@ -87,7 +87,7 @@ def build_engine(segment: onnx.ModelProto, shapes: Mapping[str, tuple[Dim, ...]]
         config.add_optimization_profile(ranges)
     plan = builder.build_serialized_network(network, config)
     if plan is None:
-        raise RewriteError(f"TensorRT cannot build the segment: {_first(log.lines)}. {_ADVICE}")
+        raise RewriteError(f"TensorRT cannot build the segment at the profile's sizes ({profile}): {_first(log.lines)}. Give others with --profile if the model has no such sizes. {_ADVICE}")
     return bytes(plan)
 
 

@@ -258,6 +258,27 @@ def test_inputs_that_are_not_generated(tmp_path, kind, reason):
 
 
 # --- plans on disk ------------------------------------------------------------------------------------------------
+def test_a_derived_dimension_of_an_input_is_checked(tmp_path):
+    model = parse("(float[m, 4] mask, float[past, 4] x) => (float[k, 4] y) { y = Concat<axis = 0>(mask, x) }")
+    model.graph.input[0].type.tensor_type.shape.dim[0].dim_param = "past + 1"
+    plan = rewrite.build(model, tmp_path / "p", profile="past=2:4:8")
+    assert plan.manifest.profile.ranges == {"past": (2, 4, 8)}
+
+    def run(mask, x):
+        return plan.run({"mask": np.ones((mask, 4), np.float32), "x": np.ones((x, 4), np.float32)})
+
+    assert run(9, 8)["y"].shape == (17, 4)
+    with pytest.raises(rewrite.RewriteError, match=r"'mask' has size 8 where past \+ 1 = 9 is expected, as past = 8"):  # a GPU has room for 9
+        run(8, 8)
+    with pytest.raises(rewrite.RewriteError, match="past = 9; the plan was built for 2 to 8"):
+        run(10, 9)
+
+
+def test_sizes_that_tensorrt_refuses_are_told(tmp_path):
+    with pytest.raises(rewrite.RewriteError, match=r"cannot build the segment at the profile's sizes \(n 2147483647:.*Give others with --profile"):
+        rewrite.build(parse("(float[n, 1024] x) => (float[n, 1024] y) { y = Exp(x) }"), tmp_path / "p", profile="n=2147483647")
+
+
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
     path = tmp_path_factory.mktemp("plan") / "p"
