@@ -752,7 +752,7 @@ def run(path: str, file: str, output: str | None, device: str, key: str | None, 
         sandbox.start()
     import numpy as np
 
-    from rewrite.files import check_apart, check_target, write_atomically
+    from rewrite.files import check_apart, check_outside, check_target, write_atomically
     from rewrite.model import load
     from rewrite.registry import library
     from rewrite.validity import check_feeds
@@ -761,6 +761,7 @@ def run(path: str, file: str, output: str | None, device: str, key: str | None, 
     if output:
         check_target(output)
         check_apart(output, [("the model", path), ("the file of inputs", file)])
+        check_outside(output, path)
     if os.path.isdir(path):
         from rewrite.runtime.plan import Plan
 
@@ -796,13 +797,14 @@ def run(path: str, file: str, output: str | None, device: str, key: str | None, 
 @rules_option
 def bench(plan: str, size: str | None, device: str, warmup: int, iterations: int, json_file: str | None, trace_file: str | None, key: str | None, files: tuple[str, ...]) -> None:
     """Measure PLAN, a plan's directory, on generated inputs: latency, throughput, each segment and plugin, against the machine's ceilings."""
-    from rewrite.files import check_apart, check_target
+    from rewrite.files import check_apart, check_outside, check_target
     from rewrite.registry import library
     from rewrite.runtime import bench as measure
     from rewrite.runtime.plan import Plan
 
     for target in filter(None, (json_file, trace_file)):
         check_target(target)
+        check_outside(target, plan)
     if json_file and trace_file:
         check_apart(trace_file, [("the file of --json", json_file)])
     library(list(files))

@@ -497,6 +497,8 @@ def test_build_inspect_and_run(tmp_path):
     (["run", "{plan}", "--inputs", "{plan}/none.npz"], "not a readable .npz"),
     (["run", "{plan}", "--inputs", "{plan}/manifest.json"], "not a readable .npz"),
     (["run", "{plan}/segments", "--inputs", "x"], "not a plan"),
+    (["run", "{plan}", "--inputs", "x", "-o", "{plan}/weights.safetensors"], "it lies in the plan"),
+    (["bench", "{plan}", "--json", "{plan}/manifest.json"], "it lies in the plan"),
     (["inspect", "{plan}/manifest.json"], "not an ONNX model"),
     (["build", "{plan}/nothing.onnx", "-o", "{plan}"], "no such file"),
     (["build", "{plan}", "-o", "{plan}/q"], "a directory"),
