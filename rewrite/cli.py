@@ -7,10 +7,12 @@ import errno
 import json
 import os
 import re
+import signal
 import sys
+import threading
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import click
 
@@ -19,7 +21,7 @@ from rewrite import sandbox
 from rewrite.cli_generate import bench_generate, generate
 from rewrite.cli_options import key_option, rules_option
 from rewrite.cli_size import plan_size
-from rewrite.errors import CheckFailed, RewriteError
+from rewrite.errors import CheckFailed, RewriteError, interrupted
 
 if TYPE_CHECKING:
     from rewrite.model import Model
@@ -44,15 +46,15 @@ class Commands(click.Group):
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
-            return super().invoke(ctx)
+            return self._invoke(ctx)
         except RewriteError as error:
             self._say(str(error))
             ctx.exit(error.exit_code)
         except click.UsageError as error:
             self._tell(error)
             ctx.exit(2)
-        except MemoryError:
-            self._say("out of memory; the model needs about three times its size")
+        except MemoryError as error:
+            self._say(f"out of memory{f' ({error})' if str(error) else ''}; a model needs about three times its size, and smaller sizes of its inputs less")
             ctx.exit(2)
         except KeyboardInterrupt:
             self._say("interrupted")
@@ -66,6 +68,14 @@ class Commands(click.Group):
             self._say(f"standard output cannot be written: {error.strerror}; make room, or send it elsewhere")
             sys.stdout = None  # type: ignore[assignment]
             ctx.exit(2)
+
+    def _invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except ImportError as error:
+            if interrupted(error):
+                raise error.__cause__ from None  # type: ignore[misc]
+            raise
 
     def resolve_command(self, ctx: click.Context, args: list[str]) -> tuple[str | None, click.Command | None, list[str]]:
         import difflib
@@ -116,15 +126,22 @@ def table(title: str, columns: list[str], rows: list[list[str]]) -> None:
     click.echo(shown.get(), nl=False)
 
 
+def _kinds(model: Model) -> dict[str, str]:
+    """The dtype of each input that has to be given, by NumPy's name; that of strings is object."""
+    import onnx
+
+    initial = {i.name for i in model.proto.graph.initializer}
+    needed = [i for i in model.proto.graph.input if i.name not in initial]
+    return {i.name: onnx.helper.tensor_dtype_to_np_dtype(i.type.tensor_type.elem_type).name if i.type.tensor_type.elem_type else "" for i in needed}
+
+
 def _load_inputs(files: tuple[str, ...], model: Model) -> list[dict[str, Any]] | None:
     """The inputs of each file, checked against what the model takes; None if there is no file."""
     from rewrite.validity import check_feeds
 
-    initial = {i.name for i in model.proto.graph.initializer}
-    names = [i.name for i in model.proto.graph.input if i.name not in initial]
     loaded = []
     for file in files:
-        feeds = load_feeds(file, names)
+        feeds = load_feeds(file, _kinds(model))
         try:
             check_feeds(model.proto, feeds)
         except RewriteError as error:
@@ -514,6 +531,24 @@ def progress() -> Iterator[Callable[[str], None]]:
         yield lambda line: status.update(line)
 
 
+@contextlib.contextmanager
+def ended_by_signals() -> Iterator[None]:
+    """SIGTERM and SIGHUP, where they would kill, end what is done meanwhile as Ctrl-C does: what is half written is removed."""
+
+    def stop(number: int, _: object) -> None:
+        raise SystemExit(128 + number)
+
+    mine = threading.current_thread() is threading.main_thread()
+    replaced = [n for n in (signal.SIGTERM, signal.SIGHUP) if mine and signal.getsignal(n) == signal.SIG_DFL]
+    for number in replaced:
+        signal.signal(number, stop)
+    try:
+        yield
+    finally:
+        for number in replaced:
+            signal.signal(number, signal.SIG_DFL)
+
+
 @main.command(short_help="Compile a model into a plan.")
 @click.argument("model")
 @click.option("-o", "--output", required=True, metavar="DIR", help="Directory of the plan; an older plan there is replaced.")
@@ -539,7 +574,7 @@ def build(
 
     library(list(files))
     started = time.perf_counter()
-    with progress() as say:
+    with ended_by_signals(), progress() as say:
         sizes = ",".join(profile) or None
         plan = run(model, output, profile=sizes, engines=engines, verify=verify, tolerance=tolerance, tokenizer=tokenizer, tune=tune, sign_key=sign_key, progress=say)
     if as_json:
@@ -639,6 +674,8 @@ def inspect(path: str, steps: bool, attributes: bool, segment: str | None, check
         return
     from rewrite.runtime.plan import Plan
 
+    if segment is not None and as_json:
+        raise RewriteError(f"{path}: --segment shows text alone; leave --json out")
     plan = Plan(path, key=key)
     if check:
         _ = plan.weights  # compared when they are wanted
@@ -660,23 +697,46 @@ def polygraphy_text(proto: Any, layers: bool, attributes: bool) -> str:
     return str(str_from_onnx(proto, show_layers=layers, show_attrs=attributes, show_weights=False))
 
 
-def load_feeds(file: str, names: list[str]) -> dict[str, Any]:
-    """Arrays by input name: of an .npz file, or the only input as an .npy file. Raises RewriteError if it is neither."""
+def load_feeds(file: str, kinds: Mapping[str, str]) -> dict[str, Any]:
+    """Arrays by input name: of an .npz file, or the only input as an .npy file. Raises RewriteError if it is neither.
+
+    `kinds` are the dtypes of the inputs, for what such files have no word for: bfloat16, which NumPy writes as bytes, and strings.
+    """
+    import ml_dtypes
     import numpy as np
+
+    def read(name: str, array: Any) -> Any:
+        kind = kinds.get(name, "")
+        if array.dtype.kind == "V" and array.dtype.names is None and hasattr(ml_dtypes, kind):
+            own = np.dtype(getattr(ml_dtypes, kind))
+            return array.view(own) if array.dtype.itemsize == own.itemsize else array
+        return array.astype(object) if array.dtype.kind == "U" and kind == "object" else array
 
     try:
         data = np.load(file, allow_pickle=False)
         if isinstance(data, np.ndarray):
-            if len(names) != 1:
-                raise RewriteError(f"{file}: an .npy file holds one array, but there are {len(names)} inputs ({', '.join(names)}); give an .npz file")
-            return {names[0]: data}
+            if len(kinds) != 1:
+                raise RewriteError(f"{file}: an .npy file holds one array, but there are {len(kinds)} inputs ({', '.join(kinds)}); give an .npz file")
+            return {name: read(name, data) for name in kinds}
         with data:
-            return {k: data[k] for k in data.files}
+            return {name: read(name, data[name]) for name in data.files}
     except RewriteError:
         raise
     except Exception as error:  # NumPy, zipfile and zlib each have their own
         reason = error.strerror if isinstance(error, OSError) and error.strerror else "it is no NumPy file, or holds Python objects"
         raise RewriteError(f"{file}: not a readable .npz or .npy file of arrays ({reason})") from error
+
+
+def save_arrays(file: BinaryIO, arrays: Mapping[str, Any]) -> None:
+    """An .npz file: `numpy.savez` takes no array of the name 'file'. Strings are written as text."""
+    import zipfile
+
+    import numpy as np
+
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
+        for name, array in arrays.items():
+            with archive.open(f"{name}.npy", "w", force_zip64=True) as part:
+                np.lib.format.write_array(part, array.astype(str) if array.dtype.kind == "O" else array, allow_pickle=False)
 
 
 @main.command(short_help="Run a plan or a model on arrays.")
@@ -692,7 +752,7 @@ def run(path: str, file: str, output: str | None, device: str, key: str | None, 
         sandbox.start()
     import numpy as np
 
-    from rewrite.files import check_apart, check_target, write_atomically
+    from rewrite.files import check_apart, check_outside, check_target, write_atomically
     from rewrite.model import load
     from rewrite.registry import library
     from rewrite.validity import check_feeds
@@ -701,24 +761,24 @@ def run(path: str, file: str, output: str | None, device: str, key: str | None, 
     if output:
         check_target(output)
         check_apart(output, [("the model", path), ("the file of inputs", file)])
+        check_outside(output, path)
     if os.path.isdir(path):
         from rewrite.runtime.plan import Plan
 
         plan = Plan(path, device=device, key=key)
-        results = plan.run(load_feeds(file, list(plan.inputs)))
+        results = plan.run(load_feeds(file, {n: kind.dtype for n, kind in plan.inputs.items()}))
     elif device == "cuda":
         raise RewriteError(f"{path}: a model runs on the CPU; `rewrite build` makes a plan of it that runs on a GPU")
     else:
         model = load(path)
-        initial = {i.name for i in model.proto.graph.initializer}
-        feeds = load_feeds(file, [i.name for i in model.proto.graph.input if i.name not in initial])
+        feeds = load_feeds(file, _kinds(model))
         check_feeds(model.proto, feeds)
         results = sandbox.run(model, feeds)
     if output:
-        write_atomically(output, lambda f: np.savez(f, allow_pickle=False, **results))
+        write_atomically(output, lambda f: save_arrays(f, results))
     rows = []
     for name, array in results.items():
-        numbers = array.size and array.dtype.kind in "fiu"
+        numbers = array.size and array.dtype.kind in "fiuV"
         rows.append([name, str(array.dtype), str(list(array.shape)), *(f"{f(array.astype(np.float64)):.4g}" if numbers else "-" for f in (np.min, np.mean, np.max))])
     table("", ["output", "dtype", "shape", "min", "mean", "max"], rows)
     if output:
@@ -737,13 +797,14 @@ def run(path: str, file: str, output: str | None, device: str, key: str | None, 
 @rules_option
 def bench(plan: str, size: str | None, device: str, warmup: int, iterations: int, json_file: str | None, trace_file: str | None, key: str | None, files: tuple[str, ...]) -> None:
     """Measure PLAN, a plan's directory, on generated inputs: latency, throughput, each segment and plugin, against the machine's ceilings."""
-    from rewrite.files import check_apart, check_target
+    from rewrite.files import check_apart, check_outside, check_target
     from rewrite.registry import library
     from rewrite.runtime import bench as measure
     from rewrite.runtime.plan import Plan
 
     for target in filter(None, (json_file, trace_file)):
         check_target(target)
+        check_outside(target, plan)
     if json_file and trace_file:
         check_apart(trace_file, [("the file of --json", json_file)])
     library(list(files))
@@ -762,14 +823,14 @@ def print_bench(report: dict[str, Any]) -> None:
     sizes = ", ".join(f"{n}={s}" for n, s in report["sizes"].items()) or "static shapes"
     click.echo(f"{report['plan']}: {report['model']} on {report['device']}; {sizes}; {report['iterations']} runs")
     click.echo(f"ceilings, measured now: {memory / 1e9:.0f} GB/s copying, {compute / 1e9:.0f} GFLOP/s in a {dtype} product\n")
+    whole = report["whole"]
+    ends = {"latency_us": f" | {whole['of_memory']:.0%} of the memory's, {whole['of_compute']:.0%} of the arithmetic's ceiling at p50", "call_us": ""}
     names = {"latency_us": "one run", "call_us": "with its inputs and outputs on the host"}
     for key in ("latency_us", "call_us") if report["enqueue_us"] is not None else ("latency_us",):
-        click.echo(f"{names[key]}: " + ", ".join(f"{p} {report[key][p] / 1e3:.3f} ms" for p in ("p50", "p90", "p99")))
+        click.echo(f"{names[key]}: " + ", ".join(f"{p} {report[key][p] / 1e3:.3f} ms" for p in ("p50", "p90", "p99")) + ends[key])
     if report["enqueue_us"] is not None:
         click.echo(f"enqueueing: {report['enqueue_us']:.1f} µs of the processor")
-    whole = report["whole"]
-    rates = f"{report['runs_per_second']:.1f} runs/s, {report['items_per_second']:.1f} items/s"
-    click.echo(f"throughput: {rates} | {whole['of_memory']:.0%} of the memory's, {whole['of_compute']:.0%} of the arithmetic's ceiling\n")
+    click.echo(f"throughput: {report['runs_per_second']:.1f} runs/s, {report['items_per_second']:.1f} items/s\n")
     rows = []
     for part in report["parts"]:
         cells = [f"{part['bytes_per_second'] / 1e9:.1f}", f"{part['of_memory']:.0%}", f"{part['operations_per_second'] / 1e9:.1f}", f"{part['of_compute']:.0%}"]

@@ -28,6 +28,11 @@ class CheckFailed(RewriteError):
         Exception.__init__(self, message)  # a list of what does not hold, perhaps: a line each
 
 
+def interrupted(error: ImportError) -> bool:
+    """Whether a module could not be imported because the program was to end: those of C++ tell it so."""
+    return isinstance(error.__cause__, (KeyboardInterrupt, SystemExit))
+
+
 def blame(error: BaseException) -> str:
     """An error in a user's code, with the place where it happened: `rules.py:12: ZeroDivisionError: division by zero`."""
     if isinstance(error, SyntaxError):

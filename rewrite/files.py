@@ -41,6 +41,12 @@ def check_apart(path: str | os.PathLike[str], kept: Iterable[tuple[str, str | os
             raise RewriteError(f"{path}: cannot be written: it is {what} as well; choose another name")
 
 
+def check_outside(path: str | os.PathLike[str], plan: str | os.PathLike[str]) -> None:
+    """Raises RewriteError if a file written at `path` would lie in the folder of a plan, or be one of its own."""
+    if Path(os.path.realpath(plan)) in Path(os.path.realpath(path)).parents:
+        raise RewriteError(f"{path}: cannot be written: it lies in the plan {plan}; choose another folder")
+
+
 def write_atomically(path: str | os.PathLike[str], write: Callable[[BinaryIO], object], then: Callable[[], None] = lambda: None) -> None:
     """Call `write` on a temporary file beside `path`, flush it to the disk, and rename it to `path`.
 
@@ -100,7 +106,7 @@ def swap_directory(new: Path, target: Path) -> None:
     for path in sorted(new.rglob("*")):
         _flush(path)
     _flush(new)
-    if not target.exists():
+    if not os.path.lexists(target):
         os.rename(new, target)
     elif not _exchange(new, target):
         aside = new.with_name(new.name + ".old")

@@ -310,6 +310,10 @@ def _without_weights(proto: onnx.ModelProto) -> onnx.ModelProto:
             light.graph.initializer.add(name=tensor.name, data_type=tensor.data_type, dims=tensor.dims, data_location=onnx.TensorProto.EXTERNAL)
         else:
             light.graph.initializer.append(tensor)
+    for value in (*light.graph.input, *light.graph.output, *light.graph.value_info):
+        for dim in value.type.tensor_type.shape.dim:
+            if dim.HasField("dim_param") and not dim.dim_param:
+                dim.Clear()  # no name is not a name that two dimensions share
     return light
 
 

@@ -17,6 +17,7 @@ import math
 import operator
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -37,6 +38,7 @@ ENOUGH, DOUBLINGS = 3, 14  # what an expression of sizes that would be empty is 
 SCALES = (1.0, 8.0, 1e-3)  # one for each attempt; 16-bit sites have one attempt more
 LARGE = 1 << 22  # elements of one input
 MOST = 1 << 28  # elements of one value of a site: no array larger than this is made to check one
+MOST_INPUT = 1 << 31  # elements of an input that is generated
 TOO_MANY = f"too many to check ({MOST:.1e} are allowed); export the model with smaller fixed sizes, or leave the check out with --no-verify"
 STRINGS = ("0", "1", "2.5", "-3")  # of inputs: a Cast may read them as numbers
 NEAR_LARGEST = 0.92  # of the largest finite value, in that attempt: 6e4 in float16
@@ -92,6 +94,15 @@ def resolve(dim: Dim, sizes: dict[str, int], draw: Callable[[], int]) -> int:
         return sizes[key]
 
     return evaluate(tree)
+
+
+@cache
+def names_in(dim: str) -> tuple[str, ...]:
+    """The names that a dimension is computed from; of one that is a name itself that alone."""
+    found: dict[str, int] = {}
+    with contextlib.suppress(ZeroDivisionError):
+        resolve(dim, found, lambda: 1)
+    return tuple(found)
 
 
 def enlarge(dims: Iterable[Dim], sizes: dict[str, int], draw: Callable[[], int], fixed: Collection[str] = ()) -> None:
@@ -435,11 +446,12 @@ def index_ranges(proto: onnx.ModelProto) -> dict[str, int]:
     return ranges
 
 
-def model_inputs(proto: onnx.ModelProto, attempt: int, sizes: Mapping[str, int] | None = None) -> dict[str, np.ndarray]:
+def model_inputs(proto: onnx.ModelProto, attempt: int, sizes: Mapping[str, int] | None = None, advice: str = "give inputs with --inputs FILE.npz") -> dict[str, np.ndarray]:
     """Inputs for a whole model: named dimensions are those of `sizes`; others are drawn once and used everywhere.
 
     Integer inputs named for masks are padding, by attempt: on the right, on the left, anywhere. Token ids range over the
-    table they are looked up in; other integers are 0 or 1. Strings are numbers. Raises RewriteError for an input that is no tensor.
+    table they are looked up in; other integers are 0 or 1. Strings are numbers. Raises RewriteError, which ends with `advice`, for an
+    input that cannot be generated.
     """
     if odd := no_tensor(proto):
         raise RewriteError(f"{odd}, and only tensors are generated: the model as a whole cannot be checked")
@@ -454,15 +466,17 @@ def model_inputs(proto: onnx.ModelProto, attempt: int, sizes: Mapping[str, int] 
     try:
         enlarge(given, trial, draw, sizes)
     except RewriteError as error:
-        raise RewriteError(f"{error}; give inputs with --inputs FILE.npz") from error
+        raise RewriteError(f"{error}; {advice}") from error
     wide = dict(trial)
     with contextlib.suppress(RewriteError):  # as far as possible, nothing inside is empty either
         enlarge((d for v in (*proto.graph.value_info, *proto.graph.output) for d in _dims(v)), wide, draw, sizes)
     sizes = wide if all(_size(d, wide, draw) >= 1 for d in given if isinstance(d, str)) else trial
     for value in inputs:
         if not value.type.tensor_type.HasField("shape"):
-            raise RewriteError(f"input '{value.name}' has no known tensor shape; give inputs with --inputs FILE.npz")
+            raise RewriteError(f"input '{value.name}' has no known tensor shape; {advice}")
         shape = tuple(resolve(d, sizes, draw) for d in _dims(value))
+        if math.prod(shape) > MOST_INPUT:
+            raise RewriteError(f"input '{value.name}' would have {math.prod(shape):.1e} elements, too many to generate; {advice}")
         dtype = onnx.helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type)
         low = value.name.lower()
         if dtype.kind in "iu" and "mask" in low and len(shape) == 2:
@@ -476,7 +490,7 @@ def model_inputs(proto: onnx.ModelProto, attempt: int, sizes: Mapping[str, int] 
         elif value.type.tensor_type.elem_type == onnx.TensorProto.STRING:
             made[value.name] = rng.choice(np.array(STRINGS, object), shape)
         else:
-            raise RewriteError(f"input '{value.name}' is {dtype}; give inputs with --inputs FILE.npz")
+            raise RewriteError(f"input '{value.name}' is {dtype}; {advice}")
     return made
 
 

@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 import itertools
 import math
+import re
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -24,6 +25,7 @@ import onnx
 from rewrite.errors import RewriteError
 from rewrite.registry import library
 from rewrite.runtime.partition import Step
+from rewrite.runtime.profile import SIZE
 from rewrite.verify import model_inputs
 
 if TYPE_CHECKING:
@@ -63,20 +65,25 @@ class Times:
 def parse_sizes(text: str | None, plan: Plan) -> dict[str, int]:
     """The size of each named dimension: those of `batch=8,seq=128`, others as the profile calls best. Raises RewriteError."""
     sizes = {name: best for name, (_, best, _) in plan.manifest.profile.ranges.items()}
+    given: set[str] = set()
     for item in filter(None, (text or "").replace(" ", "").split(",")):
-        name, _, number = item.partition("=")
-        if not number.isdecimal() or not int(number):
+        found = re.fullmatch(rf"([^=]+)={SIZE}", item, re.ASCII)
+        if found is None or not int(found[2]):
             raise RewriteError(f"--size {item!r}: write NAME=SIZE, for example batch=8")
+        name = found[1]
         if name not in sizes:
             raise RewriteError(f"--size {name}: the plan has no dimension of this name; it has {', '.join(sizes) or 'none'}")
-        sizes[name] = int(number)
+        if name in given:
+            raise RewriteError(f"--size {name} is given twice; a plan is measured at one size of each dimension")
+        given.add(name)
+        sizes[name] = int(found[2])
     return sizes
 
 
 def make_inputs(plan: Plan, sizes: Mapping[str, int]) -> dict[str, np.ndarray[Any, Any]]:
     """Inputs of these sizes: random numbers, padding masks, positions; token ids are 0 and 1."""
     infos = [onnx.helper.make_tensor_value_info(n, onnx.helper.np_dtype_to_tensor_dtype(v.numpy), list(v.shape)) for n, v in plan.inputs.items()]
-    return model_inputs(onnx.helper.make_model(onnx.helper.make_graph([], "inputs", infos, [])), 0, sizes)
+    return model_inputs(onnx.helper.make_model(onnx.helper.make_graph([], "inputs", infos, [])), 0, sizes, "a plan is measured on generated inputs alone")
 
 
 def bench(plan: Plan, sizes: Mapping[str, int], *, warmup: int = 5, iterations: int = 50) -> dict[str, Any]:
@@ -196,13 +203,21 @@ def _operations(node: onnx.NodeProto, sizes: Mapping[str, list[int]]) -> int:
         return 0
     elements: int = math.prod(sizes[node.output[0]])
     first: list[int] = sizes[node.input[0]]
-    if node.op_type == "MatMul":
+    if node.op_type in ("MatMul", "MatMulInteger"):
         return 2 * elements * first[-1]
     if node.op_type == "Gemm":
         turned = any(a.name == "transA" and a.i for a in node.attribute)
         return 2 * elements * first[0 if turned else -1]
-    if node.op_type == "Conv" and node.input[1] in sizes:
-        return 2 * elements * int(math.prod(sizes[node.input[1]][1:]))
+    if node.op_type in ("Conv", "ConvInteger", "ConvTranspose") and node.input[1] in sizes:
+        return 2 * (math.prod(first) if node.op_type == "ConvTranspose" else elements) * math.prod(sizes[node.input[1]][1:])
+    if node.op_type == "Attention" and node.input[1] in sizes and len(node.input) < 5:  # without a cache; heads side by side, or an axis
+        keys = sizes[node.input[1]][-2]
+        causal = any(a.name == "is_causal" and a.i for a in node.attribute)
+        return (keys + 1 if causal else 2 * keys) * (math.prod(first) + elements)
+    if node.op_type == "Einsum" and all(n in sizes for n in node.input):
+        terms = node.attribute[0].s.decode().replace(" ", "").split("->")[0].split(",")
+        if not any("." in t for t in terms):
+            return len(terms) * math.prod({label: size for t, n in zip(terms, node.input, strict=True) for label, size in zip(t, sizes[n], strict=True)}.values())
     return max(elements, math.prod(first)) if node.op_type.startswith(("Reduce", "Arg")) else elements
 
 

@@ -29,10 +29,11 @@ from rewrite.runtime.rank_model import local_generator, partition_ranks
 from rewrite.runtime.tokenizer import copy_tokenizer, eos_of, tokenizer_folder
 from rewrite.shards import Shards, shards_of
 from rewrite.validity import check_tolerance
-from rewrite.verify import MODEL_TOLERANCE, SIZES, compare, model_inputs
+from rewrite.verify import MODEL_TOLERANCE, SIZES, compare, model_inputs, names_in
 from rewrite.verify_generator import Texts, at_once, compare_steps, generator_of
 
 TUNING_MEMORY = 64 << 20  # bytes for the caches of a text generator whose kernels are timed
+PARTS = {MANIFEST, seal.SEAL, seal.SIGNATURE, WEIGHTS, "segments", "engines", "tokenizer"}  # of a plan's folder
 Progress = Callable[[str], None]
 UNCHECKED = "build with --no-verify and compare yourself"
 
@@ -76,10 +77,7 @@ def build(
         raise RewriteError(f"profile: a {type(profile).__name__}; write the sizes as text, for example 'batch=1:8:32,sequence=1:128:512'")
     source, target = load(model), Path(directory)
     say: Progress = progress or (lambda line: None)
-    if os.path.exists(target) and not os.path.isfile(target / MANIFEST) and (not os.path.isdir(target) or any(target.iterdir())):
-        raise RewriteError(f"{target}: exists and is not a plan; name another directory")
-    if not target.parent.is_dir():
-        raise RewriteError(f"{target}: the folder {target.parent} does not exist; make it first")
+    _check_target(target)
     if tune:
         engine.gpu_model()  # there is one
     key = seal.read_key(sign_key)
@@ -96,12 +94,13 @@ def build(
     if generator is not None:
         folder = tokenizer_folder(source, tokenizer)
         generator = {**generator, "eos": eos_of(source), "tokenizer": "tokenizer" if folder is not None else None}
-    names = dict.fromkeys(d for v in cut.inputs.values() for d in v.shape if isinstance(d, str))
+    named = dict.fromkeys(d for v in cut.inputs.values() for d in v.shape if isinstance(d, str))
+    names = [d for d in named if names_in(d) == (d,) or not all(n in named for n in names_in(d))]  # `past + 1` follows from `past`
     sizes = Profile.parse(profile, names, GENERATOR if generator is not None else None)
     compiled = _compile(cut, sizes, say) if engines else {}
     work: Path | None = None
     try:
-        work = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent))
+        work = Path(tempfile.mkdtemp(prefix=f".{target.name[:50]}.", suffix=".tmp", dir=target.parent))
         say("writing the plan")
         if folder is not None:
             copy_tokenizer(folder, work / "tokenizer")
@@ -118,19 +117,40 @@ def build(
     except OSError as error:
         raise RewriteError(f"{target}: cannot be written: {error.strerror or error}; nothing was changed") from error
     finally:
-        if work is not None:
+        if work is not None and os.path.islink(work):  # it stood at `target`
+            work.unlink()
+        elif work is not None:
             shutil.rmtree(work, ignore_errors=True)
     return Plan(target, key=sign_key)
+
+
+def _check_target(target: Path) -> None:
+    """Can a plan be written at `target`, and nothing be lost but an older plan? Raises RewriteError with the reason if not."""
+    try:
+        names = set(os.listdir(target))
+    except FileNotFoundError:
+        names = set()
+    except OSError as error:
+        raise RewriteError(f"{target}: cannot be written: {error.strerror}; name another directory") from error
+    if names and not {MANIFEST, WEIGHTS} <= names:
+        raise RewriteError(f"{target}: exists and is not a plan; name another directory")
+    if strange := sorted(names - PARTS):
+        raise RewriteError(f"{target}: has {strange[0]!r} in it, which is of no plan and would be lost; move it, or name another directory")
+    if not target.parent.is_dir():
+        raise RewriteError(f"{target}: the folder {target.parent} does not exist; make it first")
+    if not os.access(target.parent, os.W_OK | os.X_OK):
+        raise RewriteError(f"{target}: cannot be written: the folder {target.parent} is read-only; name another")
 
 
 def _compile(cut: Partition, profile: Profile, say: Progress) -> dict[str, bytes]:
     """The engine of each segment, by its key."""
     engines: dict[str, bytes] = {}
     for index, (key, segment) in enumerate(cut.segments.items(), 1):
-        uses = sum(s.name == key for s in cut.steps)
-        say(f"TensorRT: segment {index} of {len(cut.segments)}, {len(segment.graph.node)} nodes, used {uses} times")
+        uses = [s for s in cut.steps if s.name == key]
+        say(f"TensorRT: segment {index} of {len(cut.segments)}, {len(segment.graph.node)} nodes, used {len(uses)} times")
         shapes = {i.name: tuple(d.dim_value if d.HasField("dim_value") else d.dim_param or None for d in i.type.tensor_type.shape.dim) for i in segment.graph.input}
-        engines[key] = engine.build_engine(segment, shapes, profile)
+        names = dict(zip((v.name for v in (*segment.graph.input, *segment.graph.output)), (*uses[0].inputs, *uses[0].outputs), strict=True))
+        engines[key] = engine.build_engine(segment, shapes, profile, names)
     return engines
 
 
@@ -198,7 +218,7 @@ def check_plan(plan: Plan, model: Model, tolerance: float, attempts: int = 2) ->
     feeds: list[Mapping[str, np.ndarray[Any, Any]]] = []
     for attempt in range(attempts):
         sizes = {n: min(max(size, low), high) for size, (n, (low, _, high)) in zip(SIZES[attempt] * len(ranges), ranges.items(), strict=False)}
-        feeds.append(model_inputs(model.proto, attempt, sizes))
+        feeds.append(model_inputs(model.proto, attempt, sizes, UNCHECKED))
     try:
         found = sandbox.run_each(model, list(feeds), UNCHECKED)
     except Unfinished:

@@ -13,10 +13,13 @@ from typing import Any
 
 import onnx
 
-from rewrite.errors import RewriteError
+from rewrite.errors import RewriteError, interrupted
 from rewrite.files import write_atomically
 from rewrite.graph import Dim
 from rewrite.runtime.profile import Profile
+
+# What an engine can read and write.
+TYPES = {getattr(onnx.TensorProto, k) for k in ("FLOAT", "FLOAT16", "BFLOAT16", "FLOAT8E4M3FN", "FLOAT4E2M1", "INT4", "INT8", "UINT8", "INT32", "INT64", "BOOL")}
 
 
 @cache
@@ -25,8 +28,9 @@ def tensorrt() -> ModuleType:
     for name in ("tensorrt_rtx", "tensorrt"):
         try:
             return __import__(name)
-        except ImportError:
-            continue
+        except ImportError as error:
+            if interrupted(error):
+                raise
     raise RewriteError("TensorRT is not installed; `pip install 'tensorrt-rtx>=1.6,<1.7'`, or build with --no-engines for the CPU alone")
 
 
@@ -53,11 +57,19 @@ def logger() -> Any:
     return Log()
 
 
-def build_engine(segment: onnx.ModelProto, shapes: Mapping[str, tuple[Dim, ...]], profile: Profile) -> bytes:
-    """Compile one segment; `shapes` gives the shape of each of its inputs in the model's named dimensions.
+def build_engine(segment: onnx.ModelProto, shapes: Mapping[str, tuple[Dim, ...]], profile: Profile, names: Mapping[str, str] | None = None) -> bytes:
+    """Compile one segment; `shapes` gives the shape of each of its inputs in the model's named dimensions, `names` what
+    its inputs and outputs are called in the model, for errors.
 
-    Precision is what the model says (strongly typed, no TF32). Raises RewriteError that names the node TensorRT stops at.
+    Precision is what the model says (strongly typed, no TF32); TensorRT lacks float64, and computes it in float32 inside a segment.
+    Raises RewriteError that names the node TensorRT stops at, or the input or output of a type that it lacks.
     """
+    called = names or {}
+    for value in (*segment.graph.input, *segment.graph.output):
+        element = value.type.tensor_type.elem_type
+        if element not in TYPES:  # float64 it would take for float32, and read and write other bytes than there are
+            kind = onnx.TensorProto.DataType.Name(element).lower()
+            raise RewriteError(f"TensorRT has no {kind}, which '{called.get(value.name, value.name)}' is; cast it when exporting, or build with --no-engines for the CPU alone")
     trt, log = tensorrt(), logger()
     log.lines.clear()
     builder = trt.Builder(log)
@@ -71,11 +83,11 @@ def build_engine(segment: onnx.ModelProto, shapes: Mapping[str, tuple[Dim, ...]]
     if any(not isinstance(d, int) for shape in shapes.values() for d in shape):
         ranges = builder.create_optimization_profile()
         for name, shape in shapes.items():
-            ranges.set_shape(name, *profile.shapes(name, shape))
+            ranges.set_shape(name, *profile.shapes(called.get(name, name), shape))
         config.add_optimization_profile(ranges)
     plan = builder.build_serialized_network(network, config)
     if plan is None:
-        raise RewriteError(f"TensorRT cannot build the segment: {_first(log.lines)}. {_ADVICE}")
+        raise RewriteError(f"TensorRT cannot build the segment at the profile's sizes ({profile}): {_first(log.lines)}. Give others with --profile if the model has no such sizes. {_ADVICE}")
     return bytes(plan)
 
 

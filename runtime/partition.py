@@ -410,7 +410,7 @@ class _Segment:
     # --- the finished segment --------------------------------------------------------------------------------------
     def finish(self, needed: set[str]) -> tuple[str, onnx.ModelProto, list[str]]:
         """The segment's key, its model, and the values it computes that `needed` names."""
-        outputs = [t for t in self.made if t.name in needed]
+        outputs = [t for t in self.made if t.name in needed and not self.cutter.is_constant(t)]  # who reads a constant elsewhere has it as a weight
         proto = onnx.helper.make_graph(
             self.nodes,
             "segment",

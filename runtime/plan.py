@@ -29,6 +29,7 @@ from rewrite.errors import RewriteError
 from rewrite.runtime import schema, seal, weights
 from rewrite.runtime.partition import Step, ValueType
 from rewrite.runtime.profile import Profile
+from rewrite.verify import names_in, resolve
 
 if TYPE_CHECKING:
     from rewrite.runtime.executor import Executor
@@ -288,6 +289,7 @@ class Plan:
             if name not in wanted:
                 raise RewriteError(f"input '{name}' is unknown; the plan takes {', '.join(self.inputs)}")
         sizes: dict[str, int] = {}
+        derived: list[tuple[str, int, str]] = []
         for name, kind in wanted.items():
             if name not in inputs:
                 raise RewriteError(f"input '{name}' is missing; the plan takes {', '.join(self.inputs)}")
@@ -300,7 +302,15 @@ class Plan:
             if array.ndim != len(kind.shape):
                 raise RewriteError(f"input '{name}' has shape {list(array.shape)}, expected {len(kind.shape)} dimensions: {list(kind.shape)}")
             for size, dim in zip(array.shape, kind.shape, strict=True):
+                if isinstance(dim, str) and names_in(dim) != (dim,):
+                    derived.append((name, size, dim))
+                else:
+                    self._check_size(name, size, dim, sizes)
+        for name, size, dim in derived:  # `past + 1`, when all sizes by name are known
+            if any(n not in sizes for n in names_in(dim)):
                 self._check_size(name, size, dim, sizes)
+            elif size != (expected := resolve(dim, dict(sizes), int)):
+                raise RewriteError(f"input '{name}' has size {size} where {dim} = {expected} is expected, as {', '.join(f'{n} = {sizes[n]}' for n in names_in(dim))}")
         return sizes
 
     def _check_size(self, name: str, size: int, dim: int | str | None, sizes: dict[str, int]) -> None:

@@ -13,6 +13,7 @@ from rewrite.verify import resolve
 BATCH, OTHER = (1, 8, 32), (1, 128, 512)
 GENERATOR = {"tokens": (1, 64, 2048), "rows": (1, 64, 256)}  # of a step of a text generator
 MOST = 2**31 - 1  # what TensorRT takes
+SIZE = r"(\d{1,19})"  # Python refuses to read thousands of digits
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class Profile:
         ranges = {n: (usual or {}).get(n, BATCH if "batch" in n.lower() else OTHER) for n in known}
         given: set[str] = set()
         for item in filter(None, (text or "").replace(" ", "").split(",")):
-            found = re.fullmatch(r"([^=]+)=(\d+)(?::(\d+):(\d+))?", item, re.ASCII)
+            found = re.fullmatch(rf"([^=]+)={SIZE}(?::{SIZE}:{SIZE})?", item, re.ASCII)
             if found is None:
                 raise RewriteError(f"--profile {item!r}: write NAME=MIN:BEST:MAX or NAME=SIZE, for example batch=1:8:32")
             name, low, best, high = found[1], int(found[2]), int(found[3] or found[2]), int(found[4] or found[2])
@@ -54,7 +55,8 @@ class Profile:
         """
 
         def unknown() -> int:
-            raise RewriteError(f"the shape of '{name}', {list(shape)}, does not follow from the model's dimensions {list(self.ranges)}; give it a value_info, or unfuse the model around it")
+            dims = f"those of the model's inputs ({', '.join(self.ranges)})" if self.ranges else "the model's inputs, whose dimensions have no names"
+            raise RewriteError(f"'{name}' has shape {list(shape)}, which does not follow from {dims}; name its dimensions in the model, or build with --no-engines for the CPU alone")
 
         return [tuple(resolve(d, {n: r[i] for n, r in self.ranges.items()}, unknown) for d in shape) for i in range(3)]
 

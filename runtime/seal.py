@@ -39,14 +39,14 @@ def read_key(path: str | os.PathLike[str] | None) -> bytes | None:
 
     Raises RewriteError if the file cannot be read, or is too short to be a secret.
     """
-    path = path or os.environ.get(KEY_VARIABLE)
-    if not path:
+    path = os.environ.get(KEY_VARIABLE) or None if path is None else path
+    if path is None:
         return None
     try:
         with open(path, "rb") as file:
             key = file.read(KEY_BYTES[1] + 1)
     except OSError as error:
-        raise RewriteError(f"key file {os.fspath(path)}: cannot be read: {error.strerror or error}; make one with `head -c 32 /dev/urandom > FILE`") from error
+        raise RewriteError(f"key file '{os.fspath(path)}': cannot be read: {error.strerror or error}; make one with `head -c 32 /dev/urandom > FILE`") from error
     if not KEY_BYTES[0] <= len(key) <= KEY_BYTES[1]:
         size = "more" if len(key) > KEY_BYTES[1] else len(key)
         raise RewriteError(f"key file {os.fspath(path)}: it has {size} bytes, a key has {KEY_BYTES[0]} to {KEY_BYTES[1]}; make one with `head -c 32 /dev/urandom > FILE`")

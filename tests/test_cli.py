@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import builtins
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 import onnx
 import pytest
@@ -16,6 +19,7 @@ from conftest import nodes, parse
 
 import rewrite
 from rewrite.cli import main
+from rewrite.runtime import engine
 
 
 @pytest.fixture
@@ -207,6 +211,19 @@ def test_a_plan_is_built_shown_and_run(plan, tmp_path):
     assert "a model runs on the CPU; `rewrite build` makes a plan of it" in refused.stderr
 
 
+@pytest.mark.parametrize(("kind", "given", "expected"), [
+    ("bfloat16", np.array([1.5, -2], ml_dtypes.bfloat16), np.array([1.5, -2], ml_dtypes.bfloat16).view("V2")), ("string", np.array(["a", "bc"]), np.array(["a", "bc"])),
+])  # fmt: skip
+@pytest.mark.parametrize("name", ["y", "file", "allow_pickle"])
+def test_files_hold_what_numpy_has_no_word_for(tmp_path, kind, given, expected, name):
+    onnx.save(parse(f"({kind}[n] x) => ({kind}[n] {name}) {{ {name} = Identity(x) }}"), tmp_path / "m.onnx")
+    rewrite.build(tmp_path / "m.onnx", tmp_path / "p", engines=False)
+    np.savez(tmp_path / "in.npz", x=given)
+    for path in ("p", "m.onnx") if kind == "string" else ("p",):
+        assert run("run", str(tmp_path / path), "--inputs", str(tmp_path / "in.npz"), "-o", str(tmp_path / "out.npz")).exit_code == 0
+        np.testing.assert_array_equal(np.load(tmp_path / "out.npz")[name], expected)
+
+
 def test_one_array_for_several_inputs_is_refused(tmp_path):
     path = tmp_path / "m.onnx"
     onnx.save(parse("(float[n] a, float[n] b) => (float[n] y) { y = Add(a, b) }"), path)
@@ -266,3 +283,38 @@ def test_ctrl_c_is_one_line(monkeypatch):
     monkeypatch.setattr("rewrite.registry.library", interrupt)
     done = run("list")
     assert (done.exit_code, done.stderr) == (130, "rewrite: interrupted\n")
+
+
+@pytest.mark.parametrize("module", ["onnxruntime", "tensorrt_rtx"])
+def test_ctrl_c_while_a_module_is_imported(monkeypatch, model, module):
+    def interrupted(name, *arguments, **options):
+        if name == module:
+            raise ImportError("initialization failed") from KeyboardInterrupt()  # as pybind11 does
+        return imported(name, *arguments, **options)
+
+    imported = builtins.__import__
+    engine.tensorrt.cache_clear()
+    monkeypatch.setattr("builtins.__import__", interrupted)
+    done = run("build", model, "-o", f"{model}.plan", "--no-verify")
+    monkeypatch.undo()
+    engine.tensorrt.cache_clear()
+    assert (done.exit_code, done.stderr.splitlines()[-1]) == (130, "rewrite: interrupted")
+
+
+ENDED = """
+import os, sys
+from rewrite.cli import main
+import rewrite.runtime.build as build
+number = int(sys.argv.pop())
+def swap(*_):
+    os.kill(os.getpid(), number)
+build.swap_directory = swap
+main()
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_build_that_is_told_to_end_leaves_nothing(tmp_path, model, number):
+    done = subprocess.run([sys.executable, "-c", ENDED, "build", model, "-o", tmp_path / "p", "--no-engines", "--no-verify", str(int(number))], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 128 + number, done.stderr
+    assert [p.name for p in tmp_path.iterdir()] == ["m.onnx"]

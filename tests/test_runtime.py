@@ -129,6 +129,8 @@ ODD = {
     "a weight is an output": "(float[n, 8] x) => (float[n, 8] y, float[8, 8] w) { p = MatMul(x, w)\n y = Relu(p) }",
     "plugins in a row": "(float[n, 8] x) => (float[n, 8] y) { p = MatMul(x, w)\n r = Relu(p)\n q = MatMul(r, w)\n y = Relu(q) }",
     "no plugin": "(float[n, 8] x) => (float[n, 8] y) { e = Exp(x)\n y = Neg(e) }",
+    "a plugin reads a Constant": "(float[n, 8] x) => (float[n, 8] y) { c = Constant<value_floats = [1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0]>()\n p = MatMul(x, w)\n q = Add(p, c)\n y = Relu(q) }",
+    "a Constant is an output": "(float[n, 8] x) => (float[n, 8] y, int64[2] c) { c = Constant<value_ints = [1, 2]>()\n y = Exp(x) }",
     "a shape is an output": "(float[n, 8] x) => (float[n, 8] y, int64[2] s) { p = MatMul(x, w)\n y = Relu(p)\n s = Shape(y) }",
     "a plugin inside If": """(float[n, 8] x) => (float[n, 8] y) {
         total = ReduceSum<keepdims = 0>(x)
@@ -185,9 +187,20 @@ def test_a_node_tensorrt_does_not_know_is_named_and_nothing_is_written(tmp_path)
 
 
 @pytest.mark.parametrize(("text", "reason"), [
+    ("(double[n] x) => (double[n] y) { y = Sqrt(x) }", "no double, which 'x' is"), ("(float[n] x) => (double[n] y) { y = Cast<to = 11>(x) }", "no double, which 'y' is"),
+    ("(int16[n] x) => (float[n] y) { y = Cast<to = 1>(x) }", "no int16, which 'x' is"), ("(string[n] x) => (string[n] y) { y = Identity(x) }", "no string, which 'x' is"),
+])  # fmt: skip
+def test_a_type_that_tensorrt_lacks_is_refused_by_name(tmp_path, text, reason):  # it would read float64 as float32
+    with pytest.raises(rewrite.RewriteError, match=f"TensorRT has {reason}; cast it"):
+        rewrite.build(parse(text), tmp_path / "p")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("text", "reason"), [
     ("batch", "write NAME=MIN:BEST:MAX"), ("batch=8:4:9", "in order"), ("batch=0", "positive"), ("width=1:2:3", "no dimension of this name; it has batch, seq"), ("batch=1:2", "write NAME"),
     ("batch=-1", "write NAME"), ("batch=1:2:3:4", "write NAME"), ("=3", "write NAME"), ("batch=1.5", "write NAME"), ("batch=٣", "write NAME"), ("batch=1:0:4", "in order"),
     ("batch=1:2:3000000000", "2147483647 at most"), ("batch=1:2:4,batch=8", "batch is given twice; a plan has one range"), ("Batch=3", "no dimension of this name"),
+    pytest.param(f"batch=1:2:{'9' * 5000}", "write NAME", id="5000 digits"),
 ])  # fmt: skip
 def test_bad_profiles(text, reason):
     with pytest.raises(rewrite.RewriteError, match=reason):
@@ -220,11 +233,52 @@ def test_a_plan_for_one_size_takes_that_alone(tmp_path):
 def test_a_profile_gives_derived_dimensions():
     profile = Profile.parse("batch=2:3:4,seq=5", ["batch", "seq"])
     assert profile.shapes("x", ("batch", "2*seq + 1", "batch*seq", 7)) == [(2, 11, 10, 7), (3, 11, 15, 7), (4, 11, 20, 7)]
-    with pytest.raises(rewrite.RewriteError, match=r"'x'.*does not follow"):
+    with pytest.raises(rewrite.RewriteError, match=r"'x'.*does not follow from those of the model's inputs \(batch, seq\)"):
         profile.shapes("x", (None,))
 
 
+def test_a_dimension_without_a_name_is_told_by_the_input(tmp_path):
+    with pytest.raises(rewrite.RewriteError, match=r"'x' has shape \[None, 4\].*have no names; name its dimensions"):
+        rewrite.build(parse("(float[?, 4] x) => (float[?, 4] y) { y = Exp(x) }"), tmp_path / "p")
+
+
+def test_dimensions_of_an_empty_name_are_not_one(tmp_path):
+    model = parse("(float[a, 4] x, float[b, 4] z) => (float[a, 4] y, float[b, 4] w) { y = Exp(x)\n w = Exp(z) }")
+    for value in (*model.graph.input, *model.graph.output):
+        value.type.tensor_type.shape.dim[0].dim_param = ""
+    plan = rewrite.build(model, tmp_path / "p", engines=False)
+    assert [v.shape for v in plan.inputs.values()] == [(None, 4)] * 2
+    assert plan.run({"x": np.ones((2, 4), np.float32), "z": np.ones((3, 4), np.float32)})["w"].shape == (3, 4)
+
+
+@pytest.mark.parametrize(("kind", "reason"), [("complex64[n]", "'x' is complex64"), ("float[1000000, 1000000]", r"'x' would have 1.0e\+12 elements")])
+def test_inputs_that_are_not_generated(tmp_path, kind, reason):
+    with pytest.raises(rewrite.RewriteError, match=f"{reason}.*; build with --no-verify and compare yourself"):
+        rewrite.build(parse(f"({kind} x) => ({kind} y) {{ y = Identity(x) }}"), tmp_path / "p", engines=False)
+
+
 # --- plans on disk ------------------------------------------------------------------------------------------------
+def test_a_derived_dimension_of_an_input_is_checked(tmp_path):
+    model = parse("(float[m, 4] mask, float[past, 4] x) => (float[k, 4] y) { y = Concat<axis = 0>(mask, x) }")
+    model.graph.input[0].type.tensor_type.shape.dim[0].dim_param = "past + 1"
+    plan = rewrite.build(model, tmp_path / "p", profile="past=2:4:8")
+    assert plan.manifest.profile.ranges == {"past": (2, 4, 8)}
+
+    def run(mask, x):
+        return plan.run({"mask": np.ones((mask, 4), np.float32), "x": np.ones((x, 4), np.float32)})
+
+    assert run(9, 8)["y"].shape == (17, 4)
+    with pytest.raises(rewrite.RewriteError, match=r"'mask' has size 8 where past \+ 1 = 9 is expected, as past = 8"):  # a GPU has room for 9
+        run(8, 8)
+    with pytest.raises(rewrite.RewriteError, match="past = 9; the plan was built for 2 to 8"):
+        run(10, 9)
+
+
+def test_sizes_that_tensorrt_refuses_are_told(tmp_path):
+    with pytest.raises(rewrite.RewriteError, match=r"cannot build the segment at the profile's sizes \(n 2147483647:.*Give others with --profile"):
+        rewrite.build(parse("(float[n, 1024] x) => (float[n, 1024] y) { y = Exp(x) }"), tmp_path / "p", profile="n=2147483647")
+
+
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
     path = tmp_path_factory.mktemp("plan") / "p"
@@ -317,6 +371,39 @@ def test_a_directory_that_is_no_plan_is_not_replaced(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["letters.txt"]
 
 
+@pytest.mark.parametrize(("name", "reason"), [("model.onnx", "has 'model.onnx' in it"), ("weights.safetensors", "exists and is not a plan")])
+def test_a_folder_with_more_or_less_than_a_plan_is_not_replaced(copy, name, reason):
+    if (copy / name).exists():
+        (copy / name).unlink()  # what is left may be anyone's: manifest.json is a common name
+    else:
+        (copy / name).write_text("mine")
+    before = sorted(copy.rglob("*"))
+    with pytest.raises(rewrite.RewriteError, match=reason):
+        rewrite.build(layers(1), copy, engines=False)
+    assert sorted(copy.rglob("*")) == before
+
+
+@pytest.mark.parametrize("there", ["p", "nowhere"])
+def test_a_link_is_replaced_and_not_followed(copy, there):
+    link, before = copy.parent / "link", (copy / "manifest.json").read_bytes()
+    link.symlink_to(there)
+    assert len(rewrite.build(layers(1), link, engines=False).manifest.steps) == 1
+    assert not link.is_symlink()
+    assert (copy / "manifest.json").read_bytes() == before
+    assert sorted(p.name for p in copy.parent.iterdir()) == ["link", "p"]
+
+
+def test_a_name_may_be_as_long_as_the_system_allows(tmp_path):
+    assert rewrite.build(layers(1), tmp_path / ("p" * 255), engines=False).manifest.steps
+
+
+def test_a_read_only_folder_is_told_before_the_work(tmp_path, monkeypatch):
+    monkeypatch.setattr("os.access", lambda *_: False)  # as the superuser may write everywhere
+    monkeypatch.setattr("rewrite.runtime.build.partition", None)
+    with pytest.raises(rewrite.RewriteError, match="is read-only"):
+        rewrite.build(layers(1), tmp_path / "p")
+
+
 def test_a_wrong_kernel_fails_the_check_of_the_plan(tmp_path):
     model = rewrite.optimize(layers(2)).model
     plugin = library().plugins["MatMulAct"]
@@ -394,6 +481,7 @@ def test_build_inspect_and_run(tmp_path):
     key = json.loads(command("inspect", tmp_path / "p", "--json").stdout)["steps"][1]["name"]
     assert "LayerNormalization" in command("inspect", tmp_path / "p", "--segment", key).output
     assert command("inspect", tmp_path / "p", "--segment", "nothing").exit_code == 2
+    assert "leave --json out" in command("inspect", tmp_path / "p", "--segment", key, "--json").stderr
     assert "1 Graph Input(s)" in command("inspect", tmp_path / "o.onnx").output
     results = []
     for path, inputs in (("p", "x.npz"), ("p", "x.npy"), ("m.onnx", "x.npz")):
@@ -409,6 +497,8 @@ def test_build_inspect_and_run(tmp_path):
     (["run", "{plan}", "--inputs", "{plan}/none.npz"], "not a readable .npz"),
     (["run", "{plan}", "--inputs", "{plan}/manifest.json"], "not a readable .npz"),
     (["run", "{plan}/segments", "--inputs", "x"], "not a plan"),
+    (["run", "{plan}", "--inputs", "x", "-o", "{plan}/weights.safetensors"], "it lies in the plan"),
+    (["bench", "{plan}", "--json", "{plan}/manifest.json"], "it lies in the plan"),
     (["inspect", "{plan}/manifest.json"], "not an ONNX model"),
     (["build", "{plan}/nothing.onnx", "-o", "{plan}"], "no such file"),
     (["build", "{plan}", "-o", "{plan}/q"], "a directory"),

@@ -254,6 +254,14 @@ def test_bad_keys(plan, unseen, content, reason):
     assert not (plan.parent / "q").exists()
 
 
+def test_a_key_without_a_name_is_refused(plan, unseen, monkeypatch):  # --key "$KEY", where nobody set KEY, would check nothing
+    monkeypatch.setenv("REWRITE_PLAN_KEY", "")  # as if it were not set
+    assert rewrite.Plan(plan).manifest.steps
+    assert "key file '': cannot be read" in refusal(plan, "")
+    with pytest.raises(rewrite.RewriteError, match="key file '': cannot be read"):
+        rewrite.build(model(1), plan.parent / "q", engines=False, sign_key="")
+
+
 def test_keys_of_the_commands(tmp_path):
     onnx.save(model(1), tmp_path / "m.onnx")
     (tmp_path / "key").write_bytes(KEY)
