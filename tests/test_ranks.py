@@ -23,7 +23,7 @@ from greedy import greedy
 import rewrite
 from rewrite.cli import main
 from rewrite.errors import RewriteError
-from rewrite.runtime import engine, seal
+from rewrite.runtime import engine, plan_model, seal
 from rewrite.runtime.plan import Plan
 from rewrite.runtime.plan_model import PlanModel
 
@@ -57,6 +57,15 @@ def test_inspect_tells_for_how_many_ranks_it_is(plans):
     shown = {world: CliRunner().invoke(main, ["inspect", str(plans[world])]).stdout for world in (1, 2)}
     assert f"for 2 ranks: start them with `mpirun -n 2 rewrite generate {plans[2]} ...`" in shown[2]
     assert "ranks" not in shown[1].replace(str(plans[1]), "")
+
+
+@pytest.mark.parametrize("hosts", [None, ["a", "a", "a", "a"], ["a", "b", "a", "a"]])
+def test_ranks_of_a_host_share_what_may_be_taken_of_its_memory(plans, hosts, monkeypatch):
+    monkeypatch.setattr(plan_model, "free_memory", lambda: 1 << 22)
+    others = None if hosts is None else SimpleNamespace(rank=0, size=4, exchange=lambda data: [data if host == "a" else data[::-1] for host in hosts] if len(data) == 64 else [data] * 4)
+    model = PlanModel(Plan(plans[4]), communicator=others)
+    sharers = 4 if hosts is None else hosts.count("a")
+    assert model.blocks == (1 << 20) // sharers // model.block_bytes
 
 
 def test_a_rank_has_its_slices(plans):
