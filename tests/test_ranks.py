@@ -348,6 +348,20 @@ def test_a_rank_that_hangs_ends_all(plans, tmp_path, which):
 
 
 @needs_mpi
+def test_a_rank_that_hangs_before_it_begins_ends_all(plans, tmp_path, monkeypatch):
+    monkeypatch.setenv("REWRITE_PATIENCE", "0.5")
+    plan = shutil.copytree(plans[2], tmp_path / "plan")
+    process = start(2, *generate(plan, "--tokens", "5,6"))
+    deadline = time.monotonic() + 60
+    while len(found := ranks_of(plan)) < 2 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    os.kill(found[1], signal.SIGSTOP)  # it imports
+    seconds, errors = ended(process, plan)
+    assert seconds < 20
+    assert "signal 14" in errors
+
+
+@needs_mpi
 def test_ctrl_c_ends_all(plans, tmp_path):
     plan = shutil.copytree(plans[2], tmp_path / "plan")
     process, _ = running(plan, 2)
@@ -398,7 +412,7 @@ def test_who_was_started_with_others(name, monkeypatch):
     for variable, value in variables.items():
         monkeypatch.setenv(variable, value)
     seen = size
-    monkeypatch.setattr(communication, "Mpi", lambda: SimpleNamespace(size=seen))
+    monkeypatch.setattr(communication, "Mpi", lambda: SimpleNamespace(size=seen, exchange=lambda data: [data] * seen))
     found = communication.connect()
     assert (found.size if found is not None else None) == size
     if size is not None:
