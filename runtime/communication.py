@@ -13,6 +13,7 @@ import math
 import os
 import signal
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -21,7 +22,7 @@ import numpy as np
 
 from rewrite.errors import RewriteError
 from rewrite.plugins.activations import Array, wide
-from rewrite.runtime.heartbeat import Heartbeat, patience
+from rewrite.runtime.heartbeat import TURN, Heartbeat, patience
 
 if TYPE_CHECKING:
     from rewrite.runtime.plan import Plan
@@ -200,6 +201,8 @@ def together(communicator: Communicator | None) -> Iterator[None]:
     except BaseException as error:
         code = error.exit_code if isinstance(error, RewriteError) else 130 if isinstance(error, KeyboardInterrupt) else 1
         text = str(error) if isinstance(error, RewriteError) else f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        if isinstance(error, RewriteError) and communicator.rank:
+            time.sleep(TURN)  # what is wrong on all ranks is told by the first, which ends the others meanwhile
         click.echo(f"rewrite: rank {communicator.rank}: {text}", err=True)
         sys.stdout.flush()
         sys.stderr.flush()

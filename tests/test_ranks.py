@@ -242,6 +242,13 @@ def test_other_plans_and_numbers_of_ranks_are_refused(plans, tmp_path):
     assert "rewrite: rank 1 has another plan than rank 0" in errors
 
 
+@needs_mpi
+def test_what_is_wrong_on_all_ranks_is_told_once(plans):
+    code, _, errors = mpirun(2, "-m", "rewrite.cli", "generate", str(plans[2]), "--tokens", "5", "--kv-memory", "lots")
+    assert code == 2
+    assert [line for line in errors.replace("\0", "").splitlines() if "rewrite:" in line] == ["rewrite: rank 0: --kv-memory 'lots': write a number of bytes, or with a unit, for example 512M or 4G"]
+
+
 RAISES = """
 import os, sys
 from rewrite.cli import main
