@@ -7,6 +7,7 @@ sums to be added up. An operator that is not known, or works along the split axi
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -36,14 +37,26 @@ class Cut:
         return Cut(axis, self.sections)
 
     def scaled(self, axis: int, up: int = 1, down: int = 1) -> Cut:
-        """At another axis, where each element is `up` (or one of `down`) elements."""
-        if any(size * up % down or size // units * up % down for size, units in self.sections):
-            raise ValueError("units are cut apart")
-        return Cut(axis, tuple((size * up // down, units) for size, units in self.sections))
+        """At another axis, where each element is `up` (or one of `down`) elements; units that would be cut apart stay together."""
+        if any(size * up % down for size, _ in self.sections):
+            raise ValueError("sections are cut apart")
+        return Cut(axis, tuple((size * up // down, math.gcd(units, size * up // down)) for size, units in self.sections))
+
+    def alike(self, other: Cut, world: int) -> bool:
+        """Whether each of `world` ranks has the same: those of larger units have smaller ones together."""
+
+        def parts(cut: Cut) -> list[tuple[int, int]]:
+            return [(size, world if units % world == 0 else units) for size, units in cut.sections]
+
+        return self.axis == other.axis and parts(self) == parts(other)
 
     @property
     def size(self) -> int:
         return sum(size for size, _ in self.sections)
+
+    @property
+    def units(self) -> int:
+        return sum(units for _, units in self.sections)
 
 
 @dataclass
@@ -63,8 +76,8 @@ class Found:
 class Spread:
     """The splits found so far. `caches` are the names of inputs and outputs that may be split, though the user sees them."""
 
-    def __init__(self, graph: Graph, caches: Iterable[str] = ()):
-        self.graph, self.caches, self.found = graph, set(caches), Found()
+    def __init__(self, graph: Graph, world: int, caches: Iterable[str] = ()):
+        self.graph, self.world, self.caches, self.found = graph, world, set(caches), Found()
         self.queue: list[gs.Tensor] = []
 
     def run(self, seeds: list[tuple[gs.Tensor, Cut]]) -> set[str]:
@@ -102,7 +115,7 @@ class Spread:
     def place(self, tensor: gs.Tensor, cut: Cut) -> None:
         known = self.of(tensor)
         if known is not None:
-            if known != cut:
+            if not known.alike(cut, self.world):
                 raise Unsplit(f"'{tensor.name}' would be split in two ways")
             return
         if id(tensor) in self.graph.captured or (id(tensor) in self.graph.outputs and tensor.name not in self.caches):
@@ -121,7 +134,7 @@ class Spread:
         if shape is None or shape[cut.axis] != cut.size:
             raise Unsplit(f"its operand '{node.inputs[index].name}' has shape {shape}, and {cut.size} were to be split along axis {cut.axis}")
         key = (node.outputs[0].name, index)
-        if self.found.uses.setdefault(key, cut) != cut:
+        if not self.found.uses.setdefault(key, cut).alike(cut, self.world):
             raise Unsplit(f"its operand '{node.inputs[index].name}' would be split in two ways")
 
     def constant(self, tensor: gs.Tensor) -> list[int]:
@@ -204,7 +217,7 @@ def regrouped(cut: Cut, before: list[Any], after: list[Any]) -> Cut:
             return cut.at(axis)
         if size > cut.size and size % cut.size == 0 and size > 1:
             return cut.scaled(axis, up=size // cut.size)
-        if size > 1 and cut.size % size == 0:
+        if cut.size % size == 0 and (size > 1 or cut.units == 1):  # one head has an axis of its own, too
             return cut.scaled(axis, down=cut.size // size)
     raise ValueError(f"from {before} to {after} axis {cut.axis} would not stay split")
 

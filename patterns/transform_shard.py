@@ -51,7 +51,7 @@ class _Transform:
         SymbolicShapes(self.graph).run()
         generator = generator_of(model.proto)
         caches = [] if generator is None else [layer[k] for layer in generator["layers"] for k in ("key_cache", "value_cache", "keys", "values")]
-        self.spread = Spread(self.graph, caches)
+        self.spread = Spread(self.graph, world, caches)
         self.whole: list[str] = []
         self.reasons: dict[str, str] = {}  # why a product is no column of a pair, by its output
         self.gathered: set[str] = set()  # values of which each rank makes a part
@@ -93,7 +93,8 @@ class _Transform:
             try:
                 self._check(self.spread.run([(y, Cut(len(y.shape) - 1, ((size, size),)))]))
             except Unsplit as reason:
-                self.reasons[y.name] = f"{describe(node)}: {reason}"
+                where = describe(node)
+                self.reasons[y.name] = str(reason) if str(reason).startswith(where) else f"{where}: {reason}"
 
     def _check(self, names: set[str]) -> None:
         """Refuse splits that do not divide."""
@@ -140,7 +141,7 @@ class _Transform:
             if canonical(node) != "Gather" or node.attrs.get("axis", 0) != 0 or not self._by_tokens(node.inputs[1]):
                 continue
             table, y = node.inputs[0], node.outputs[0]
-            if not self.graph.is_weight(table) or _rank(table) != 2 or _rank(y) < 2 or id(y) in self.graph.outputs:
+            if not self.graph.is_weight(table) or _rank(table) != 2 or _rank(y) < 2 or id(y) in self.graph.outputs or self.spread.of(y) is not None:
                 continue
             size = table.shape[1]
             if size % self.world:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30}
 
 device_option = click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
-memory_option = click.option("--kv-memory", metavar="SIZE", help="Memory for keys and values: 512M, 4G; if absent, a quarter of the free memory, of a GPU's four fifths.")
+memory_option = click.option("--kv-memory", metavar="SIZE", help="Memory of a rank for keys and values: 512M, 4G; if absent, a quarter of the free memory for all on a host, of a GPU's four fifths.")
 budget_option = click.option("--token-budget", type=int, help="Most tokens of a step; longer prompts are read in chunks. 256 if absent, on a GPU 2048 or what the engines take.")
 
 

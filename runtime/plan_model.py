@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import socket
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +29,7 @@ Array = np.ndarray[Any, Any]
 STOP, STEP, COPY, DECODE, MORE, ENOUGH = range(6)  # what rank 0 tells the others to do; in the middle of a `decode` whether more steps are begun
 FIELDS = [f.name for f in dataclasses.fields(Batch)]
 PART = 128  # tokens of a part from which it pays that a stage computes one while the next one computes the part before: with 64 it took as long
-SHARE = 0.25  # of the free memory, for keys and values, unless the caller says how much
+SHARE = 0.25  # of the free memory of a host, for the keys and values of all its ranks, unless the caller says how much
 
 
 class PlanModel:
@@ -101,7 +102,7 @@ class PlanModel:
         sizes = [layer["kv_heads"] * (layer["size"] + layer["value_size"]) * np.dtype(layer["dtype"]).itemsize for layers in mine for layer in layers]
         self.block_bytes = max(self.block_size * sum(sizes), 1)  # a stage may be without attention
         if memory is None:
-            memory = self.device.free_memory() if self.device is not None else int(SHARE * free_memory())
+            memory = self.device.free_memory() if self.device is not None else int(SHARE * free_memory()) // self._sharers()
         addressed = (2**31 - 1) // self.block_size  # slots are int32
         self.blocks = min(memory // self.block_bytes, addressed)
         if self.communicator is not None:
@@ -122,6 +123,13 @@ class PlanModel:
                 except MemoryError as error:
                     needed, most = self.blocks * self.block_bytes / 2**20, f", all that can be addressed of the {memory / 2**20:.0f} MiB asked for" * (self.blocks == addressed)
                     raise RewriteError(f"{self.plan.directory}: there is no room for {needed:.0f} MiB of keys and values{most}; give less with --kv-memory") from error
+
+    def _sharers(self) -> int:
+        """How many ranks have the memory of this host together."""
+        if self.communicator is None:
+            return len(self.ranks)
+        hosts = self.communicator.exchange(socket.gethostname().encode()[:64].ljust(64))
+        return hosts.count(hosts[self.rank])
 
     def step(self, batch: Batch) -> Any:
         """Store the keys and values of the batch's tokens; returns float32 [R, vocabulary], the logits of its rows."""

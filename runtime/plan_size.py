@@ -40,7 +40,7 @@ class Sized:
     parts: list[Part]
     world: int
     generator: dict[str, Any] | None
-    sent: list[int]  # bytes of what each stage sends to the next, for one token
+    sent: list[list[Value]]  # what a rank of each stage sends to the next
     named: set[str]  # dimensions of the inputs
     note: str = ""
 
@@ -116,23 +116,25 @@ def _of_model(model: Model, note: str) -> Sized:
     for index, stage in enumerate(models.stages):
         local, _ = models.make(index * models.shards.world)
         parts.append(Part(calls_of_model(local, plugins), sum(weights_of_rank(model, models.shards, stage).values())))
-        types = [models.types[m.received].type.tensor_type for m in stage.sends]
-        sent.append(sum(math.prod(d.dim_value for d in t.shape.dim if d.dim_value) * _itemsize(t.elem_type) for t in types))
+        sent.append([_value(m.sent, models.types[m.received].type.tensor_type) for m in stage.sends])
     return Sized(model.name, parts, models.shards.world, None if generator is None else local_generator(generator, model), sent, named, note)
 
 
 def _of_plan(plan: Plan) -> Sized:
     manifest, world = plan.manifest, plan.manifest.ranks_of_stage
     parts = [calls_of_plan(plan, stage * world) for stage in range(manifest.stages)]
-    sent = [0] * manifest.stages
+    sent: list[list[Value]] = [[] for _ in parts]
     for step in manifest.steps:
         if step.name == "Send":
-            kind = manifest.values[step.inputs[0]]
-            sent[step.stage] += math.prod(d for d in kind.shape if isinstance(d, int)) * kind.numpy.itemsize
+            sent[step.stage].append(Value(step.inputs[0], manifest.values[step.inputs[0]]))
     for part in parts:
         part.calls = [c for c in part.calls if c.name not in ("Send", "Recv")]
     named = {d for v in plan.inputs.values() for d in v.shape if isinstance(d, str)}
     return Sized(str(plan.directory), parts, world, manifest.generator, sent, named)
+
+
+def _value(name: str, kind: onnx.TypeProto.Tensor) -> Value:
+    return Value(name, ValueType(onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type).name, tuple(d.dim_value if d.HasField("dim_value") else d.dim_param for d in kind.shape.dim)))
 
 
 def _itemsize(element: int) -> int:
@@ -195,8 +197,8 @@ def _stage(sized: Sized, index: int, device: Device, sizes: Mapping[str, int], b
     times = [max(LAUNCH_US, c.bytes / (device.bandwidth * STREAM_SHARE) / 1e3, c.operations / (device.rate16 if c.narrow else device.rate32) / 1e6) for c in costs]
     values = {v.name: v.bytes(sizes) for c in part.calls for v in (*c.inputs, *c.outputs) if v.name not in caches}
     _, arena = plan_arena(values, lives(part.calls, caches))
-    sent = sized.sent[index] * batch * tokens if index < len(sized.sent) else 0
-    crosses = sent and (first + sized.world - 1) // host != (first + 2 * sized.world - 1) // host
+    sent = sum(v.bytes(sizes) for v in sized.sent[index]) if index < len(sized.sent) else 0
+    crosses = any(rank // host != (rank + sized.world) // host for rank in range(first, first + sized.world))
     memory = {"weights": part.weights, "kv": held, "activations": arena, "total": part.weights + held + arena}
     return {
         "stage": index, "ranks": [first, first + sized.world - 1], "memory": memory, "calls": len(part.calls),
@@ -233,7 +235,7 @@ def _cost(call: Call, sizes: Mapping[str, int], caches: set[str], batch: int, co
     if call.name == "PagedAttention":
         cached = [v for v in call.inputs if v.name in caches]
         seen = min(context, call.attributes.get("window") or context)
-        kv = batch * seen * sum(math.prod(d for d in v.kind.shape[2:] if isinstance(d, int)) * v.kind.numpy.itemsize for v in cached)
+        kv = batch * min(context, seen + tokens - 1) * sum(math.prod(d for d in v.kind.shape[2:] if isinstance(d, int)) * v.kind.numpy.itemsize for v in cached)
         pairs = sum(min(seen, context - tokens + 1 + i) for i in range(tokens)) if tokens <= 65536 else tokens * seen
         operations = 2.0 * batch * pairs * sum(v.elements(sizes) for v in (call.inputs[0], call.outputs[0])) / (batch * tokens)
     elif call.name == "FusedAttention":

@@ -12,6 +12,8 @@ PARTS = {
     "outputs": f"float[batch, sequence, {VOCABULARY}] logits",
     "positions": "x = Identity(e)",
     "before": "h = Identity(x)",
+    "products": "qf = MatMul(h, wq) kf = MatMul(h, wk) vf = MatMul(h, wv)",
+    "heads": "q4 = Reshape(qf, query_shape) k4 = Reshape(kf, key_shape) v4 = Reshape(vf, key_shape)",
     "attention": "a = Attention<is_causal = 1, scale = 0.4>(q, k, v)",
     "after": "r = Identity(s)",
     "head": "logits = MatMul(r, head)",
@@ -25,8 +27,8 @@ def decoder(opset: int = 23, tokens: str = "input_ids", **parts: str) -> onnx.Mo
         e = Gather(table, input_ids)
         {p["positions"]}
         {p["before"]}
-        qf = MatMul(h, wq) kf = MatMul(h, wk) vf = MatMul(h, wv)
-        q4 = Reshape(qf, query_shape) k4 = Reshape(kf, key_shape) v4 = Reshape(vf, key_shape)
+        {p["products"]}
+        {p["heads"]}
         q = Transpose<perm = [0, 2, 1, 3]>(q4) k = Transpose<perm = [0, 2, 1, 3]>(k4) v = Transpose<perm = [0, 2, 1, 3]>(v4)
         {p["attention"]}
         t = Transpose<perm = [0, 2, 1, 3]>(a)
@@ -47,6 +49,8 @@ def decoder(opset: int = 23, tokens: str = "input_ids", **parts: str) -> onnx.Mo
         "query_shape": np.array([0, 0, HEADS, SIZE]), "key_shape": np.array([0, 0, KEY_HEADS, SIZE]), "flat": np.array([0, 0, HEADS * SIZE]),
         "zero": np.array(0), "one": np.array(1), "two": np.array(2), "first": np.array([0]), "second": np.array([1]), "third": np.array([2]), "last": np.array([-1]),
         "zeros": np.zeros(WIDTH, np.float32), "ones": np.ones(WIDTH, np.float32),
+        "merged_weight": weight(WIDTH, (HEADS + 2 * KEY_HEADS) * SIZE), "merged_sizes": np.array([HEADS, KEY_HEADS, KEY_HEADS]) * SIZE,
+        "merged_groups": np.array([0, 0, KEY_HEADS, HEADS // KEY_HEADS + 2, SIZE]), "group_parts": np.array([HEADS // KEY_HEADS, 1, 1]),
     }  # fmt: skip
     return parse(text, opset, **{n: w for n, w in weights.items() if n in text})
 

@@ -52,6 +52,16 @@ def test_one_rank_by_hand(model, tokens):
     assert found["tokens_per_second"] == pytest.approx(rows / found["step_us"] * 1e6)
 
 
+@pytest.mark.parametrize("tokens", [1, 3, 40])
+def test_a_window_by_hand(tmp_path, tokens):
+    onnx.save(decoder(attention=d.WINDOW), tmp_path / "model.onnx")
+    stage = plan_size(tmp_path / "model.onnx", GPU, batch=2, context=40, tokens=tokens)["stages"][0]
+    assert stage["read"]["kv"] == 2 * min(40, 5 + tokens - 1) * 2 * (8 + 8) * 4  # all that any of the new tokens sees
+    pairs = sum(min(5, 40 - i) for i in range(tokens))
+    logits = 16 * 60 * 2 * (tokens - 1)
+    assert stage["operations"] == 2 * (2 * tokens * PRODUCTS - logits) + 2 * 2 * pairs * (4 * 8 + 4 * 8)
+
+
 def test_a_large_call_takes_as_long_as_its_bytes_or_its_operations(tmp_path):
     width = 1024
     weights = {n: np.zeros((width, width), np.float32) for n in ("w1", "w2")}
@@ -107,6 +117,20 @@ def test_a_plan_has_the_numbers_of_its_model(model, kind, tmp_path):
                     assert one[part] == other[part], part
             assert one["memory"]["weights"] == other["memory"]["weights"]
             assert one["memory"]["kv"] == other["memory"]["kv"]
+
+
+def test_stages_of_whole_sequences_send_them_whole(tmp_path):
+    weights = {n: np.ones((8, 8), np.float32) for n in ("w1", "w2")}
+    text = "(float[batch, sequence, 8] x) => (float[batch, sequence, 8] y) { p = MatMul(x, w1) g = Gelu(p) q = MatMul(g, w2) h = Gelu(q) y = MatMul(h, w1) }"
+    rewrite.optimize(parse(text, 20, **weights), pipeline_parallel=2).model.save(tmp_path / "m.onnx")
+    rewrite.build(tmp_path / "m.onnx", tmp_path / "plan", engines=False)
+    for path in (tmp_path / "m.onnx", tmp_path / "plan"):
+        assert plan_size(path, GPU, 2, batch=3, context=50)["stages"][0]["sent_bytes"] == 3 * 50 * 8 * 4
+
+
+def test_a_message_that_any_rank_sends_to_another_host_is_as_slow(model):
+    found = plan_size(model, GPU, 6, tensor_parallel=2, pipeline_parallel=3, context=40, host=3)
+    assert found["stages"][1]["send_us"] == pytest.approx(GPU.send_us(64, hosts=2))  # rank 2 to rank 4; 3 and 5 are neighbours
 
 
 def test_devices():

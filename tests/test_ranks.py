@@ -24,7 +24,7 @@ from greedy import greedy
 import rewrite
 from rewrite.cli import main
 from rewrite.errors import RewriteError
-from rewrite.runtime import engine, seal
+from rewrite.runtime import engine, plan_model, seal
 from rewrite.runtime.plan import Plan
 from rewrite.runtime.plan_model import PlanModel
 
@@ -58,6 +58,15 @@ def test_inspect_tells_for_how_many_ranks_it_is(plans):
     shown = {world: CliRunner().invoke(main, ["inspect", str(plans[world])]).stdout for world in (1, 2)}
     assert f"for 2 ranks: start them with `mpirun -n 2 rewrite generate {plans[2]} ...`" in shown[2]
     assert "ranks" not in shown[1].replace(str(plans[1]), "")
+
+
+@pytest.mark.parametrize("hosts", [None, ["a", "a", "a", "a"], ["a", "b", "a", "a"]])
+def test_ranks_of_a_host_share_what_may_be_taken_of_its_memory(plans, hosts, monkeypatch):
+    monkeypatch.setattr(plan_model, "free_memory", lambda: 1 << 22)
+    others = None if hosts is None else SimpleNamespace(rank=0, size=4, exchange=lambda data: [data if host == "a" else data[::-1] for host in hosts] if len(data) == 64 else [data] * 4)
+    model = PlanModel(Plan(plans[4]), communicator=others)
+    sharers = 4 if hosts is None else hosts.count("a")
+    assert model.blocks == (1 << 20) // sharers // model.block_bytes
 
 
 def test_a_rank_has_its_slices(plans):
@@ -232,6 +241,13 @@ def test_other_plans_and_numbers_of_ranks_are_refused(plans, tmp_path):
     assert "rewrite: rank 1 has another plan than rank 0" in errors
 
 
+@needs_mpi
+def test_what_is_wrong_on_all_ranks_is_told_once(plans):
+    code, _, errors = mpirun(2, "-m", "rewrite.cli", "generate", str(plans[2]), "--tokens", "5", "--kv-memory", "lots")
+    assert code == 2
+    assert [line for line in errors.replace("\0", "").splitlines() if "rewrite:" in line] == ["rewrite: rank 0: --kv-memory 'lots': write a number of bytes, or with a unit, for example 512M or 4G"]
+
+
 RAISES = """
 import os, sys
 from rewrite.cli import main
@@ -338,6 +354,20 @@ def test_a_rank_that_hangs_ends_all(plans, tmp_path, which):
 
 
 @needs_mpi
+def test_a_rank_that_hangs_before_it_begins_ends_all(plans, tmp_path, monkeypatch):
+    monkeypatch.setenv("REWRITE_PATIENCE", "0.5")
+    plan = shutil.copytree(plans[2], tmp_path / "plan")
+    process = start(2, *generate(plan, "--tokens", "5,6"))
+    deadline = time.monotonic() + 60
+    while len(found := ranks_of(plan)) < 2 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    os.kill(found[1], signal.SIGSTOP)  # it imports
+    seconds, errors = ended(process, plan)
+    assert seconds < 20
+    assert "signal 14" in errors
+
+
+@needs_mpi
 def test_ctrl_c_ends_all(plans, tmp_path):
     plan = shutil.copytree(plans[2], tmp_path / "plan")
     process, _ = running(plan, 2)
@@ -388,7 +418,7 @@ def test_who_was_started_with_others(name, monkeypatch):
     for variable, value in variables.items():
         monkeypatch.setenv(variable, value)
     seen = size
-    monkeypatch.setattr(communication, "Mpi", lambda: SimpleNamespace(size=seen))
+    monkeypatch.setattr(communication, "Mpi", lambda: SimpleNamespace(size=seen, exchange=lambda data: [data] * seen))
     found = communication.connect()
     assert (found.size if found is not None else None) == size
     if size is not None:

@@ -128,6 +128,7 @@ ODD = {
     "an input is an output": "(float[n, 8] x) => (float[n, 8] y, float[n, 8] x) { p = MatMul(x, w)\n y = Relu(p) }",
     "a weight is an output": "(float[n, 8] x) => (float[n, 8] y, float[8, 8] w) { p = MatMul(x, w)\n y = Relu(p) }",
     "plugins in a row": "(float[n, 8] x) => (float[n, 8] y) { p = MatMul(x, w)\n r = Relu(p)\n q = MatMul(r, w)\n y = Relu(q) }",
+    "a weight that a node gives": "(float[n, 8] x) => (float[n, 2] y) { c = Constant<value = float[8, 2] {1, 2, 3, 4, 5, 6, 7, 8, 9, 1, 2, 3, 4, 5, 6, 7}>()\n p = MatMul(x, c)\n y = Relu(p) }",
     "no plugin": "(float[n, 8] x) => (float[n, 8] y) { e = Exp(x)\n y = Neg(e) }",
     "a plugin reads a Constant": "(float[n, 8] x) => (float[n, 8] y) { c = Constant<value_floats = [1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0]>()\n p = MatMul(x, w)\n q = Add(p, c)\n y = Relu(q) }",
     "a Constant is an output": "(float[n, 8] x) => (float[n, 8] y, int64[2] c) { c = Constant<value_ints = [1, 2]>()\n y = Exp(x) }",

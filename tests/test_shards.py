@@ -65,6 +65,41 @@ def test_ranks_share_key_heads():
     assert [list(shards.weights["wk"].ranges(rank, 4)) for rank in range(4)] == [[(0, 8)], [(0, 8)], [(8, 16)], [(8, 16)]]
 
 
+MERGED = {
+    "queries, then the key, then the value": (1, "m = MatMul(h, merged_weight) qf, kf, vf = Split<axis = -1>(m, merged_sizes)"),
+    "queries, then keys, then values": (2, "m = MatMul(h, merged_weight) qf, kf, vf = Split<axis = -1>(m, merged_sizes)"),
+    "of each group its queries, its key, its value": (2, "m = MatMul(h, merged_weight) m5 = Reshape(m, merged_groups) qf, kf, vf = Split<axis = 3>(m5, group_parts)"),
+}
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_all_ranks_share_the_only_key_head(world, monkeypatch):
+    monkeypatch.setattr(d, "KEY_HEADS", 1)
+    result = split(world)
+    assert result.report.model_error < 1e-5
+    assert list(shards_of(result.model.proto).heads.values()) == [[4 // world, 1]]
+
+
+@pytest.mark.parametrize("name", MERGED)
+def test_merged_queries_keys_and_values(name, monkeypatch):
+    heads, products = MERGED[name]
+    monkeypatch.setattr(d, "KEY_HEADS", heads)
+    result = split(2, products=products)
+    assert result.report.model_error < 1e-5
+    assert [s.of for s in shards_of(result.model.proto).weights.values()].count("merged_weight") == 1
+
+
+def test_a_table_of_tokens_in_a_pair_is_not_joined():
+    """Its rows are a factor of the width that is split."""
+    text = """(int64[n] ids, float[n, 8] x) => (float[n, 8] y) { p = MatMul(x, w1) g = Gelu(p) e = Gather(table, ids) m = Mul(g, e) y = MatMul(m, w2) }"""
+    rng = np.random.default_rng(0)
+    weights = {"w1": (8, 12), "table": (30, 12), "w2": (12, 8)}
+    result = rewrite.optimize(parse(text, 20, **{n: rng.standard_normal(s).astype(np.float32) for n, s in weights.items()}), tensor_parallel=2)
+    assert result.report.model_error < 1e-5
+    assert {n: s.axis for n, s in shards_of(result.model.proto).weights.items()} == {"w1": 1, "table": 1, "w2": 0}
+    assert result.report.plugins.get("AllGather", 0) == 0
+
+
 @pytest.mark.parametrize("world", [2, 4])
 def test_without_a_cache(world):
     result = split(world, generate=False, positions=d.BY_RANGE)
@@ -224,7 +259,7 @@ def test_a_reshape_that_joins_or_parts_sections():
     assert regrouped(Cut(2, ((4, 4),)), ["batch", "sequence", 4, 16], ["batch", "sequence", 64]) == Cut(2, ((64, 4),))
     assert regrouped(Cut(2, ((64, 4),)), ["batch", "sequence", 64], ["batch", "sequence", 4, 16]) == Cut(2, ((4, 4),))
     for before, after in ((["n", 12], ["n", 5, 3]), (["n", 4], [4, "n"]), (["n", 4, "m"], ["4*n", "m"])):
-        with pytest.raises(ValueError, match=r"would not stay split|units are cut apart"):
+        with pytest.raises(ValueError, match=r"would not stay split|sections are cut apart"):
             regrouped(Cut(1, ((before[1], 4),)), before, after)
 
 
