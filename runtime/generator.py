@@ -216,7 +216,8 @@ class Generator:
             return self.tokenizer.encode(prompt)
         if isinstance(prompt, (bytes, bytearray)):
             raise RewriteError(f"generate: the prompt {bytes(prompt[:20])!r} is bytes; give text (.decode()), or a list of token ids")
-        if messages := [m for m in prompt if isinstance(m, dict)]:
+        if len(prompt) and (isinstance(prompt[0], dict) or isinstance(prompt[-1], dict)):
+            messages = [m for m in prompt if isinstance(m, dict)]
             if len(messages) < len(prompt):
                 raise RewriteError("generate: a dialogue holds messages {'role': ..., 'content': ...} and nothing else; put several prompts into a list, and each dialogue into one of its own")
             return self.tokenizer.encode_chat(messages)

@@ -175,7 +175,7 @@ class _Cutter:
         steps: list[Step] = []
         segments = {stage: _Segment(self, members) for stage, members in plain.items()}
         needed = {name for s in segments.values() for name in s.inputs} | {o.name for o in self.graph.gs.outputs}
-        needed |= {t.name for members in fused.values() for n in members for t in n.inputs if not self.is_constant(t)}  # what nodes give is entered among the weights
+        needed |= {t.name for members in fused.values() for n in members for t in n.inputs}
         models: dict[str, onnx.ModelProto] = {}
         for stage in sorted({*plain, *fused}):
             if stage in segments:
