@@ -313,9 +313,14 @@ def test_each_stage_has_the_caches_and_engines_of_its_own_layers(staged, monkeyp
 
 # --- rows ---------------------------------------------------------------------------------------------------------
 tokens = st.integers(0, 50)
+def real(low, high):
+    """As logits are: float32."""
+    return st.floats(low, high, width=32, allow_subnormal=False)
+
+
 samplings = st.builds(
-    Sampling, temperature=st.floats(0, 5), top_k=st.integers(0, 9), top_p=st.floats(0.01, 1), min_p=st.floats(0, 1), typical_p=st.floats(0.01, 1), repetition_penalty=st.floats(0.1, 3),
-    presence_penalty=st.floats(-2, 2), frequency_penalty=st.floats(-2, 2), no_repeat_ngram=st.integers(0, 3), logit_bias=st.dictionaries(tokens, st.floats(-9, 9) | st.just(-np.inf), max_size=3),
+    Sampling, temperature=real(0, 5), top_k=st.integers(0, 9), top_p=real(0.0625, 1), min_p=real(0, 1), typical_p=real(0.0625, 1), repetition_penalty=real(0.125, 3),
+    presence_penalty=real(-2, 2), frequency_penalty=real(-2, 2), no_repeat_ngram=st.integers(0, 3), logit_bias=st.dictionaries(tokens, real(-9, 9) | st.just(-np.inf), max_size=3),
     bad_words=st.lists(st.lists(tokens, min_size=1, max_size=3), max_size=2), min_new_tokens=st.integers(0, 9), stop_tokens=st.lists(tokens, max_size=3),
 )  # fmt: skip
 rows = st.lists(st.builds(Row, st.just(Sampling()) | samplings, st.lists(tokens, min_size=1, max_size=9), st.just(1), st.integers(0, 2**64 - 1), st.integers(0, 3)), min_size=1, max_size=5)
