@@ -302,10 +302,11 @@ def test_ctrl_c_while_a_module_is_imported(monkeypatch, model, module):
 
 
 ENDED = """
-import os, sys
+import os, signal, sys
 from rewrite.cli import main
 import rewrite.runtime.build as build
 number = int(sys.argv.pop())
+signal.signal(number, signal.SIG_DFL)  # nohup ignores SIGHUP, and so would its children
 def swap(*_):
     os.kill(os.getpid(), number)
 build.swap_directory = swap
