@@ -29,7 +29,7 @@ from all_reduce import Pipes, start
 from rewrite.plugins import tuning
 from rewrite.runtime import engine, seal
 from rewrite.runtime.batch import Batch
-from rewrite.runtime.communication import connect, together
+from rewrite.runtime.communication import connect, sent, together
 from rewrite.runtime.cuda import CudaExecutor
 from rewrite.runtime.cuda_model import PART
 from rewrite.runtime.cuda_ranks import DeviceRanks
@@ -291,9 +291,8 @@ def timed(plan: Plan, communicator: Any) -> tuning.Times:
             model.device.close()
     if communicator is None:
         return times
-    data = json.dumps(times).encode()
-    size = int(communicator.exchange(f"{len(data):12d}".encode())[0])
-    return json.loads(communicator.exchange(data.ljust(size))[0])  # type: ignore[no-any-return]
+    told = None if communicator.rank else [np.frombuffer(json.dumps(times).encode(), np.uint8)]
+    return json.loads(sent(communicator, told, 1)[0].astype(np.uint8).tobytes())  # type: ignore[no-any-return]
 
 
 class Told:

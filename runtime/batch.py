@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,6 +35,11 @@ class Batch:
         size = len(self.tokens)
         bounds = sorted({size * i // count for i in range(count + 1)})
         return [self._part(begin, end) for begin, end in itertools.pairwise(bounds)]
+
+    def order(self, parts: Sequence[Batch]) -> Array:
+        """Where each of the batch's rows of logits is among those of all its `parts`, one after the other."""
+        ends = np.cumsum([len(p.tokens) for p in parts])
+        return np.argsort(np.argsort(np.searchsorted(ends, self.logit_rows, "right"), kind="stable"))
 
     def _part(self, begin: int, end: int) -> Batch:
         starts = np.clip(self.query_starts, begin, end)

@@ -364,9 +364,10 @@ class Frame:
 
         return tuple(resolve(d, dict(self.sizes), unknown) for d in kind.shape)
 
-    def kind_of(self, kind: ValueType) -> tuple[tuple[int, ...], np.dtype[Any]]:
-        """The shape and dtype of a value of this type here."""
-        return self._shape("logits", kind), self._dtype(kind)
+    def empty(self, name: str) -> Any:
+        """Room of its own for a value that another rank makes."""
+        kind = self.executor.plan.manifest.values[name]
+        return self.cupy.empty(self._shape(name, kind), self._dtype(kind))
 
     def _dtype(self, kind: ValueType) -> np.dtype[Any]:
         import ml_dtypes

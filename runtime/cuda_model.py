@@ -234,13 +234,9 @@ class CudaModel:
 
     def logits_of(self, frame: Frame, name: str) -> tuple[Any, list[Launch]]:
         """Where a frame has the value `name`, the logits, and what brings them here from the last stage: every rank chooses the same tokens."""
-        plan, cupy = self.executor.plan, self.executor.cupy
-        if plan.manifest.stages == 1:
+        if self.executor.plan.manifest.stages == 1:
             return frame.values[name], []
-        if "logits" in self.executor.outputs:
-            found = frame.values[name]
-        else:
-            found = cupy.empty(*frame.kind_of(plan.manifest.values[name]))
+        found = frame.values[name] if "logits" in self.executor.outputs else frame.empty(name)
         assert self.executor.ranks is not None
         return found, [self.executor.ranks.share(found)] if found.size else []
 

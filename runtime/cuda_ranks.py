@@ -106,8 +106,7 @@ class DeviceRanks:
             if self.alone is None:
                 made()
                 return
-            for array in results:
-                self.cupy.cuda.runtime.memsetAsync(array.data.ptr, 0, array.nbytes, self.alone.ptr)
+            _clear(self.cupy, results, self.alone)
 
         return launch
 
@@ -150,25 +149,25 @@ class DeviceRanks:
 class Absent:
     """In the place of `DeviceRanks` where kernels of one rank are timed, and there are no others: what they would tell is zero."""
 
+    def __init__(self, cupy: Any):
+        self.cupy = cupy
+
     def agreed(self, stream: Any, shortage: tuple[type[Exception], ...]) -> contextlib.AbstractContextManager[None]:
         return contextlib.nullcontext()
 
     def launch(self, kind: str, inputs: list[Any], outputs: list[Any], source: int = 0, target: int = 0) -> Launch:
-        from rewrite.runtime.cuda import device
-
-        cupy = device()
-
-        def launch() -> None:
-            for array in outputs:
-                cupy.cuda.runtime.memsetAsync(array.data.ptr, 0, array.nbytes, cupy.cuda.get_current_stream().ptr)
-
-        return launch
+        return lambda: _clear(self.cupy, outputs, self.cupy.cuda.get_current_stream())
 
     def share(self, x: Any) -> Launch:
         return self.launch("Recv", [], [x])
 
     def sum_and_norm(self, *_: Any) -> None:
         """There is no such kernel for one."""
+
+
+def _clear(cupy: Any, arrays: list[Any], stream: Any) -> None:
+    for array in arrays:
+        cupy.cuda.runtime.memsetAsync(array.data.ptr, 0, array.nbytes, stream.ptr)
 
 
 def _overlap(a: Any, b: Any) -> bool:
@@ -179,10 +178,10 @@ def _overlap(a: Any, b: Any) -> bool:
 
 def lonely_rank(plan: Plan, rank: int) -> CudaExecutor:
     """A rank of a plan for several, without the others."""
-    from rewrite.runtime.cuda import CudaExecutor
+    from rewrite.runtime.cuda import CudaExecutor, device
 
     check_engines(plan.manifest, str(plan.directory), engine.version(), engine.capability())
-    return CudaExecutor(plan, rank, Absent())
+    return CudaExecutor(plan, rank, Absent(device()))
 
 
 def open_rank(plan: Plan, host: Communicator) -> tuple[CudaExecutor, DeviceRanks]:

@@ -162,7 +162,7 @@ class Generator:
 
         def sink(output: Output) -> None:
             if loop.is_closed():  # nobody listens any more, and whoever steps is somebody else
-                self.scheduler.cancel(output.request)
+                self.cancel(output.request)
             else:
                 loop.call_soon_threadsafe(waiting.put_nowait, output)
 

@@ -178,14 +178,12 @@ class PlanModel:
         """In parts, if several stages have enough to do: while one computes a part, the one before is at the next."""
         stages = self.plan.manifest.stages
         parts = batch.parts(stages) if stages > 1 and len(batch.tokens) >= stages * PART else [batch]
-        ends = np.cumsum([len(p.tokens) for p in parts])
-        order = np.argsort(np.argsort(np.searchsorted(ends, batch.logit_rows, "right"), kind="stable"))  # of the batch's rows among those of all parts
         if self.device is not None:
-            return self.device.step(batch) if len(parts) == 1 else self.device.step_in_parts(parts, order)
+            return self.device.step(batch) if len(parts) == 1 else self.device.step_in_parts(parts, batch.order(parts))
         found = [self._part(part) for part in parts]
         if stages > 1 and self.communicator is not None:
             found = [self._passed(logits, len(part.logit_rows)) for logits, part in zip(found, parts, strict=True)]
-        return found[0] if len(parts) == 1 or self.rank else np.concatenate(found)[order]
+        return found[0] if len(parts) == 1 or self.rank else np.concatenate(found)[batch.order(parts)]
 
     def _part(self, batch: Batch) -> Array:
         """The logits, of a rank that makes none an empty array."""
